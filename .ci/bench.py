@@ -1,0 +1,333 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+# SPDX-FileCopyrightText: 2026 the run_utils authors
+"""Measure what recording costs: python3 .ci/bench.py [--quick] [--strict] [NAME ...]
+
+Each scenario is measured in turns with a floor, the least that its work can cost on
+this machine, so that a busy moment strikes both. All programs run in a bare environment
+with a warm byte code cache, in a git repository of their own. With --strict the exit
+status is 1 when the ratio of the medians is above its limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+import venv
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+RUN_UTILS = Path(__file__).resolve().parent.parent / "run_utils.py"
+HEADER = (
+    f"{'milliseconds: median (least)':30}{'floor':>20}{'ours':>20}"
+    f"{'ratio':>16}{'limit':>9}"
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print one line for each scenario."""
+    parser = argparse.ArgumentParser(description="Measure what recording costs.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="some of the names")
+    parser.add_argument("--quick", action="store_true", help="a third of the rounds")
+    parser.add_argument("--strict", action="store_true", help="hold the limits")
+    args = parser.parse_args(argv)
+    exceeded = 0
+    print(HEADER)
+    with tempfile.TemporaryDirectory(prefix="run_utils-bench-") as folder:
+        place = Place(Path(folder))
+        for scenario in SCENARIOS:
+            if not args.names or scenario.name in args.names:
+                rounds = -(-scenario.rounds // (3 if args.quick else 1))
+                exceeded += not show(scenario, place, rounds)
+    return 1 if args.strict and exceeded else 0
+
+
+def show(scenario: Scenario, place: Place, rounds: int) -> bool:
+    """Print the line of a scenario; return whether it is within its limit."""
+    try:
+        floor, ours = scenario.measure(place, rounds)
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        last_words = getattr(error, "stderr", None) or str(error).encode()
+        reason = last_words.decode(errors="replace").strip().splitlines()[-1]
+        print(f"{scenario.name:30}could not be measured: {reason}", flush=True)
+        return False
+    cost, unit = median(ours), " ms"
+    ratios = f"{'':16}"
+    if floor:
+        cost, unit = median(ours) / median(floor), " x "
+        ratios = f"{cost:9.2f} ({min(ours) / min(floor):.2f})".rjust(16)
+    within = cost <= scenario.limit
+    print(
+        f"{scenario.name:30}{summarize(floor):>20}{summarize(ours):>20}{ratios}"
+        f"{scenario.limit:6g}{unit}{'' if within else ' ABOVE'}",
+        flush=True,
+    )
+    return within
+
+
+def summarize(times: list[float]) -> str:
+    """Return '12.34 (11.90)' for times in milliseconds, '-' for none."""
+    return f"{median(times):.4g} ({min(times):.4g})" if times else "-"
+
+
+# === The place: a git repository with run_utils.py, and a bare Python ===
+
+
+class Place:
+    """Where the measured programs run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "project"
+        self.folder.mkdir()
+        self.env = {
+            "PATH": os.environ.get("PATH", os.defpath),
+            "HOME": str(folder),
+            "LC_ALL": "C.UTF-8",
+        }
+        venv.create(folder / "venv", symlinks=os.name != "nt")
+        self.python = str(folder / "venv" / "bin" / "python")
+        shutil.copy(RUN_UTILS, self.folder)
+        for name, code in PROGRAMS.items():
+            (self.folder / name).write_text(code, encoding="utf-8")
+        for words in ("init -q", "add .", "commit -q -m bench"):
+            identity = ["-c", "user.name=bench", "-c", "user.email=bench@localhost"]
+            self.run("git", *identity, *words.split())
+        self.run(self.python, "-c", "import run_utils")  # writes its byte code
+
+    def run(self, *argv: str, out: str = os.devnull) -> None:
+        """Run a program to its end; it may leave nothing but its exit status."""
+        with (self.folder / out).open("wb") as stdout:
+            subprocess.run(
+                argv,
+                cwd=self.folder,
+                env=self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=subprocess.PIPE,
+                timeout=300,
+                check=True,
+            )
+
+    def time(self, *argv: str) -> float:
+        """Return the milliseconds that `python ARGV` takes."""
+        begin = time.monotonic_ns()
+        self.run(self.python, *argv)
+        return (time.monotonic_ns() - begin) / 1e6
+
+    def ask(self, *argv: str, out: str = os.devnull) -> list[list[float]]:
+        """Return what a program of ours leaves in answer.json."""
+        self.run(self.python, *argv, out=out)
+        answer: list[list[float]] = json.loads(
+            (self.folder / "answer.json").read_text(encoding="utf-8")
+        )
+        return answer
+
+
+# === Scenarios: each returns the times of the floor and ours, in milliseconds ===
+
+Times = tuple[list[float], list[float]]
+
+
+class Scenario(NamedTuple):
+    """One line of the table; the limit is a ratio, or milliseconds without a floor."""
+
+    name: str
+    limit: float
+    rounds: int
+    measure: Callable[[Place, int], Times]
+
+
+def measure_import(place: Place, rounds: int) -> Times:
+    """Compare a Python that imports run_utils with one that does nothing."""
+    floor, ours = [], []
+    for _ in range(rounds):
+        floor.append(place.time("-c", "pass"))
+        ours.append(place.time("-c", "import run_utils"))
+    return floor, ours
+
+
+def measure_first_line(place: Place, rounds: int) -> Times:
+    """Compare the way to the first line of the body with a Python that does nothing."""
+    floor, ours = [], []
+    for _ in range(rounds):
+        floor.append(place.time("-c", "pass"))
+        begin = time.monotonic_ns()
+        [[first_line]] = place.ask("first_line.py")
+        ours.append((first_line - begin) / 1e6)
+        time.sleep(0.02)  # a recorder may need a moment to be gone
+    return floor, ours
+
+
+def measure_entry(place: Place, rounds: int) -> Times:
+    """Compare __enter__ with the system calls and programs it cannot do without."""
+    floor, ours = place.ask("entry.py", str(rounds))
+    return floor, ours
+
+
+def measure_exit(place: Place, rounds: int) -> Times:
+    """Time __exit__ when everything slow has been captured."""
+    return [], [place.ask("exit.py")[0][0] for _ in range(rounds)]
+
+
+def measure_lines(place: Place, rounds: int) -> Times:
+    """Compare printing a million lines into a file with and without capture."""
+    floor, ours = [], []
+    for _ in range(rounds):
+        floor.append(place.ask("lines.py", "untouched", out="out.txt")[0][0])
+        ours.append(place.ask("lines.py", "captured", out="out.txt")[0][0])
+        with (place.folder / "out.txt").open("rb") as file:
+            if sum(1 for _ in file) < 1_000_000:
+                raise ValueError("lines are missing from the forwarded output")
+    return floor, ours
+
+
+def measure_metrics(place: Place, rounds: int) -> Times:
+    """Compare log_metrics with json.dumps and os.write of the row that it writes."""
+    floor, ours = place.ask("metrics.py", str(rounds))
+    return floor, ours
+
+
+SCENARIOS = (
+    Scenario("import", 3, 30, measure_import),
+    Scenario("first-line", 5, 30, measure_first_line),
+    Scenario("entry", 2, 30, measure_entry),
+    Scenario("exit", 10, 6, measure_exit),
+    Scenario("million-lines", 1.2, 6, measure_lines),
+    Scenario("log_metrics", 1.5, 30, measure_metrics),
+)
+
+
+# === The measured programs ===
+
+COMMON = """\
+import json, os, subprocess, sys, time
+from pathlib import Path
+from run_utils import run_context
+
+CONFIG = {"model": "small", "lr": 1e-4, "epochs": 3, "data": ["a", "b"]}
+
+
+def answer(*times):
+    Path("answer.json").write_text(json.dumps(times), encoding="utf-8")
+
+
+def await_captures(run_dir):
+    # complete: packages are known, and nothing is written any more
+    text, since, deadline = "", 0.0, time.monotonic() + 20
+    while time.monotonic() < min(since + 1.0, deadline) or not since:
+        now = (run_dir / "metadata.json").read_text(encoding="utf-8")
+        if now != text or json.loads(now).get("pip_freeze") is None:
+            text, since = now, time.monotonic()
+        time.sleep(0.05)
+        if time.monotonic() > deadline:
+            break
+"""
+
+PROGRAMS = {
+    ".gitignore": "answer.json\nout.txt\nresults/\nfloor/\n__pycache__/\n",
+    # As short as a user's: nothing but run_utils is imported before the first line.
+    "first_line.py": """\
+import time
+from run_utils import run_context
+with run_context("results", config_args={"lr": 0.1}):
+    first_line = time.monotonic_ns()
+    with open("answer.json", "w", encoding="utf-8") as file:
+        file.write(f"[[{first_line}]]")
+""",
+    "entry.py": COMMON
+    + """
+FILE = b"x" * 2000
+
+
+def floor(run_dir):
+    begin = time.perf_counter()
+    subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True)
+    os.mkdir(run_dir)
+    for name in ("logs", "plots", "artifacts", "samples", "metrics"):
+        os.mkdir(f"{run_dir}/{name}")
+    for name in ("config.yaml", "metadata.json", "status.json", "more.json"):
+        with open(f"{run_dir}/.{name}.tmp", "wb") as file:
+            file.write(FILE)
+        os.replace(f"{run_dir}/.{name}.tmp", f"{run_dir}/{name}")
+    with open("floor/index.jsonl", "ab") as file:
+        file.write(FILE[:500])
+    subprocess.run(["true"])
+    return (time.perf_counter() - begin) * 1000
+
+
+def ours():
+    begin = time.perf_counter()
+    context = run_context("results", config_args=CONFIG)
+    context.__enter__()
+    entered = time.perf_counter()
+    context.__exit__(None, None, None)
+    return (entered - begin) * 1000
+
+
+os.mkdir("floor")
+pairs = [(floor(f"floor/{n}"), ours()) for n in range(int(sys.argv[1]) + 1)]
+answer(*zip(*pairs[1:]))
+""",
+    "exit.py": COMMON
+    + """
+with run_context("results", config_args=CONFIG) as run_dir:
+    await_captures(run_dir)
+    begin = time.perf_counter()
+answer([(time.perf_counter() - begin) * 1000])
+""",
+    # From the first print until the last line has gone where it would have gone.
+    "lines.py": COMMON
+    + """
+capture = sys.argv[1] == "captured"
+with run_context("results", config_args=CONFIG, capture_output=capture) as run_dir:
+    await_captures(run_dir)
+    begin = time.perf_counter()
+    for step in range(1_000_000):
+        print("step", step, "loss 0.4375")
+    sys.stdout.flush()
+answer([(time.perf_counter() - begin) * 1000])
+""",
+    "metrics.py": COMMON
+    + """
+from run_utils import log_metrics
+
+VALUES = {"loss": 0.1234567, "accuracy": 0.87654, "lr": 3e-4, "norm": 12.5, "ppl": 8.1}
+COUNT = 2000
+
+
+def floor(row, descriptor):
+    begin = time.perf_counter()
+    for step in range(COUNT):
+        row["step"] = step
+        os.write(descriptor, (json.dumps(row) + "\\n").encode())
+    return (time.perf_counter() - begin) * 1000 / COUNT
+
+
+def ours(run_dir):
+    begin = time.perf_counter()
+    for step in range(COUNT):
+        log_metrics(run_dir, VALUES, step)
+    return (time.perf_counter() - begin) * 1000 / COUNT
+
+
+with run_context("results", config_args=CONFIG, capture_output=False) as run_dir:
+    await_captures(run_dir)
+    log_metrics(run_dir, VALUES, 0)
+    path = run_dir / "metrics" / "metrics.jsonl"
+    row = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
+    descriptor = os.open("floor.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    pairs = [(floor(row, descriptor), ours(run_dir)) for n in range(int(sys.argv[1]))]
+answer(*zip(*pairs))
+""",
+}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,3132 @@
+# SPDX-FileCopyrightText: 2026 the run_utils authors
+# SPDX-License-Identifier: MIT
+"""Record every experiment as plain files, with no server, daemon or dependency.
+
+    from run_utils import run_context, log_metrics
+
+    with run_context("results/probe", config_args=vars(args)) as run_dir:
+        for step in range(args.steps):
+            log_metrics(run_dir, {"loss": train_step()}, step=step)
+
+leaves one directory that anybody can read without this file:
+
+    results/probe/train-20260131-142501-1a2b3c4/
+        config.yaml      the command and all arguments
+        metadata.json    git, python, platform, CUDA, packages, host, environment
+        status.json      "running" from the first moment, then how it ended
+        git.patch        the uncommitted code, when there was any
+        logs/            stdout.log, stderr.log, or output.log for both
+        plots/ artifacts/ samples/ metrics/
+
+`python -m run_utils run -- CMD ...` records a command in any language, and
+`python -m run_utils inspect RUN` reads a record back.
+
+Contents (search for the heading):
+
+    Settings             everything you may want to change
+    Recording a run      the public functions, in the order a run lives through
+    Provenance           what git, pip and the machine say
+    Redaction            no secret reaches the disk
+    Config and YAML      any Python object to plain data, and that to text
+    Output               stdout and stderr into logs/
+    Recorder             the helper process: slow work, and a record of any death
+    Index and notes      runs_index.jsonl, a cache of what the directories say
+    Files                whole or absent, never half-written
+    Reading runs         run directories back into Python
+    Command line         run, inspect
+
+The rules: recording never stops an experiment; a caller's mistake raises at once;
+no file is ever half-written; no secret reaches the disk; the user's process is left
+alone; a run directory is the truth and everything else a cache; no locks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import select
+import shlex
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    from types import TracebackType
+    from typing import Any
+
+__all__ = [
+    "DEFAULT_SUBDIRS",
+    "Run",
+    "capture_metadata",
+    "ensure_run_dir",
+    "find_runs",
+    "load_run",
+    "log_metrics",
+    "main",
+    "mark_artifact_used",
+    "mark_status",
+    "run_context",
+    "save_json",
+    "start_run",
+    "write_config_yaml",
+]
+__version__ = "1.0.0"
+__vendored__ = None  # vendor.sh stamps a copy with the version and git blob it is
+SCHEMA_VERSION = 1  # of the files in a run directory; keys are added, never renamed
+
+# === Settings ===
+# Everything you may want to change. Times are in seconds, sizes in bytes.
+
+FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)
+RUN_HELP = "a path, anything in a run, a part of a name, or latest"
+DEFAULT_SUBDIRS = ["logs", "plots", "artifacts", "samples", "metrics"]
+RECORD_FILES = ["config.yaml", "metadata.json", "status.json", "git.patch"]
+INDEX_FILE = os.path.join("index", "runs_index.jsonl")
+HEARTBEAT_SECONDS = 10  # how often the recorder touches status.json
+LOST_AFTER_SECONDS = 60  # a run of another host whose heartbeat is older is "lost"
+EXIT_WAIT_SECONDS = 60  # how long leaving the block waits for the captures
+FORWARD_BYTES = 65536  # how much output is forwarded at a time
+LAST_OUTPUT_LINES = 20  # of the log, in the status.json of a killed run
+MAX_SAME_NAME = 1000  # runs of one name: name, name-2, name-3, ...
+MAX_PREFIX_BYTES = 180  # of the run's name, which must stay within 255
+MAX_MESSAGE = 4096  # characters of an exception's message
+MAX_TRACEBACK = 40_000  # characters
+MAX_READ = 50_000_000  # a larger JSON file is not read
+PROGRAM_SECONDS = 10.0  # what git or nvidia-smi may take
+HEAD_SECONDS = 2.0  # what the short hash may take, which entry waits for
+PIP_SECONDS = 60.0  # what `pip freeze` may take, slow on network disks
+PROGRAM_BYTES = 20_000_000  # a program that prints more is stopped
+MAX_LISTED = 200  # changed files named in metadata.json
+MIN_SECRET = 8  # a shorter value is replaced under its own name only
+MAX_REDACTED = 32_768  # characters of a text that are kept and searched
+MAX_WALK = 6  # folders between a results root and a run
+MAX_SHOWN = 40  # lines of config that inspect shows
+
+MAX_DEPTH = 64  # levels of nesting; a marker stands for what lies deeper
+MAX_ITEMS = 10_000  # items of one list or mapping; the rest is counted, not written
+MAX_NODES = 100_000  # values of one document, all levels together
+MAX_ARRAY = 100  # items of an array, tensor or range; a larger one is summarised
+MAX_TEXT = 100_000  # characters of one string
+MAX_REPR = 500  # bytes, or characters of an object that only its repr can show
+MAX_INT_BITS = 1_023  # 308 digits; JavaScript reads no larger number
+YAML_WIDTH = 80  # a list up to this width is one line, a longer key is "? key"
+
+
+# === Recording a run ===
+# Once the run directory exists nothing here raises into the experiment: what cannot
+# be recorded is left out, and one line on stderr says so.
+
+
+def run_context(
+    base_dir: str | os.PathLike[str],
+    run_prefix: str | None = None,
+    config_args: Any = None,
+    config_filename: str = "config.yaml",
+    create_subdirs: bool = True,
+    subdirs: Sequence[str] | None = None,
+    *,
+    run_dir: str | os.PathLike[str] | None = None,
+    resume: str | os.PathLike[str] | None = None,
+    notes: str | None = None,
+    tags: Sequence[str] = (),
+    capture_output: bool = True,
+) -> _Recording:
+    """Record what happens inside the ``with`` block, and how it ends.
+
+    On entry ``<base_dir>/<run_prefix>-<YYYYMMDD-HHMMSS>-<git_hash>/`` is created and
+    yielded as an absolute Path, holding config.yaml (`config_args`: a mapping, an
+    argparse.Namespace, a dataclass, ...; read once, never changed), metadata.json and
+    status.json ("running"). `run_prefix` defaults to the name of the script.
+    Output goes to logs/ as well, unless `capture_output` is false. On exit
+    status.json says how it ended and how long it took (in seconds); the exception, if
+    any, goes on unchanged. `RUN_DIR` is set in the environment inside the block.
+
+    `run_dir` uses exactly that directory; `resume` goes on in an earlier run (its
+    path, its name under `base_dir`, or "latest"): the record that is there moves to
+    attempts/<n>/. `notes` and `tags` become a line of notes.jsonl.
+
+    Also a decorator, for functions, coroutines and generators: each call is a run.
+    Raises TypeError, ValueError or OSError before anything is recorded when the
+    arguments are wrong or no directory can be made.
+    """
+    if isinstance(tags, str):
+        raise TypeError(f"tags must be a list of strings, not {tags!r}; use [{tags!r}]")
+    if run_dir is not None and resume is not None:
+        raise ValueError(
+            f"run_dir={str(run_dir)!r} and resume={str(resume)!r} exclude each other;"
+            " resume= already names the directory"
+        )
+    _check_filename(config_filename)
+    return _Recording(
+        base_dir=_absolute(base_dir, "base_dir"),
+        run_prefix=run_prefix,
+        config_args=config_args,
+        config_filename=config_filename,
+        subdirs=_checked_subdirs(create_subdirs, subdirs),
+        run_dir=None if run_dir is None else _absolute(run_dir, "run_dir"),
+        resume=resume,
+        notes=notes,
+        tags=list(tags),
+        capture_output=capture_output,
+    )
+
+
+class _Recording:
+    """One run, from entering the block to leaving it."""
+
+    def __init__(self, *, argv: list[str] | None = None, **options: Any) -> None:
+        self.options = options
+        self.argv = argv  # the program that is recorded, when it is not this one
+        self.run_dir: Path | None = None
+        self.ending: dict[str, Any] | None = None  # told by `run`, else by __exit__
+        self.outside: str | None = None  # RUN_DIR outside of all runs
+        self.recorder: _Recorder | None = None
+
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Make every call of `function` a run of its own."""
+        import functools
+        import inspect
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with _Recording(argv=self.argv, **self.options):
+                return function(*args, **kwargs)
+
+        async def wait(*args: Any, **kwargs: Any) -> Any:
+            with _Recording(argv=self.argv, **self.options):
+                return await function(*args, **kwargs)
+
+        def iterate(*args: Any, **kwargs: Any) -> Iterator[Any]:
+            with _Recording(argv=self.argv, **self.options):
+                yield from function(*args, **kwargs)
+
+        waits = inspect.iscoroutinefunction(function)
+        iterates = inspect.isgeneratorfunction(function)
+        wrapper = wait if waits else iterate if iterates else call
+        return functools.wraps(function)(wrapper)
+
+    def __enter__(self) -> Path:
+        if self.run_dir is not None:
+            raise RuntimeError(
+                f"this run_context already recorded {str(self.run_dir)!r};"
+                " call run_context(...) again for another run"
+            )
+        self.pid, self.thread = os.getpid(), threading.get_ident()
+        self.begun = time.monotonic()
+        config = _plain(self.options["config_args"])
+        argv = self.argv or _argv()
+        _learn_secrets(dict(os.environ), argv, config)
+        directory = _code_directory(self.argv)
+        self.run_dir = run_dir = _open_run(self.options, directory)
+        self.results_root = _results_root(self.options["base_dir"])
+        self.capture = _Capture(run_dir)
+        try:
+            self._record_start(run_dir, config, argv, directory)
+        except BaseException as error:  # Ctrl-C while entering: say so, go on
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
+        return run_dir
+
+    def _record_start(
+        self, run_dir: Path, config: Any, argv: list[str], directory: str
+    ) -> None:
+        """Write what must be there at once; leave the rest to the recorder."""
+        options = self.options
+        others = [run for run in _active if run.thread != self.thread]
+        _set_active(self, inside=True)
+        with _tolerating("config.yaml"):
+            path = run_dir / options["config_filename"]
+            _write_config(path, shlex.join(argv), config)
+        with _tolerating("metadata.json"):
+            metadata = _immediate_metadata(argv, directory, config)
+            _write_json(run_dir / "metadata.json", metadata)
+        self.row = _index_row(run_dir, self.results_root)
+        with _tolerating("the index"):
+            _append_index(self.row, "start", "running")
+        if options["notes"] or options["tags"]:
+            with _tolerating("notes.jsonl"):
+                note = {"timestamp_utc": _utc(), "user": _user()}
+                note.update(text=options["notes"] or "", tags=options["tags"])
+                _append_line(run_dir / "notes.jsonl", note)
+        if options["capture_output"] and not any(r.capture.streams for r in others):
+            with _tolerating("logs/"):
+                self.capture.open()
+        request = _capture_request(run_dir, directory, self)
+        self.recorder = _Recorder.start(request, self.capture.forwards)
+        with _tolerating("output capture"):
+            self.capture.start(self.recorder)
+        if self.recorder is None:
+            _complete_metadata(run_dir, request)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        run_dir = self.run_dir
+        if run_dir is None or self.pid != os.getpid():
+            return  # a forked child left the block: the run is its parent's to finish
+        ending = self.ending or _ending(error)
+        with _tolerating("output capture"):
+            self.capture.stop()
+        with _tolerating("status.json"):
+            ending["duration_seconds"] = round(time.monotonic() - self.begun, 3)
+            ending = _finish_status(run_dir, ending)
+        with _tolerating("the index"):
+            _append_index(self.row, "end", ending["status"], ending["exit_reason"])
+        with _tolerating("the recorder"):
+            self._finish_recorder(run_dir)
+        with _tolerating("logs/"):
+            self.capture.close(_last_words(error, ending))
+        _close_metrics(str(run_dir))
+        _set_active(self, inside=False)
+
+    def _finish_recorder(self, run_dir: Path) -> None:
+        """Wait until everything is on disk; do it here if the recorder is gone."""
+        if self.recorder is not None and not self.recorder.finish():
+            _warn("the recorder is gone; finishing its work here")
+            for forward in self.capture.forwards:
+                forward.drain()
+            _complete_metadata(run_dir, self.recorder.request)
+
+
+def start_run(
+    base_dir: str | os.PathLike[str],
+    run_prefix: str | None = None,
+    include_git_hash: bool = True,
+    create_subdirs: bool = True,
+    subdirs: Sequence[str] | None = None,
+) -> Path:
+    """Create a run directory with status.json ("running") and return its Path.
+
+    For scripts that cannot use `run_context`: call `write_config_yaml`,
+    `capture_metadata` and, at the end, `mark_status` yourself.
+    Raises ValueError or OSError when no directory can be made.
+    """
+    options = {
+        "base_dir": _absolute(base_dir, "base_dir"),
+        "run_prefix": run_prefix,
+        "subdirs": _checked_subdirs(create_subdirs, subdirs),
+        "include_git_hash": include_git_hash,
+    }
+    run_dir = _open_run(options, _code_directory())
+    with _tolerating("the index"):
+        root = _results_root(options["base_dir"])
+        _append_index(_index_row(run_dir, root), "start", "running")
+    return run_dir
+
+
+def ensure_run_dir(
+    run_dir: str | os.PathLike[str],
+    create_subdirs: bool = True,
+    subdirs: Sequence[str] | None = None,
+) -> Path:
+    """Create `run_dir` and its folders where they are missing; return it as a Path."""
+    path = Path(run_dir)
+    for folder in [".", *_checked_subdirs(create_subdirs, subdirs)]:
+        (path / folder).mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def write_config_yaml(
+    run_dir: str | os.PathLike[str],
+    command: str,
+    args: Any,
+    filename: str = "config.yaml",
+) -> Path:
+    """Write `args` and `command` to a YAML file in `run_dir`; return its Path.
+
+    A mapping (or argparse.Namespace, dataclass, ...) keeps its keys and order and gets
+    `command` added. When it has another `command` already, or is not a mapping, the
+    file is ``{command: ..., args: ...}``. Secrets are replaced by ``<REDACTED>``.
+    """
+    path = Path(run_dir) / _check_filename(filename)
+    _write_config(path, command, _plain(args))
+    return path
+
+
+def capture_metadata(
+    run_dir: str | os.PathLike[str],
+    extra: Mapping[str, Any] | None = None,
+    filename: str = "metadata.json",
+) -> Path:
+    """Write everything that is known of code and machine; return the file's Path.
+
+    Synchronous and complete: git, packages and CUDA are asked before it returns (a
+    second or so). `extra` is added at the top level, where it wins. Inside a
+    `run_context` the record that the recorder completes is the base.
+    """
+    path = Path(run_dir) / _check_filename(filename)
+    recording = _active_for(path.parent)
+    if recording is None or recording.recorder is None:
+        directory = _code_directory()
+        _write_json(path, _immediate_metadata(_argv(), directory, None))
+        request = _capture_request(path.parent, directory, recording)
+        _complete_metadata(path.parent, request, filename)
+    else:
+        recording.recorder.ask("wait", "captured")
+    facts = _read_json(path.parent / "metadata.json") if recording else None
+    facts = facts or _read_json(path) or {}
+    _write_json(path, {**facts, **(_plain(extra) if extra else {})})
+    return path
+
+
+def mark_status(
+    run_dir: str | os.PathLike[str],
+    status: str,
+    exit_reason: str | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write `status` to status.json, and an "end" line to the index; return its Path.
+
+    `status` is "success", "failed", or your own word. In the body of `run_context` it
+    takes the place of "success" if the block then ends normally.
+    """
+    path = Path(run_dir) / "status.json"
+    facts: dict[str, Any] = {**(_read_json(path) or {}), "status": status}
+    facts.update({"exit_reason": exit_reason, "timestamp_utc": _utc()})
+    facts.update(_plain(extra) if extra else {})
+    _write_json(path, facts, durable=True)
+    if status != "running" and _active_for(path.parent) is None:
+        with _tolerating("the index"):
+            root = _results_root(path.parent.absolute().parent)
+            row = _index_row(path.parent.absolute(), root)
+            _append_index(row, "end", status, exit_reason)
+    return path
+
+
+def mark_artifact_used(
+    artifact_path: str | os.PathLike[str],
+    consumer_run_dir: str | os.PathLike[str] | None = None,
+    reason: str | None = None,
+) -> None:
+    """Record that a file of an earlier run is used by this one; never fail.
+
+    Adds an entry to `inputs` of the consumer's metadata.json (default: the run of
+    ``RUN_DIR``), a line to the producer's artifacts/USED_BY.jsonl where that can be
+    written, and an "artifact_used" line to the index.
+    """
+    with _tolerating(f"the use of {str(artifact_path)!r}"):
+        consumer = consumer_run_dir or os.environ.get("RUN_DIR")
+        consumer = None if consumer is None else os.fspath(consumer)
+        _record_use(Path(artifact_path), consumer, reason)
+
+
+def save_json(path: str | os.PathLike[str], obj: Any) -> Path:
+    """Write any Python object to `path` as strict JSON, whole or not at all.
+
+    Converted like a config: numpy and torch scalars are numbers, large arrays become
+    a summary, NaN and infinities the strings "NaN", "Infinity" and "-Infinity".
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _write_file(target, _format_json(_plain(obj, whole=True)).encode())
+    return target
+
+
+def log_metrics(
+    run_dir: str | os.PathLike[str],
+    values: Mapping[str, Any],
+    step: int | None = None,
+) -> None:
+    """Append one line to metrics/metrics.jsonl, visible at once to other processes.
+
+    The line is ``{"step": step, "time": seconds since 1970, **values}``, written by a
+    single write(2); it survives any later death of this process. Numbers stay
+    numbers (numpy and torch scalars too); NaN becomes the string "NaN".
+    """
+    row = {"step": step, "time": time.time(), **values}
+    try:
+        if not _NUMBERS.issuperset(map(type, values.values())):
+            raise ValueError("convert and redact first")
+        line = _encode_strictly(row)
+    except ValueError:  # NaN, numpy scalars, strings, nested values
+        line = _format_json(_redact(_plain(row)), indent=None).rstrip("\n")
+    try:
+        _append_metrics(os.fspath(run_dir), line.encode("ascii") + b"\n")
+    except OSError as error:
+        _warn(f"metrics.jsonl: {error}", once=True)
+
+
+_NUMBERS = frozenset((int, float, bool))
+_encode_strictly = json.JSONEncoder(allow_nan=False).encode
+_metrics_files: dict[str, tuple[int, tuple[int, int] | None]] = {}
+
+
+def _append_metrics(run_dir: str, line: bytes) -> None:
+    """Append one line with one write(2); the descriptor stays open until the end."""
+    descriptor, identity = _metrics_files.get(run_dir, (-1, None))
+    if identity is None or _identity(descriptor) != identity:
+        path = Path(run_dir) / "metrics" / "metrics.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _open_for_lines(path)
+        _metrics_files[run_dir] = descriptor, _identity(descriptor)
+    if os.write(descriptor, line) != len(line):
+        _close_metrics(run_dir)  # the next row repairs the torn line
+        raise OSError("no space left for a whole line")
+
+
+def _close_metrics(run_dir: str) -> None:
+    descriptor, identity = _metrics_files.pop(run_dir, (-1, None))
+    if identity is not None and _identity(descriptor) == identity:
+        os.close(descriptor)
+
+
+# What run_context and start_run stand on, in the order they need it.
+
+
+def _ending(error: BaseException | None) -> dict[str, Any]:
+    """Return how a block ended as the keys of status.json."""
+    if error is None:
+        return _outcome("success", "normal", 0)
+    if not isinstance(error, SystemExit):
+        code = 130 if isinstance(error, KeyboardInterrupt) else 1
+        return _outcome("failed", "exception", code, _exception(error))
+    if error.code is None or error.code == 0:
+        return _outcome("success", "system_exit", 0)
+    code = int(error.code) if isinstance(error.code, int) else 1
+    return _outcome("failed", "system_exit", code, _exception(error))
+
+
+def _outcome(
+    status: str, reason: str, code: int | None, exception: Any = None, **more: Any
+) -> dict[str, Any]:
+    facts = {"status": status, "exit_reason": reason, "exit_code": code}
+    return {**facts, "exception": exception, **more}
+
+
+def _exception(error: BaseException) -> dict[str, Any]:
+    """Return type, message and traceback of an exception, shortened."""
+    kind = type(error)
+    module = "" if kind.__module__ in ("builtins", "__main__") else kind.__module__
+    try:
+        message = str(error)
+    except Exception as problem:
+        message = f"<{kind.__name__} whose str() raises {type(problem).__name__}>"
+    try:
+        import traceback
+
+        trace = "".join(traceback.format_exception(kind, error, error.__traceback__))
+    except Exception as problem:  # the interpreter is shutting down, or out of memory
+        trace = f"<no traceback: {type(problem).__name__}>"
+    return {
+        "type": f"{module}.{kind.__qualname__}".lstrip("."),
+        "message": _cut_middle(message, MAX_MESSAGE),
+        "traceback": _cut_middle(trace, MAX_TRACEBACK),
+    }
+
+
+def _last_words(error: BaseException | None, ending: Mapping[str, Any]) -> str:
+    """Return what Python will print of `error` after the block, for the log."""
+    exception = ending.get("exception") or {}
+    if isinstance(error, SystemExit):
+        return "" if isinstance(error.code, int) else exception.get("message", "")
+    return str(exception.get("traceback", ""))
+
+
+def _finish_status(run_dir: Path, ending: dict[str, Any]) -> dict[str, Any]:
+    """Complete status.json; keep the word that the body itself has put there."""
+    now = _read_json(run_dir / "status.json") or {}
+    own_word = now.get("status") not in (None, "running")
+    if own_word and ending["exit_reason"] == "normal":
+        kept = now.get("exit_reason") or "normal"
+        ending = {**ending, "status": now["status"], "exit_reason": kept}
+    facts = {**now, **ending, "timestamp_utc": _utc()}
+    _write_json(run_dir / "status.json", facts, durable=True)
+    return ending
+
+
+_active: list[_Recording] = []  # the runs this process is in, innermost last
+
+
+def _set_active(recording: _Recording, inside: bool) -> None:
+    """Enter or leave a run; RUN_DIR names the innermost one, or what it was before."""
+    if inside:
+        outside = os.environ.get("RUN_DIR")
+        recording.outside = _active[-1].outside if _active else outside
+        _active.append(recording)
+    elif recording in _active:
+        _active.remove(recording)
+    current = str(_active[-1].run_dir) if _active else recording.outside
+    if current is not None:
+        os.environ["RUN_DIR"] = current
+    else:
+        os.environ.pop("RUN_DIR", None)
+
+
+def _active_for(run_dir: Path) -> _Recording | None:
+    """Return the recording that this very process makes in `run_dir`, if any."""
+    run_dir = run_dir.absolute()
+    mine = (run for run in _active if run.pid == os.getpid())
+    return next((run for run in mine if run.run_dir == run_dir), None)
+
+
+def _open_run(options: Mapping[str, Any], directory: str) -> Path:
+    """Create or reopen the run's directory, with status.json saying "running".
+
+    The only part that may raise. A step that fails is tried once more, so that a
+    hiccup of a network disk does not cost the run; a disk that is really full does.
+    """
+    base_dir: Path = options["base_dir"]
+    chosen: Path | None = options.get("run_dir")
+    if options.get("resume") is not None:
+        chosen = _resumable(base_dir, options["resume"])
+    with_hash = chosen is None and options.get("include_git_hash", True)
+    name = _run_name(options["run_prefix"], _git_head(directory) if with_hash else None)
+    run_dir = chosen or base_dir
+    try:
+        _twice(run_dir.mkdir, parents=True, exist_ok=True)
+        if chosen is None:
+            run_dir = _make_run_dir(base_dir, name)
+        else:
+            _archive_attempt(run_dir)
+        _twice(ensure_run_dir, run_dir, subdirs=options["subdirs"])
+        _twice(_write_json, run_dir / "status.json", _running_status(options))
+    except OSError as error:
+        if run_dir != base_dir and chosen is None:
+            for folder in [*map(run_dir.joinpath, options["subdirs"]), run_dir]:
+                with contextlib.suppress(OSError):  # not empty: something was written
+                    folder.rmdir()
+        raise _unwritable(run_dir, error) from None
+    return run_dir
+
+
+def _make_run_dir(base_dir: Path, name: str) -> Path:
+    """Create `base_dir/name`, or the first free of name-2, name-3, ..., exclusively."""
+    for number in range(1, MAX_SAME_NAME + 1):
+        path = base_dir / (name if number == 1 else f"{name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            _twice(path.mkdir)
+            return path
+    raise FileExistsError(f"{name!r} and {MAX_SAME_NAME - 1} numbered names are taken")
+
+
+def _run_name(prefix: str | None, commit: str | None) -> str:
+    """Return ``<prefix>-<YYYYMMDD-HHMMSS>-<hash>``, safe and within 255 bytes."""
+    prefix = _safe_name(_script_name() if prefix is None else str(prefix))
+    return "-".join(filter(None, [prefix, time.strftime("%Y%m%d-%H%M%S"), commit]))
+
+
+def _safe_name(text: str) -> str:
+    """Replace what a file name cannot hold everywhere by ``_``.
+
+    >>> _safe_name("Qwen/Qwen3-8B"), _safe_name("../../etc")
+    ('Qwen_Qwen3-8B', '_.._etc')
+    """
+    import unicodedata
+
+    text = unicodedata.normalize("NFC", text)
+    text = "".join(c if c.isalnum() or c in "._+=@-" else "_" for c in text)
+    name = text.encode("utf-8", "replace")[:MAX_PREFIX_BYTES].decode("utf-8", "ignore")
+    name = name.lstrip(".-").rstrip(".")
+    if re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?", name):
+        name = "_" + name  # names that Windows keeps for devices
+    return name or "run"
+
+
+def _script_name() -> str:
+    """Return the stem of the script: "train" of train.py, "mod" of -m pkg.mod."""
+    script = Path((getattr(sys, "argv", None) or [""])[0])
+    if "ipykernel" in sys.modules or script.name in ("", "-", "-c"):
+        return "notebook" if "ipykernel" in sys.modules else "interactive"
+    return script.parent.name if script.stem == "__main__" else script.stem
+
+
+def _resumable(base_dir: Path, resume: str | os.PathLike[str]) -> Path:
+    """Return the directory that `resume` names; refuse one that is still alive."""
+    candidates = [Path(resume), base_dir / resume]
+    if str(resume) == "latest":
+        candidates = sorted(base_dir.glob("*"), key=_started, reverse=True)
+    found = next(filter(_is_run, candidates), None)
+    if found is None:
+        raise ValueError(f"no run {str(resume)!r} under {str(base_dir)!r} to resume")
+    if _status_now(found).get("status") == "running":
+        raise ValueError(f"run {str(found)!r} is still running; it cannot be resumed")
+    return found.absolute()
+
+
+def _archive_attempt(run_dir: Path) -> None:
+    """Move the record that is in `run_dir` to attempts/<n>/, if there is one."""
+    record = [run_dir / name for name in RECORD_FILES if (run_dir / name).exists()]
+    if record:
+        (run_dir / "attempts").mkdir(exist_ok=True)
+        numbers = [int(p.name) for p in run_dir.glob("attempts/*") if p.name.isdigit()]
+        attempt = run_dir / "attempts" / str(max(numbers, default=0) + 1)
+        attempt.mkdir()
+        for path in record:
+            os.replace(path, attempt / path.name)
+
+
+def _running_status(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return status.json as it is until the run ends."""
+    now = _utc()
+    return {
+        "status": "running",
+        "exit_reason": None,
+        "timestamp_utc": now,
+        "started_utc": now,
+        "duration_seconds": None,
+        "exit_code": None,
+        "exception": None,
+        "pid": os.getpid(),
+        "hostname": _hostname(),
+        "process": _process_identity(os.getpid()),
+        "heartbeat_seconds": HEARTBEAT_SECONDS if "notes" in options else None,
+    }
+
+
+def _absolute(path: str | os.PathLike[str], name: str) -> Path:
+    """Return `path` made absolute now, so that a later chdir does not move it."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"{name} must be a path, not {path!r}")
+    text = os.fspath(path)
+    if not text or "\0" in text:
+        raise ValueError(f"{name} is {text!r}; give a directory such as 'results/exp'")
+    try:
+        return Path(os.path.abspath(text))
+    except FileNotFoundError:
+        sentence = f"{name} {text!r} is relative, but the working directory is gone"
+        raise FileNotFoundError(f"{sentence}; give an absolute path") from None
+
+
+def _checked_subdirs(create: bool, subdirs: Sequence[str] | None) -> list[str]:
+    """Return the folders to create; refuse one that leads out of the run."""
+    if isinstance(subdirs, str):
+        raise TypeError(f"subdirs must be a list of names, not {subdirs!r}")
+    names = list(DEFAULT_SUBDIRS if subdirs is None else subdirs) if create else []
+    for name in names:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"subdirs has {name!r}; give names inside the run")
+    return names
+
+
+def _check_filename(name: str) -> str:
+    """Refuse a file name that would leave the run directory."""
+    if name in ("", ".", "..") or os.path.basename(name) != name:
+        raise ValueError(f"file name {name!r} has a folder in it; give a bare name")
+    return name
+
+
+def _unwritable(path: Path, error: OSError) -> OSError:
+    """Return `error` as one sentence that names the directory and what to do."""
+    start = f"cannot create a run in {str(path)!r}"
+    blocking = next((p for p in [path, *path.parents] if p.exists()), path)
+    if blocking.is_file():
+        why = f"{str(blocking)!r} is a file; choose another base_dir"
+        return NotADirectoryError(f"{start}: {why}")
+    why = f"{error.strerror or error}; choose a base_dir that is writable and has space"
+    return type(error)(f"{start}: {why}")
+
+
+def _twice(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call `function`; once more if the file system failed for a moment."""
+    try:
+        return function(*args, **kwargs)
+    except (FileExistsError, PermissionError, NotADirectoryError):
+        raise
+    except OSError:
+        return function(*args, **kwargs)
+
+
+def _argv() -> list[str]:
+    """Return the command line as it was typed: interpreter, flags, `-m pkg.mod`.
+
+    Python 3.9 has no sys.orig_argv; there it is the interpreter and sys.argv.
+    """
+    typed = getattr(sys, "orig_argv", None) or ["python", *getattr(sys, "argv", [])]
+    return [sys.executable or typed[0], *typed[1:]]
+
+
+def _code_directory(argv: Sequence[str] | None = None) -> str:
+    """Return the directory of the code that runs: that of the script, else the cwd."""
+    words = getattr(sys, "argv", [])[:1] if argv is None else argv[1:]
+    script = next(filter(os.path.isfile, words), None)
+    here = _working_dir() or "/"
+    return os.path.dirname(os.path.join(here, script)) if script else here
+
+
+def _working_dir() -> str | None:
+    try:
+        return os.getcwd()
+    except OSError:  # it was removed
+        return None
+
+
+def _write_config(path: Path, command: str, args: Any) -> None:
+    """Write the redacted config document of plain `args`."""
+    document = _redact(_config_document(command, args))
+    _write_file(path, _format_yaml(document).encode("utf-8"))
+
+
+def _immediate_metadata(argv: list[str], directory: str, config: Any) -> dict[str, Any]:
+    """Return metadata.json with everything that takes no time; the rest is null."""
+    return {
+        "timestamp_utc": _utc(),
+        "command": shlex.join(argv),
+        "argv": argv,
+        "working_dir": _working_dir(),
+        "hostname": _hostname(),
+        "user": _user(),
+        "python": _python(),
+        "platform": _platform(),
+        "git": {"commit_short": None, "directory": directory},
+        "cuda": _loaded_cuda(),
+        "pip_freeze": None,
+        "env": dict(os.environ),
+        "inputs": [],
+        "launcher": _launcher(os.environ),
+        "run_utils": {
+            "version": __version__,
+            "vendored": __vendored__,
+            "schema_version": SCHEMA_VERSION,
+        },
+        "config": config,  # for readers without PyYAML
+        "capture": {},
+    }
+
+
+def _capture_request(
+    run_dir: Path, directory: str, recording: _Recording | None
+) -> dict[str, Any]:
+    """Return what the recorder cannot find out by itself."""
+    root = recording.results_root if recording else _results_root(run_dir.parent)
+    argv = recording.argv if recording else None
+    here = _working_dir() or "/"
+    return {
+        "run_dir": str(run_dir),
+        "directory": directory,
+        "row": recording.row if recording else _index_row(run_dir, root),
+        "executable": _interpreter(argv),
+        "sys_path": [] if argv else [os.path.join(here, place) for place in sys.path],
+        "pid": os.getpid(),
+        "process": _process_identity(os.getpid()),
+        "begun": recording.begun if recording else time.monotonic(),
+        "secrets": sorted(_known_secrets),
+    }
+
+
+_PYTHON = re.compile(r"(python|pypy)[\d.]*(\.exe)?$", re.I)
+
+
+def _interpreter(argv: Sequence[str] | None) -> str | None:
+    """Return the Python whose packages the run sees; None for another program."""
+    if argv is None:
+        return None if _no_interpreter() else sys.executable
+    return argv[0] if _PYTHON.match(os.path.basename(argv[0])) else None
+
+
+def _no_interpreter() -> str | None:
+    """Return why sys.executable is not the Python that runs this, or None."""
+    if getattr(sys, "frozen", False):
+        return "a frozen program"
+    found = _PYTHON.match(os.path.basename(sys.executable or ""))
+    return None if found else f"sys.executable is {sys.executable!r}, not a Python"
+
+
+def _complete_metadata(
+    run_dir: Path, request: Mapping[str, Any], filename: str = "metadata.json"
+) -> None:
+    """Ask what is slow to answer, and add each answer to metadata.json."""
+    directory, exclude = request["directory"], request["row"]["results_root"]
+    executable, places = request["executable"], request["sys_path"]
+    for name, collect in {
+        "git": lambda: _git(directory, exclude),
+        "cuda": _cuda,
+        "pip_freeze": lambda: _packages(executable, places),
+    }.items():
+        started = time.monotonic()
+        facts: Any = None
+        try:
+            facts, problem = collect()
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+        seconds = round(time.monotonic() - started, 3)
+        outcome = {"ok": problem is None, "seconds": seconds, "problem": problem}
+        with _tolerating(filename):
+            _add_capture(run_dir / filename, name, facts, outcome)
+
+
+def _add_capture(path: Path, name: str, facts: Any, outcome: dict[str, Any]) -> None:
+    """Merge one answer into metadata.json; what is already known is not lost."""
+    metadata = _read_json(path) or {}
+    known = {k: v for k, v in _mapping(metadata, name).items() if v is not None}
+    if facts is not None:
+        metadata[name] = {**facts, **known} if isinstance(facts, dict) else facts
+    metadata.setdefault("capture", {})[name] = outcome
+    _write_json(path, metadata)
+
+
+# === Provenance ===
+# Foreign programs may hang, flood, lie or be missing: a collector keeps its limits,
+# changes nothing, and gives (facts, None or the reason why it does not know).
+
+
+def _git_head(directory: str) -> str | None:
+    """Return the short hash of the commit in `directory`: one call, for the name."""
+    head = _git_run(directory, "rev-parse", "--short", "HEAD", timeout=HEAD_SECONDS)
+    found = re.fullmatch(r"[0-9a-f]{4,64}", head.text.strip())
+    return found[0] if found and not head.problem else None
+
+
+def _git(directory: str, exclude: str = "") -> tuple[dict[str, Any], str | None]:
+    """Return what git says about the repository around `directory`.
+
+    It is dirty when a tracked file or a submodule differs from the commit, or a file
+    is neither tracked nor ignored; the results tree `exclude` does not count. No
+    filter is run, so that a touched Git LFS file counts as changed.
+    """
+    keys = "commit_short commit_full branch is_dirty remote_origin_url root is_shallow"
+    facts: dict[str, Any] = dict.fromkeys(f"{keys} unpushed untracked changed".split())
+    # true\nfalse\n/work/tree\n: the last line is missing in a bare repository
+    where = _git_run(
+        directory,
+        *("rev-parse", "--is-inside-work-tree", "--is-shallow-repository"),
+        "--show-toplevel",
+    )
+    inside, shallow, root = [*where.text.split("\n"), "", "", ""][:3]
+    if inside not in ("true", "false"):
+        return facts, where.problem or "git did not answer what it was asked"
+    facts.update(is_shallow=shallow == "true", root=root or None)
+    head = _git_run(directory, "rev-parse", "--verify", "HEAD").text.strip()
+    if re.fullmatch(r"[0-9a-f]{40,64}", head):
+        count = _git_run(directory, "rev-list", "--count", "HEAD", "--not", "--remotes")
+        unpushed = int(count.text) if count.text.strip().isdigit() else None
+        commit = {"commit_full": head, "commit_short": _git_head(directory)}
+        facts.update(commit, unpushed=unpushed)
+    listed = _git_run(directory, "config", "--list", "-z")
+    # remote.origin.url\nhttps://example.org/x.git\0filter.lfs.clean\ngit-lfs clean\0
+    pairs = (item.partition("\n") for item in listed.text.split("\0"))
+    config = {name: value for name, _, value in pairs}
+    facts["remote_origin_url"] = config.get("remote.origin.url")
+    branch = _git_run(directory, "symbolic-ref", "--short", "-q", "HEAD")
+    facts["branch"] = branch.text.strip() or None
+    if inside != "true":
+        return facts, listed.problem
+    changes, problem = _git_changes(root, config, exclude)
+    return {**facts, **changes}, problem
+
+
+def _git_changes(
+    root: str, config: Mapping[str, str], exclude: str
+) -> tuple[dict[str, Any], str | None]:
+    """Return which files differ from the commit, without running any filter."""
+    names = {key.rpartition(".")[0] for key in config if key.startswith("filter.")}
+    if any("=" in name for name in names):
+        return {}, "a git filter has a name that cannot be switched off"
+    off = [f"{n}.{s}" for n in names for s in ("clean=", "process=", "required=false")]
+    switches = [word for setting in off for word in ("-c", setting)]
+    pathspec = [":/"]
+    inside = os.path.relpath(os.path.realpath(exclude or root), os.path.realpath(root))
+    if inside.split(os.sep)[0] not in (os.curdir, os.pardir):
+        pathspec.append(f":(exclude,top,literal){inside}")
+    status = _git_run(
+        *(root, *switches, "status", "--porcelain=v2", "-z", "--no-renames"),
+        *("--untracked-files=all", "--", *pathspec),
+    )
+    # ? untracked name\0     1 .M N... <modes and ids> name\0     u UU N... name\0
+    records = status.text.split("\0")[:-1]
+    untracked = [record[2:] for record in records if record[0] == "?"]
+    changed = [record.split(" ", 8)[-1] for record in records if record[0] != "?"]
+    if status.problem:
+        return {}, status.problem
+    shown = {"untracked": untracked[:MAX_LISTED], "changed": changed[:MAX_LISTED]}
+    return {"is_dirty": bool(records), **shown}, None
+
+
+def _git_run(
+    directory: str, *words: str, timeout: float | None = None
+) -> _Output:
+    """Run git so that it asks, pages, fetches, locks and executes nothing."""
+    kept = ("GIT_CEILING_DIRECTORIES", "GIT_DISCOVERY_ACROSS_FILESYSTEM")
+    env = {k: v for k, v in os.environ.items() if k[:4] != "GIT_" or k in kept}
+    for pair in (
+        "GIT_OPTIONAL_LOCKS=0 GIT_TERMINAL_PROMPT=0 GIT_ASKPASS=true SSH_ASKPASS=true"
+        " GIT_NO_LAZY_FETCH=1 GIT_ALLOW_PROTOCOL=none GIT_PAGER=cat LC_ALL=C"
+    ).split():
+        name, _, env[name] = pair.partition("=")
+    settings = ["-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null"]
+    argv = ["git", "--no-pager", *settings, *words]
+    return _run(argv, cwd=directory, env=env, timeout=timeout)
+
+
+def _packages(
+    executable: str | None, places: Sequence[str]
+) -> tuple[list[str] | None, str | None]:
+    """Return the installed packages as requirement lines: what `pip freeze` says.
+
+    Where there is no pip, they are read from the metadata below `places` (PEP 610
+    tells of packages that were installed from a URL, a repository or a folder).
+    """
+    problem = None
+    if executable is not None:
+        pip = [executable, "-m", "pip", "--disable-pip-version-check", "freeze"]
+        env = {k: v for k, v in os.environ.items() if not k.startswith("PIP_")}
+        output = _run(pip, env=env, timeout=PIP_SECONDS)
+        lines = [line.strip() for line in output.text.splitlines() if line.strip()]
+        if lines and not output.problem:
+            return lines, None
+        problem = output.problem
+    if not places:
+        return None, problem
+    from importlib.metadata import distributions
+
+    found: dict[str, str] = {}
+    for distribution in distributions(path=list(places)):
+        with contextlib.suppress(Exception):  # a dist-info that is empty or torn
+            name = distribution.metadata["Name"]
+            if name and name.lower() not in found:
+                found[name.lower()] = _requirement(name, distribution)
+    return [found[name] for name in sorted(found)], None
+
+
+def _requirement(name: str, distribution: Any) -> str:
+    """Return "name==1.0", "name @ git+URL@commit" or "-e folder"."""
+    text = distribution.read_text("direct_url.json")
+    direct = json.loads(text) if text else {}
+    url = direct.get("url", "")
+    if direct.get("dir_info", {}).get("editable"):
+        return f"-e {url.replace('file://', '', 1)}"
+    vcs = direct.get("vcs_info", {})
+    if vcs:
+        return f"{name} @ {vcs.get('vcs')}+{url}@{vcs.get('commit_id')}"
+    return f"{name} @ {url}" if url else f"{name}=={distribution.version}"
+
+
+def _cuda() -> tuple[dict[str, Any], str | None]:
+    """Return what the NVIDIA driver says; no CUDA context is ever made."""
+    facts: dict[str, Any] = {**dict.fromkeys(CUDA_FACTS), "available": False}
+    query = "--query-gpu=" + ",".join(GPU_FACTS)
+    output = _run(["nvidia-smi", query, "--format=csv,noheader,nounits"])
+    if output.returncode is None and not os.path.exists(NVIDIA_DRIVER):
+        return facts, None  # no such program and no driver: no GPU
+    # 0, NVIDIA H100 80GB HBM3, 81559, GPU-8a1b2c3d-..., 550.54.15
+    rows = [line.split(", ") for line in output.text.splitlines()]
+    devices = [dict(zip(GPU_FACTS, row)) for row in rows if len(row) == len(GPU_FACTS)]
+    if output.problem or (rows and not devices and "No devices" not in output.text):
+        return dict.fromkeys(CUDA_FACTS), output.problem or "nvidia-smi gave no table"
+    version = re.search(r"CUDA Version: ([\d.]+)", _run(["nvidia-smi"]).text)
+    facts.update(available=bool(devices), device_count=len(devices), devices=devices)
+    driver = devices[0]["driver_version"] if devices else None
+    facts.update(driver_version=driver, version=version[1] if version else None)
+    return facts, None
+
+
+CUDA_FACTS = ("available", "version", "device_count", "driver_version", "devices")
+GPU_FACTS = ("index", "name", "memory.total", "uuid", "driver_version")
+NVIDIA_DRIVER = "/proc/driver/nvidia/version"
+
+
+def _loaded_cuda() -> dict[str, Any]:
+    """Return what torch, if it is loaded already, says of its CUDA."""
+    version = getattr(sys.modules.get("torch.version"), "cuda", None)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    facts = {"torch_cuda_version": version, "visible_devices": visible}
+    return {**dict.fromkeys(CUDA_FACTS), **facts}
+
+
+def _python() -> dict[str, Any]:
+    return {
+        "version": sys.version,
+        "executable": sys.executable,
+        "implementation": sys.implementation.name,
+        "prefix": sys.prefix,
+        "flags": list(getattr(sys, "orig_argv", ["", ""])[1:2]),
+        "torch": getattr(sys.modules.get("torch"), "__version__", None),
+        "numpy": getattr(sys.modules.get("numpy"), "__version__", None),
+    }
+
+
+def _platform() -> dict[str, Any]:
+    """Return the keys of the platform module, and CPU and memory."""
+    name = os.uname() if hasattr(os, "uname") else None
+    known = {"platform": sys.platform, "system": None, "machine": None, "release": None}
+    if name is not None:
+        text = f"{name.sysname}-{name.release}-{name.machine}"
+        known.update(platform=text, system=name.sysname, release=name.release)
+        known["machine"] = name.machine
+    affinity = getattr(os, "sched_getaffinity", None)
+    return {
+        **known,
+        "processor": _first_match("/proc/cpuinfo", r"^model name\s*: (.*)"),
+        "cpu_count": os.cpu_count(),
+        "usable_cpus": len(affinity(0)) if affinity else None,
+        "memory_kib": _first_match("/proc/meminfo", r"^MemTotal:\s*(\d+)"),
+    }
+
+
+def _first_match(path: str, pattern: str) -> str | int | None:
+    """Return the first group of `pattern` in a small file; digits as a number."""
+    with contextlib.suppress(OSError, ValueError):
+        found = re.search(pattern, Path(path).read_text("utf-8"), re.M)
+        if found:
+            return int(found[1]) if found[1].isdigit() else found[1]
+    return None
+
+
+def _hostname() -> str:
+    return os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "")
+
+
+def _user() -> str:
+    """Return the name of the user, "uid:54321" where the system has none."""
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        if os.environ.get(name):
+            return os.environ[name]
+    try:
+        import pwd
+
+        return pwd.getpwuid(os.getuid()).pw_name
+    except (ImportError, KeyError):
+        return f"uid:{os.getuid()}" if hasattr(os, "getuid") else "unknown"
+
+
+def _working_dir() -> str | None:
+    try:
+        return os.getcwd()
+    except OSError:
+        return None
+
+
+def _launcher(env: Mapping[str, str]) -> dict[str, Any]:
+    """Return the ids that a scheduler or launcher gave this process."""
+    prefixes = ("SLURM_", "TORCHELASTIC_", "OMPI_COMM_WORLD_", "PMI_", "PBS_", "LSB_")
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR")
+    names += ("MASTER_PORT", "KUBERNETES_SERVICE_HOST", "JOB_ID", "PYTHONHASHSEED")
+    return {k: env[k] for k in sorted(env) if k.startswith(prefixes) or k in names}
+
+
+class _Output:
+    """What a program printed, how it ended, and in a sentence what went wrong."""
+
+    def __init__(self, program: str) -> None:
+        self.program = os.path.basename(program)
+        self.returncode: int | None = None
+        self.problem: str | None = None
+        self.printed = {1: bytearray(), 2: bytearray()}
+
+    @property
+    def text(self) -> str:
+        return self.printed[1].decode("utf-8", "surrogateescape")
+
+    def read(self, child: subprocess.Popen[bytes], timeout: float) -> None:
+        """Collect what the child prints until it ends or passes a limit.
+
+        A grandchild that keeps the pipe open is not waited for.
+        """
+        assert child.stdout is not None and child.stderr is not None
+        streams = {child.stdout.fileno(): 1, child.stderr.fileno(): 2}
+        deadline = time.monotonic() + timeout
+        poller = select.poll()
+        for descriptor in streams:
+            poller.register(descriptor, select.POLLIN)
+        while streams:
+            ended = child.poll() is not None
+            ready = poller.poll(0 if ended else 50)
+            for descriptor, _ in ready:
+                data = os.read(descriptor, 65536)
+                self.printed[streams[descriptor]] += data
+                if not data:
+                    poller.unregister(descriptor)
+                    del streams[descriptor]
+            if max(map(len, self.printed.values())) > PROGRAM_BYTES:
+                self.problem = f"{self.program} printed more than {PROGRAM_BYTES} bytes"
+            elif time.monotonic() > deadline:
+                self.problem = f"{self.program} did not end within {timeout:g} s"
+            if self.problem or (ended and not ready):
+                return
+
+
+def _run(
+    argv: Sequence[str],
+    cwd: str | None = None,
+    env: Mapping[str, str] | None = None,
+    timeout: float | None = None,
+) -> _Output:
+    """Start a foreign program, the only way here; kill it at its limits."""
+    output = _Output(argv[0])
+    pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+    try:
+        child = subprocess.Popen(
+            argv, cwd=cwd, env=env, stdin=subprocess.DEVNULL, start_new_session=True, **pipes
+        )
+    except (OSError, ValueError) as error:
+        output.problem = f"{output.program} cannot be started: {error}"
+        return output
+    try:
+        output.read(child, timeout or PROGRAM_SECONDS)
+        if output.problem is not None:
+            os.killpg(child.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the kernel
+            output.returncode = child.wait(0.5)
+    except OSError as error:
+        output.problem = f"{output.program}: {error}"
+    finally:
+        for pipe in (child.stdout, child.stderr):
+            if pipe is not None:
+                pipe.close()
+    if output.returncode and not output.problem:
+        lines = output.printed[2].decode("utf-8", "replace").strip().splitlines()
+        said = f": {lines[-1][:200]}" if lines else ""
+        output.problem = f"{output.program} ended with status {output.returncode}{said}"
+    return output
+
+
+# === Redaction ===
+# No secret reaches the disk: by the name of a value, by the shape of a token, in URLs,
+# and wherever a value once found secret turns up again. Numbers are never secrets.
+
+REDACTED = "<REDACTED>"
+_known_secrets: set[str] = set()  # every value found secret by this process
+
+
+def _learn_secrets(*values: Any) -> None:
+    """Find the secrets in environment, argv and config before anything is written."""
+    for value in values:
+        is_argv = isinstance(value, list) and all(isinstance(v, str) for v in value)
+        _redact_argv(value) if is_argv else _redact(value)
+
+
+def _redact(value: Any, name: str = "") -> Any:
+    """Return plain data of the same shape without secrets; `name` is its key."""
+    if isinstance(value, str):
+        return _redact_named(name, value)
+    if isinstance(value, dict):
+        return {_redact_text(k): _redact(v, k) for k, v in value.items()}
+    if isinstance(value, list):
+        if name == "argv":
+            return _redact_argv(value)
+        return [_redact(item, name) for item in value]
+    return value
+
+
+def _redact_named(name: str, value: str) -> str:
+    """Return the marker for a secret, else the text without the secrets in it."""
+    if name == "command":
+        return _redact_command(value)
+    return _secret(value) if _is_secret(name, value) else _redact_text(value)
+
+
+def _redact_command(command: str) -> str:
+    """Redact a shell command as the list of words that it is."""
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        return _redact_text(command)
+    return shlex.join(_redact_argv(words)) if shlex.join(words) == command else (
+        _redact_text(command)
+    )
+
+
+def _redact_argv(argv: Sequence[str]) -> list[str]:
+    """Redact a command line: `--flag value`, `--flag=value`, `key=value`, headers."""
+    words, flag = [], ""
+    for word in argv:
+        option = re.match(r"([-+]{0,2}[A-Za-z0-9_][\w.@/-]{0,100})=(.*)", word, re.S)
+        if flag and not word.startswith("-") and _is_secret(flag, word):
+            words.append(_secret(word))
+        elif option:
+            words.append(f"{option[1]}={_redact_named(option[1], option[2])}")
+        else:
+            words.append(_redact_text(word))
+        flag = word if re.match(r"--?[A-Za-z0-9]", word) and not option else ""
+    return words
+
+
+def _redact_text(text: str) -> str:
+    """Return a text without the secrets that can be told by their shape or place."""
+    if len(text) < MIN_SECRET:
+        return text
+    text = _cut_middle(text, MAX_REDACTED)
+    for hint, pattern, replace in _TEXT_RULES:
+        if hint in text:
+            text = pattern.sub(replace, text)
+    for secret in sorted(_known_secrets, key=len, reverse=True):
+        text = text.replace(secret, REDACTED)
+    return text
+
+
+def _cut_middle(text: str, limit: int) -> str:
+    """Keep both ends of a long text, and no piece of a token at the cut."""
+    if len(text) <= limit:
+        return text
+    head, tail = text[: limit // 2], text[-limit // 2 :]
+    head = head[: max(head.rfind(" "), head.rfind("\n"), len(head) - 4096)]
+    spaces = [place for place in (tail.find(" "), tail.find("\n")) if place >= 0]
+    tail = tail[min(spaces, default=len(tail)) :]
+    return f"{head}... {len(text) - len(head + tail)} characters ...{tail}"
+
+
+def _secret(value: str) -> str:
+    """Return the marker, and remember what it stands for."""
+    peculiar = re.search(r"\d|[a-z][A-Z]|[^\w\s]", value[:4096])
+    if MIN_SECRET <= len(value) < 65536 and peculiar and not _is_harmless(value):
+        _known_secrets.add(value)
+    return REDACTED
+
+
+_WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
+# Words that make a name secret wherever they stand; `token` needs a value like one.
+_STRONG = re.compile(
+    r".*(password|passwd|passphrase|passcode|credentials?|apikey|token|secrets?)"
+)
+# Words that do so at the end, and what makes a `key` secret.
+_WEAK = frozenset(
+    "pass pw pwd pat sas psk auth authorization bearer cookie jwt".split()
+)
+_KEY_OF = frozenset(
+    "api access private secret signing encryption master license account storage"
+    " application app deploy fernet auth service subscription ssh shared admin client"
+    " consumer session root webhook".split()
+)
+# Words at the end of a name whose value only tells something about a secret.
+_ABOUT = frozenset(
+    "id ids name file path dir folder url uri host type types len length size count"
+    " limit num ttl expiry enabled disabled required policy version algorithm backend"
+    " provider manager field column columns prefix suffix pattern format mode level"
+    " rate seconds timeout budget index dim dtype class free".split()
+)
+# The tokens of language models.
+_ROLES = frozenset(
+    "pad eos bos unk mask sep cls image video audio stop start end special eot sot"
+    " prefix middle suffix max min per num next first last think tool".split()
+)
+
+
+def _is_secret(name: str, value: str) -> bool:
+    """Return whether a value under this name is a secret."""
+    words = [word.lower() for word in _WORDS.findall(name[-200:])]
+    if len(value) < 4 or not words or words[-1] in _ABOUT or _is_harmless(value):
+        return False
+    last, before = words[-1], ["", *words][-2]
+    if last == "key":
+        return before != "public" and _is_mixed(value, 8 if before in _KEY_OF else 20)
+    if last.endswith("token"):
+        return before not in _ROLES and _is_mixed(value, 6)
+    if _STRONG.fullmatch(last):
+        return True
+    keys = any(a in _KEY_OF and b == "key" for a, b in zip(words, words[1:]))
+    if keys or any(map(_STRONG.fullmatch, words)):
+        return _is_mixed(value, 8)
+    short = last.endswith(("pw", "pwd", "pass")) and len(value) >= 8
+    return (short or last in _WEAK) and _is_mixed(value, 6)
+
+
+def _is_mixed(value: str, length: int) -> bool:
+    """Return whether a value looks chosen by a machine, or as a password is."""
+    mixed = re.search(r"\d|[a-z][A-Z]|[^\w\s.]", value[:4096]) or len(value) >= 20
+    return bool(mixed) and len(value) >= length
+
+
+_HARMLESS = re.compile(  # numbers, placeholders, public keys, paths, names of files
+    r"[-+]?[\d.,_]+([eE][-+]?\d+)?|(?i:true|false|yes|no|on|off|none|null|nan)|"
+    r"<[^<>]*>|\[[^\]]*\]|\$\w+|\$?\{[^\"]*\}|\*+|[xX]+|(ssh-\w+|ecdsa-\S+) AAAA.*|"
+    r"(file:|unix:)?(~|\.{1,2}|[A-Za-z]:)?([/\\](?=[\w.@%+-]*[A-Za-z])"
+    r"[\w.@%+-]{1,64}){1,32}/?|[\w-]+(\.[\w-]+)*\.(json|ya?ml|txt|pem|key|env|toml)",
+    re.S,
+)
+
+
+def _is_harmless(value: str) -> bool:
+    return len(value) < 4096 and bool(_HARMLESS.fullmatch(value))
+
+
+_MARKED = re.compile(
+    r"(?i)(^|[-_.])(live|test|prod|sandbox|secret|api|pat|tkn|token|oauth|pw|key|sk"
+    r"|[a-z]*seck)(?=[-_.])"
+)
+_HASH = re.compile(
+    r"(?i)(sha\d*|md5|commit|rev|git|hash|digest|blob|run|job|exp|ckpt|model|id|v\d*|img"
+    r"|env|step|layer|snapshot|checkpoint|version|data|cache|tmp|build|node|pod|ver)"
+)
+
+
+def _is_token(text: str) -> bool:
+    """Return whether a word is `prefix-random`, the shape providers give to tokens.
+
+    >>> _is_token("acme_live_" + "a1B2c3D4" * 3), _is_token("Qwen2-VL-7B-Instruct-Int4")
+    (True, False)
+    """
+    prefix, *rest = re.split(r"[-_.~]", text)
+    need = 10 if _MARKED.search(text) else 16
+    longest = max(rest, key=len, default=text)  # without a prefix it must be long
+    if len(longest) < (need if rest else 40) or len(text) < 20 or len(prefix) > 20 and rest:
+        return False
+    if "tile" in text or (not rest and (not text.isalnum() or text[:4] == "AAAA")):
+        return False  # tilesize128x128x64 of a CUDA kernel, a public SSH key
+    if re.fullmatch(r"[0-9a-f]+|[0-9A-F]+", longest):  # a token, unless it is a hash
+        return bool(rest) and len(longest) >= 32 and len(rest) < 4 and not _HASH.fullmatch(prefix)
+    kinds = "".join("0" if c.isdigit() else "a" if c.islower() else "A" for c in longest)
+    changes = sum(a != b for a, b in zip(kinds, kinds[1:]))
+    return "0" in kinds and changes * 5 >= len(longest) + (0 if need == 10 else 5)
+
+
+# What to do with a match: group 1 stays, the last group may be a secret. All are
+# functions, since a template imports re, which fails when the interpreter shuts down.
+
+
+def _redact_rest(match: re.Match[str]) -> str:
+    return match[1] + _secret(match[0][len(match[1]) :])
+
+
+def _redact_userinfo(match: re.Match[str]) -> str:
+    scheme, user, password = match.groups()
+    if not password and not _is_token(user) and len(user) <= 30:
+        return match[0]  # git@github.com
+    return f"{scheme}{_secret((password or ':' + user)[1:])}@"
+
+
+def _redact_assignment(match: re.Match[str]) -> str:
+    start, name, value = match.groups()
+    signed = re.fullmatch(r"(?i)sig|signature|code|x-.*-(signature|credential)", name)
+    in_url = start[0] in "?&;"
+    if (in_url and signed) or (_is_secret(name, value) and _is_mixed(value, 8)):
+        return start + _secret(value)
+    return match[0]
+
+
+def _redact_token(match: re.Match[str]) -> str:
+    return _secret(match[0]) if _is_token(match[0]) else match[0]
+
+
+# Shapes that are a token by themselves: AWS, Google, JWT, Slack, Hugging Face, SendGrid,
+# Twilio, Telegram, Discord, Facebook, Databricks, Mailgun, OpenAI, Octopus, age.
+_SHAPES = (
+    r"(?:AKIA|ASIA|ABIA|ACCA|A3T[A-Z0-9])[A-Z0-9]{16}|AIza[\w-]{30,}|ya29\.[\w-]{20,}"
+    r"|eyJ[\w-]{8,2000}(?:\.[\w-]{2,4000}){1,2}|eyJ[A-Za-z0-9+/_-]{60,8000}={0,2}"
+    r"|xox[a-z]-[\w-]{10,}|hf_[A-Za-z0-9]{30,}|SG\.[\w.-]{20,}|S[Kk][0-9a-fA-F]{32}"
+    r"|\d{8,10}:[\w-]{35}|[\w-]{23,28}\.[\w-]{6,7}\.[\w-]{27,}|EAA[A-Za-z0-9]{60,}"
+    r"|dapi[0-9a-f]{32}(?:-\d)?|key-[0-9a-f]{32}|GOCSPX-[\w-]{20,}|sk-[A-Za-z0-9]{20,}"
+    r"|API-[A-Z0-9]{26}|AGE-SECRET-KEY-1[A-Z0-9]{40,}"
+)
+_NAMED = r"[A-Za-z_][\w.-]{0,80})[\"']{0,2} {0,2}[:=] {0,2}[\"']{0,2})"
+_TEXT_RULES: list[tuple[str, Any, Any]] = [  # applied where the first is in the text
+    (
+        "PRIVATE KEY",
+        re.compile(
+            r"()-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----.*?(?:-----END [^-]*-----|\Z)", re.S
+        ),
+        _redact_rest,
+    ),
+    (
+        "://",
+        re.compile(r"(\b[A-Za-z][\w+.-]{1,20}://)([^\s/@:]{0,200})(:[^\s/@]{1,500})?@"),
+        _redact_userinfo,
+    ),
+    ("=", re.compile(r"([?&;]([\w.-]{1,60})=)([^&\s#'\"<>]{4,})"), _redact_assignment),
+    ("/", re.compile(r"(/(?:services|webhooks?)/)[\w/-]{24,}"), _redact_rest),
+    (
+        "",
+        re.compile(r"(?i)(\b(?:bearer|basic|token) +)(?=[^\s]*\d)[\w.~+/=-]{12,}"),
+        _redact_rest,
+    ),
+    (
+        "",
+        re.compile(rf"(?<![\w.-])(({_NAMED}([^\s\"',;&}}]{{6,}})"),
+        _redact_assignment,
+    ),
+    ("", re.compile(rf"()(?<![\w/.+-])(?:{_SHAPES})(?![\w])"), _redact_rest),
+    (
+        "",
+        re.compile(
+            r"(?<![\w/.+@:~-])[A-Za-z][\w.~=-]{19,600}(?![\w/])"
+        ),
+        _redact_token,
+    ),
+]
+
+
+# === Config and YAML ===
+# Any object becomes plain data, and plain data becomes the same text everywhere.
+
+
+def _config_document(command: str, args: Any) -> dict[str, Any]:
+    """Return `command`, the line to paste into a shell, and below it the arguments.
+
+    Arguments that are no mapping, or have a `command` of their own, go under `args`.
+    """
+    plain = {} if args is None else _plain(args)
+    if isinstance(plain, dict) and plain.get("command", command) == command:
+        return {"command": command, **plain}
+    return {"command": command, "args": plain}
+
+
+def _plain(value: Any, whole: bool = False) -> Any:
+    """Return any object as dict, list, str, int, float, bool or None; never raise.
+
+    It is read once and not changed. What has no natural form becomes its repr. An
+    Enum is its value if that is a string, else its name; an IntEnum is its number;
+    bytes are b'...'; a lone surrogate is the text `\\udc80`; a key is a string, as
+    JSON writes it, with a number added when taken. `whole` lifts the size limits.
+    """
+    try:
+        return _Conversion(1_000_000 if whole else 1).plain(value)
+    except RecursionError:
+        return "<no room left on the call stack>"
+
+
+class _Conversion:
+    """One conversion: how much may still be written, and the objects around us."""
+
+    def __init__(self, scale: int) -> None:
+        self.scale, self.room = scale, MAX_NODES * scale
+        self.parents: set[int] = set()
+
+    def plain(self, value: Any) -> Any:
+        kind = type(value)  # not isinstance(), which believes a mock's __class__
+        self.room -= 1
+        if value is None or kind is bool:
+            return value
+        if issubclass(kind, str):
+            text = _clean(str.__str__(value), MAX_TEXT * self.scale)
+            self.room -= len(text) // 100  # one text in many places is many texts
+            return text
+        if issubclass(kind, int):
+            bits, value = int.bit_length(value), int.__int__(value)
+            if bits > MAX_INT_BITS:
+                return f"<int of {bits} bits, {hex(value)[:40]}...>"
+            return value
+        if issubclass(kind, float):
+            return float.__float__(value)
+        if id(value) in self.parents:
+            return "<cycle>"
+        if len(self.parents) >= MAX_DEPTH:
+            return f"<{_type_name(kind)} nested too deeply>"
+        self.parents.add(id(value))
+        try:
+            return self.compound(value, kind)
+        except Exception:
+            return _repr(value)
+        finally:
+            self.parents.discard(id(value))
+
+    def compound(self, value: Any, kind: Any) -> Any:
+        for name in map(_type_name, kind.__mro__):
+            if name in _NATURAL:
+                return self.plain(_NATURAL[name](value))
+        fields = _field_names(kind)
+        if fields is not None:
+            return self.mapping(fields, lambda name: getattr(value, name))
+        is_array = hasattr(kind, "tolist") or hasattr(kind, "iloc")
+        if is_array and hasattr(kind, "shape"):
+            return self.array(value, kind)
+        if hasattr(kind, "keys") and hasattr(kind, "__getitem__"):
+            return self.mapping(value.keys(), lambda key: value[key])
+        is_set = issubclass(kind, (set, frozenset))
+        is_list = issubclass(kind, (list, tuple))
+        if is_set or is_list or kind is range and len(value) <= MAX_ARRAY:
+            return self.sequence(value, is_set)
+        if hasattr(kind, "__fspath__"):
+            return self.plain(os.fspath(value))
+        # "<Config object at 0x7f...>" tells nothing, its attributes do.
+        if kind.__repr__ is object.__repr__ and getattr(value, "__dict__", None):
+            return self.plain(vars(value))
+        return _repr(value)
+
+    def mapping(self, keys: Any, read: Any) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key in self.within_limits(keys):
+            name = self.plain(key)
+            name = name if isinstance(name, str) else json.dumps(name)
+            while name in result:
+                name += f" ({len(result) + 1})"
+            try:
+                result[name] = self.plain(read(key))
+            except Exception as problem:  # a property, a missing mandatory value
+                result[name] = f"<unreadable: {_repr(problem)}>"
+        if len(result) < len(keys):
+            result["<more>"] = f"<{len(keys) - len(result)} more keys>"
+        return result
+
+    def sequence(self, items: Any, is_set: bool) -> list[Any]:
+        result = [self.plain(item) for item in self.within_limits(items)]
+        if is_set:
+            result.sort(key=str)
+            with contextlib.suppress(TypeError):  # numbers alone sort as numbers
+                result.sort()
+        more = len(items) - len(result)
+        return result + [f"<{more} more items>"] * (more > 0)
+
+    def within_limits(self, items: Any) -> Iterator[Any]:
+        count = range(min(len(items), MAX_ITEMS * self.scale))
+        for _, item in list(zip(count, items)):
+            if self.room > 0:
+                yield item
+
+    def array(self, value: Any, kind: Any) -> Any:
+        import math
+
+        shape = tuple(value.shape)
+        # tolist() of a table loses its index; a distributed tensor's would wait for
+        # the other ranks; one on the device "meta" has no items, and raises.
+        remote = kind.__module__.startswith("torch.distributed")
+        small = math.prod(shape) <= MAX_ARRAY * self.scale
+        with contextlib.suppress(Exception):
+            if small and not remote and not hasattr(kind, "iloc"):
+                # No number of Python is a numpy time or a long double.
+                odd = getattr(value.dtype, "char", "") in ("M", "m", "g", "G")
+                return self.plain((value.astype(str) if odd else value).tolist())
+        known = [name for name in ("dtype", "device") if hasattr(kind, name)]
+        facts = "".join(f" {name}={getattr(value, name)}" for name in known)
+        return f"<{_type_name(kind)} shape={shape}{facts}>"
+
+
+def _field_names(kind: Any) -> Any:
+    if hasattr(kind, "__dataclass_fields__"):
+        return [field.name for field in sys.modules["dataclasses"].fields(kind)]
+    if hasattr(kind, "__attrs_attrs__"):
+        return [attribute.name for attribute in kind.__attrs_attrs__]
+    return getattr(kind, "_fields", None) if issubclass(kind, tuple) else None
+
+
+def _clean(text: str, limit: int) -> str:
+    if not text.isascii():  # a lone surrogate has no UTF-8 form
+        text = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    more = len(text) - limit
+    return f"{text[:limit]}... <{more} more characters>" if more > 0 else text
+
+
+def _repr(value: Any) -> str:
+    try:
+        text = str.__str__(repr(value))
+    except Exception as problem:
+        text = f"<{_type_name(type(value))}, repr raises {_type_name(type(problem))}>"
+    return _clean(re.sub(r" at 0x[0-9A-Fa-f]+", "", text), MAX_REPR)
+
+
+def _type_name(kind: Any) -> str:
+    return type.__repr__(kind)[8:-2]  # "<class 'numpy.ndarray'>"
+
+
+def _qualified_name(value: Any) -> str:
+    return f"{value.__module__}.{value.__qualname__}"
+
+
+def _bytes_text(value: Any) -> str:
+    more = f"... <{len(value)} bytes>" if len(value) > MAX_REPR else ""
+    return repr(bytes(value[:MAX_REPR])) + more
+
+
+def _pydantic_fields(model: Any) -> dict[str, Any]:
+    return {**vars(model), **(getattr(model, "__pydantic_extra__", None) or {})}
+
+
+def _omegaconf_container(value: Any) -> Any:
+    to_container = sys.modules["omegaconf"].OmegaConf.to_container
+    try:
+        return to_container(value, resolve=True)
+    except Exception:  # an interpolation leads nowhere: all stay as they were written
+        return to_container(value, resolve=False)
+
+
+_NATURAL: dict[str, Any] = {  # by the name of the type or of one of its bases
+    name: convert
+    for names, convert in (
+        ("argparse.Namespace types.SimpleNamespace pydantic.v1.main.BaseModel", vars),
+        ("collections.deque array.array dict_keys dict_values dict_items", list),
+        ("complex decimal.Decimal fractions.Fraction uuid.UUID", str),
+        ("numpy.dtype torch.dtype torch.device", str),
+        ("bytes bytearray memoryview", _bytes_text),
+        ("datetime.date datetime.time", lambda date: date.isoformat()),
+        ("datetime.timedelta", lambda delta: f"PT{delta.total_seconds():f}S"),
+        ("enum.Enum", lambda e: e.value if type(e.value) is str else e.name or str(e)),
+        ("function method builtin_function_or_method", _qualified_name),
+        ("type", _type_name),
+        ("module", lambda module: module.__name__),
+        ("omegaconf.basecontainer.BaseContainer", _omegaconf_container),
+        ("ml_collections.config_dict.config_dict.FieldReference", lambda r: r.get()),
+        ("pydantic.main.BaseModel", _pydantic_fields),
+    )
+    for name in names.split()
+}
+
+
+def _format_yaml(value: Any) -> str:
+    """Return plain data as YAML that readers of 1.1 and of 1.2 read back alike.
+
+    PyYAML lays it out where it can be imported, `_yaml_lines` where it cannot. The
+    scalars are written by us, so that both give the same bytes.
+    """
+    tree = _yaml_tree(value)
+    try:
+        return _yaml_by_pyyaml(tree)
+    except (Exception, SystemExit):  # whatever a broken install or a namesake does
+        return "\n".join(_yaml_lines(tree)) + "\n"
+
+
+def _yaml_by_pyyaml(tree: Any) -> str:
+    from importlib import import_module, machinery
+
+    found = machinery.PathFinder.find_spec("yaml")
+    if not (found and found.submodule_search_locations):
+        raise ImportError("not PyYAML: a script named yaml.py must not run again")
+    yaml: Any = import_module("yaml")
+    indent = yaml.SafeDumper.increase_indent
+    overrides: dict[str, Any] = {
+        "increase_indent": lambda self, flow=False, **_: indent(self, flow),
+        "check_simple_key": lambda self: len(self.event.value) <= YAML_WIDTH,
+        "process_tag": lambda self: None,
+        "ignore_aliases": lambda self, data: True,
+        "process_scalar": lambda self: self.write_indicator(self.event.value, True),
+    }
+    layout = {"default_flow_style": False, "sort_keys": False, "allow_unicode": True}
+    dumper = type("Dumper", (yaml.SafeDumper,), overrides)
+    return str(yaml.dump(tree, Dumper=dumper, width=sys.maxsize, **layout))
+
+
+def _yaml_lines(tree: Any, first: str = "", rest: str = "") -> Iterator[str]:
+    """Yield the lines of a tree, the first after `first`, the others after `rest`."""
+    deeper = rest + "  "
+    if isinstance(tree, str):
+        yield first + tree
+    elif isinstance(tree, list):
+        for item in tree:
+            yield from _yaml_lines(item, first + "- ", deeper)
+            first = rest
+    else:
+        for key, item in tree.items():
+            if len(key) > YAML_WIDTH:
+                yield f"{first}? {key}"
+                yield from _yaml_lines(item, rest + ": ", deeper)
+            elif isinstance(item, str):
+                yield f"{first}{key}: {item}"
+            else:
+                yield f"{first}{key}:"
+                yield from _yaml_lines(item, deeper, deeper)
+            first = rest
+
+
+def _yaml_tree(value: Any) -> Any:
+    """Return the same tree, with text for scalars and for lists of one line."""
+    if value and isinstance(value, dict):
+        return {_yaml_scalar(key): _yaml_tree(item) for key, item in value.items()}
+    if value and isinstance(value, list):
+        items = [_yaml_tree(item) for item in value]
+        if not all(isinstance(item, str) for item in items):
+            return items
+        text = f"[{', '.join(items)}]"
+        return text if len(text) <= YAML_WIDTH else items
+    return _yaml_scalar(value)
+
+
+def _yaml_scalar(value: Any) -> str:
+    if isinstance(value, float):  # 1e+16 is a string to YAML 1.1, 1.0e+16 is not
+        text = re.sub(r"^(-?\d+)e", r"\1.0e", repr(value))
+        return text.replace("inf", ".inf").replace("nan", ".nan")
+    text = json.dumps(value, ensure_ascii=False)
+    if not isinstance(value, str):
+        return text
+    if _YAML_PLAIN.fullmatch(value) and not _YAML_MISREAD.fullmatch(value):
+        return value
+    # JSON's escapes and Python's (\xa0, \u2028, \U0001fffe) are YAML's as well.
+    return _YAML_HIDDEN.sub(lambda m: m[0].encode("unicode_escape").decode(), text)
+
+
+# Colons, commas and sharps have a meaning somewhere, digits and signs start numbers.
+_YAML_PLAIN = re.compile(r"(?a)([A-Za-z_/]|\.\.?/|~/)[\w./+@%=~-]*( [\w./+@%=~-]+)*")
+_YAML_MISREAD = re.compile("(?i)y|n|yes|no|on|off|true|false|null|none|nan|inf")
+# Not shown raw: controls, odd spaces and line ends, marks that turn the direction of
+# text, surrogates, non-characters, planes for private use.
+_YAML_HIDDEN = re.compile(
+    "[\x7f-\xa0\xad\u061c\u180e\u2000-\u200b\u200e\u200f\u2028-\u202f\u205f-\u206f"
+    "\ud800-\udfff\ufdd0-\ufdef\ufeff\ufff0-\ufffc\ufffe\uffff"
+    "\U0001fffe\U0001ffff\U0002fffe\U0002ffff\U0003fffe-\U0010ffff]"
+)
+
+
+def _format_json(value: Any, indent: int | None = 2) -> str:
+    """Return plain data as strict JSON; `indent=None` gives one line for JSONL.
+
+    NaN and infinities, which JSON lacks, become "NaN", "Infinity", "-Infinity".
+    """
+    try:
+        strict = (
+            json.JSONEncoder(allow_nan=False, indent=indent) if indent else _JSON_LINE
+        )
+        text = strict.encode(value)
+        if "\\ud" not in text:  # jq refuses a lone surrogate
+            return text + "\n"
+    except (ValueError, TypeError, RecursionError):
+        pass
+    plain = json.dumps(_plain(value, whole=True))
+    return json.dumps(json.loads(plain, parse_constant=str), indent=indent) + "\n"
+
+
+_JSON_LINE = json.JSONEncoder(allow_nan=False)  # making one takes as long as a row
+
+
+# === Output ===
+# Not a terminal: descriptors 1 and 2 point at the logs and the recorder forwards what
+# is appended. A terminal, notebook or test runner: a tee copies writes to the log.
+
+
+class _Capture:
+    """The output of one run: the streams that are captured and their logs."""
+
+    def __init__(self, run_dir: Path, prefix: str = "") -> None:
+        self.run_dir = run_dir
+        self.prefix = prefix  # "rank3." for the logs of another rank
+        self.streams: list[_Stream] = []
+        self.forwards: list[_Forward] = []
+        self.recorder: _Recorder | None = None
+
+    def open(self) -> None:
+        """Open the logs and remember where output goes; redirect nothing yet."""
+        candidates = [_Stream("stdout", 1), _Stream("stderr", 2)]
+        streams = [stream for stream in candidates if stream.place is not None]
+        together = len(streams) == 2 and streams[0].place == streams[1].place
+        for stream in streams:
+            name = "output" if together else stream.name
+            path = self.run_dir / "logs" / f"{self.prefix}{name}.log"
+            path.parent.mkdir(exist_ok=True)
+            with contextlib.suppress(OSError):  # a descriptor closed behind sys.stdout
+                stream.open(path)
+                self.streams.append(stream)
+        direct = [stream for stream in self.streams if stream.direct]
+        for stream in direct[:1] if together else direct:
+            reader = _open(stream.path, os.O_RDONLY)
+            os.lseek(reader, 0, os.SEEK_END)
+            self.forwards.append(_Forward(reader, stream.saved))
+
+    def start(self, recorder: _Recorder | None) -> None:
+        """Redirect; without a recorder to forward, everything goes through a tee."""
+        self.recorder = recorder
+        if any(stream.direct for stream in self.streams):
+            _flush_c_streams(only_if_loaded=True)
+        for stream in self.streams:
+            stream.direct = stream.direct and recorder is not None
+            stream.start()
+
+    def stop(self) -> None:
+        """Put every stream back exactly as it was."""
+        for stream in self.streams:
+            stream.flush()
+        if any(stream.direct for stream in self.streams):
+            _flush_c_streams()
+        for stream in reversed(self.streams):
+            stream.stop()
+
+    def close(self, last_words: str) -> None:
+        """Append what Python itself will print, such as a traceback; close the logs."""
+        if last_words and self.streams:
+            text = _redact_text(last_words).encode("utf-8", "backslashreplace")
+            os.write(self.streams[-1].log, text)
+        for descriptor in [s.log for s in self.streams] + [
+            s.saved for s in self.streams if s.saved_is_ours()
+        ]:
+            os.close(descriptor)
+        for forward in self.forwards:
+            os.close(forward.log)
+        self.streams, self.forwards = [], []
+
+
+class _Stream:
+    """sys.stdout or sys.stderr while a run captures it."""
+
+    def __init__(self, name: str, descriptor: int) -> None:
+        self.name, self.descriptor = name, descriptor
+        self.original = getattr(sys, name)
+        self.direct = False  # the descriptor points at the log
+        self.log = self.saved = -1
+        self.tee: _Tee | None = None
+        self.place: object = None  # equal for two streams that go to one place
+        if self.original is None:
+            return
+        self.place = self
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            if self.original.fileno() == descriptor:
+                self.place = _identity(descriptor)
+                self.direct = not os.isatty(descriptor)
+
+    def open(self, path: Path) -> None:
+        """Open the log and keep a copy of the descriptor."""
+        self.path = path
+        if self.direct:
+            self.saved = _above_stderr(os.dup(self.descriptor))
+            self.saved_identity = _identity(self.saved)
+        self.log = _open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+    def start(self) -> None:
+        if self.direct:
+            self.flush()
+            os.dup2(self.log, self.descriptor)
+            _guard(self.original)
+        else:
+            self.tee = _Tee(self.original, self.log)
+            setattr(sys, self.name, self.tee)
+
+    def flush(self) -> None:
+        """Write out what Python still buffers, for this stream and its stand-ins."""
+        for stream in (getattr(sys, self.name), self.original):
+            with contextlib.suppress(AttributeError, OSError, ValueError):
+                stream.flush()
+
+    def stop(self) -> None:
+        if self.tee is not None:
+            self.tee.run_utils_log = None  # whoever still holds it writes through it
+            if getattr(sys, self.name) is self.tee:
+                setattr(sys, self.name, _untee(self.original))
+        elif self.direct and self.saved_is_ours():
+            self._restore_descriptor()
+
+    def _restore_descriptor(self) -> None:
+        """Point the descriptor back, or let the run that took it over do so later."""
+        if _identity(self.descriptor) == _identity(self.log):
+            os.dup2(self.saved, self.descriptor)
+            return
+        for other in (s for r in _active for s in r.capture.streams):
+            if other.direct and other.saved_identity == _identity(self.log):
+                os.dup2(self.saved, other.saved, inheritable=False)
+                other.saved_identity = self.saved_identity
+
+    def saved_is_ours(self) -> bool:
+        """Return whether nobody closed or reused our copy of the descriptor."""
+        return self.saved >= 0 and _identity(self.saved) == self.saved_identity
+
+
+class _Tee:
+    """Stand in for a stream: write to it, copy to the log, else be like it."""
+
+    def __init__(self, original: Any, log: int) -> None:
+        self.run_utils_original = original
+        self.run_utils_log: int | None = log
+
+    def write(self, data: Any) -> Any:
+        written = self.run_utils_original.write(data)
+        if isinstance(data, str):
+            data = data.encode("utf-8", "backslashreplace")
+        self.copy(data)
+        return written
+
+    def copy(self, data: bytes) -> None:
+        """Append to the log alone; a log that fails is given up."""
+        if self.run_utils_log is not None:
+            try:
+                _write_all(self.run_utils_log, data)
+            except OSError as error:
+                self.run_utils_log = None
+                _warn(f"output is no longer logged: {error}")
+
+    def writelines(self, lines: Iterable[Any]) -> None:
+        for line in lines:
+            self.write(line)
+
+    @property
+    def buffer(self) -> Any:
+        log, buffer = self.run_utils_log, self.run_utils_original.buffer
+        return buffer if log is None else _Tee(buffer, log)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.run_utils_original, name)
+
+    def __iter__(self) -> Any:
+        return iter(self.run_utils_original)
+
+
+def _untee(stream: Any) -> Any:
+    """Return `stream` without the tees of runs that are over."""
+    while isinstance(stream, _Tee) and stream.run_utils_log is None:
+        stream = stream.run_utils_original
+    return stream
+
+
+class _LogFile(io.FileIO):
+    """Descriptor 1 or 2 below sys.stdout: a log that is full never reaches print."""
+
+    def write(self, data: Any) -> int:
+        rest = memoryview(data).cast("B")
+        while rest:
+            try:
+                rest = rest[super().write(rest) or 0 :]
+            except OSError as error:
+                if not _give_way(self.fileno(), error):
+                    raise
+        return len(data)
+
+
+def _guard(stream: Any) -> None:
+    """Put a `_LogFile` below sys.stdout or sys.stderr.
+
+    The stream object stays the same, so whoever holds it keeps the order of output.
+    It cannot be re-initialised while other threads may write to it.
+    """
+    buffer = getattr(stream, "buffer", None)
+    raw = getattr(buffer, "raw", buffer)  # python -u has no buffer in between
+    if type(raw) is not io.FileIO or len(sys._current_frames()) > 1:
+        return
+    below = _LogFile(raw.fileno(), "w", closefd=False)
+    below.name = raw.name  # type: ignore[misc]
+    _replaced_files.append(raw)  # collecting it would close the descriptor
+    if buffer is not raw:
+        buffer.__init__(below)
+        return
+    stream.__init__(
+        below,
+        stream.encoding,
+        stream.errors,
+        line_buffering=stream.line_buffering,
+        write_through=True,
+    )
+
+
+_replaced_files: list[io.FileIO] = []
+
+
+def _give_way(descriptor: int, error: OSError) -> bool:
+    """Let output go where it went before, since the log cannot be written."""
+    for stream, capture in ((s, r.capture) for r in _active for s in r.capture.streams):
+        if stream.descriptor != descriptor or not stream.direct:
+            continue
+        if _identity(descriptor) == _identity(stream.log) and stream.saved_is_ours():
+            if capture.recorder is not None:
+                capture.recorder.ask("drain", "drained")
+            os.dup2(stream.saved, descriptor)
+            _warn(f"{stream.name} is no longer logged: {error}")
+            return True
+    return False
+
+
+def _flush_c_streams(only_if_loaded: bool = False) -> None:
+    """Flush C's stdio buffers, so that a `puts` lands in the log of its own run."""
+    if only_if_loaded and "ctypes" not in sys.modules:
+        return
+    with contextlib.suppress(Exception):  # a Python built without ctypes
+        import ctypes
+
+        ctypes.CDLL(None).fflush(None)
+
+
+class _Forward:
+    """Copies what is appended to a log to where the output went before.
+
+    The position is the file offset of `log`, which parent and recorder share: when one
+    dies, the other goes on where it stopped.
+    """
+
+    thread: threading.Thread  # of the recorder: a reader may be as slow as it likes
+
+    def __init__(self, log: int, target: int) -> None:
+        self.log, self.target = log, target
+        self.stop_at: int | None = None  # the offset where forwarding ends
+        self.broken = False  # the reader went away
+
+    def position(self) -> int:
+        return os.lseek(self.log, 0, os.SEEK_CUR)
+
+    def run(self) -> None:
+        """Forward until `stop_at`; look often while there is output, else rarely."""
+        pause = 0.005
+        while self.stop_at is None or self.position() < self.stop_at:
+            position = self.position()
+            size = FORWARD_BYTES if self.stop_at is None else self.stop_at - position
+            data = os.pread(self.log, min(size, FORWARD_BYTES), position)
+            if data and not self.broken:
+                self.broken = not _write_patiently(self.target, data)
+            os.lseek(self.log, len(data), os.SEEK_CUR)
+            pause = 0.005 if data else min(2 * pause, 0.1)
+            if not data:
+                time.sleep(pause)
+
+    def drain(self) -> None:
+        """Forward everything that is in the log now."""
+        self.stop_at = os.fstat(self.log).st_size
+        self.run()
+
+
+def _write_patiently(descriptor: int, data: bytes) -> bool:
+    """Write all of `data`, however slow the reader; return False if it is gone."""
+    failures = 0
+    while data:
+        try:
+            data = data[os.write(descriptor, data) :]
+        except BlockingIOError:
+            select.select([], [descriptor], [], 1.0)
+        except BrokenPipeError:
+            return False
+        except OSError:
+            failures += 1
+            if failures > 3:
+                return False
+            time.sleep(0.05)
+    return True
+
+
+# === Recorder ===
+# One helper process per run, started from this file: it asks what is slow to answer,
+# keeps the heartbeat, forwards output, and writes down the death of its parent.
+
+
+class _Recorder:
+    """The experiment's end of the recorder: two pipes and no process of its own."""
+
+    def __init__(self, request: dict[str, Any], commands: int, replies: int) -> None:
+        self.request, self.commands, self.replies = request, commands, replies
+        self.identities = _identity(commands), _identity(replies)
+        self.received = b""
+        self.gone = False
+        self.pid: int | None = None
+
+    @staticmethod
+    def start(
+        request: dict[str, Any], forwards: Sequence[_Forward]
+    ) -> _Recorder | None:
+        """Start the recorder; return None, and say why, where that cannot be done."""
+        problem = _no_recorder_here()
+        if problem is None:
+            try:
+                return _spawn_recorder(request, forwards)
+            except (OSError, ValueError, subprocess.SubprocessError) as error:
+                problem = str(error)
+        _warn(f"no recorder ({problem}): its work is done in this process, slower")
+        with _tolerating("status.json"):
+            path = Path(request["run_dir"]) / "status.json"
+            _write_json(path, {**(_read_json(path) or {}), "heartbeat_seconds": None})
+        return None
+
+    def ask(self, word: str, answer: str, seconds: float | None = None) -> bool:
+        """Send a command and wait for its answer; False if the recorder is gone."""
+        try:
+            if _identity(self.commands) != self.identities[0]:
+                return False
+            os.write(self.commands, word.encode() + b"\n")
+        except OSError:
+            return False
+        return self._wait_for(answer, seconds)
+
+    def _wait_for(self, answer: str, seconds: float | None = None) -> bool:
+        wanted = answer.encode() + b"\n"
+        deadline = time.monotonic() + (seconds or 1e9)
+        poller = select.poll()
+        poller.register(self.replies, select.POLLIN)
+        while wanted not in self.received:
+            left = deadline - time.monotonic()
+            if self.gone or left <= 0:
+                return False
+            if poller.poll(min(left, 1e6) * 1000):
+                data = os.read(self.replies, 65536)
+                self.received += data
+                self.gone = not data
+        before, _, self.received = self.received.partition(wanted)
+        if before.startswith(b"pid "):
+            self.pid = int(before.split()[1])
+        return True
+
+    def finish(self) -> bool:
+        """Return True once all is forwarded and on disk, False if it has died."""
+        try:
+            if not self.ask("end", "drained"):
+                return False
+            if not self._wait_for("done", EXIT_WAIT_SECONDS) and not self.gone:
+                _warn("the recorder is still busy; it completes metadata.json")
+            elif self.pid is not None:  # our own child if we are pid 1 of a container
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(self.pid, 0)
+            return not self.gone
+        finally:
+            for descriptor, opened in zip((self.commands, self.replies), self.identities):
+                if _identity(descriptor) == opened:
+                    os.close(descriptor)
+
+
+def _no_recorder_here() -> str | None:
+    """Return why no recorder can be started from this process, or None."""
+    if os.name != "posix":
+        return "not a POSIX system"
+    if not os.path.isfile(globals().get("__file__") or ""):
+        return "run_utils is not a plain file"
+    return _no_interpreter()
+
+
+def _spawn_recorder(
+    request: dict[str, Any], forwards: Sequence[_Forward]
+) -> _Recorder:
+    """Start the recorder as nobody's child, so that os.wait() never meets it.
+
+    A shell puts it into the background and is gone; what the shell ignores, the
+    recorder ignores from its first moment.
+    """
+    commands_end, commands = map(_above_stderr, os.pipe())
+    replies, replies_end = map(_above_stderr, os.pipe())
+    ends = [commands_end, replies_end]
+    request["watch"] = None
+    with contextlib.suppress(AttributeError, OSError):  # Linux: tells of our death
+        request["watch"] = _above_stderr(os.pidfd_open(os.getpid()))
+        ends.append(request["watch"])
+    request["forwards"] = [(forward.log, forward.target) for forward in forwards]
+    python = [sys.executable, "-E", "-S", os.path.abspath(__file__), "--recorder"]
+    shell = ["/bin/sh", "-c", 'trap "" HUP INT QUIT TERM; "$@" &', "run_utils"]
+    recorder = _Recorder(request, commands, replies)
+    try:
+        started = subprocess.run(
+            [*shell, *python, str(commands_end), str(replies_end)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=[*ends, *(fd for pair in request["forwards"] for fd in pair)],
+            cwd="/",
+            start_new_session=True,
+        )
+    finally:
+        for descriptor in ends:
+            os.close(descriptor)
+    if started.returncode != 0:
+        raise OSError("no process could be started")
+    _write_patiently(commands, json.dumps(request).encode() + b"\n")
+    return recorder
+
+
+def _recorder_main(commands: int, replies: int) -> int:
+    """Be the recorder: `run_utils.py --recorder COMMANDS REPLIES`."""
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    line = bytearray()
+    while not line.endswith(b"\n"):  # by bytes: the next command may follow at once
+        byte = os.read(commands, 1)
+        if not byte:
+            return 1
+        line += byte
+    request = json.loads(line)
+    _known_secrets.update(request["secrets"])
+    return _RecorderProcess(request, commands, replies).run()
+
+
+class _RecorderProcess:
+    """The recorder's own end: one loop for the parent, threads for what may block."""
+
+    def __init__(self, request: dict[str, Any], commands: int, replies: int) -> None:
+        self.request, self.commands, self.replies = request, commands, replies
+        self.run_dir = Path(request["run_dir"])
+        self.forwards = [_Forward(*pair) for pair in request["forwards"]]
+        for forward in self.forwards:
+            forward.thread = threading.Thread(target=forward.run, daemon=True)
+            forward.thread.start()
+        work = _complete_metadata, (self.run_dir, request)
+        self.captures = threading.Thread(target=work[0], args=work[1], daemon=True)
+        self.oom_kills = _oom_kills()
+        self.waiting = False  # the parent waits for the captures
+
+    def run(self) -> int:
+        """Serve the parent until its block ends or it dies."""
+        self._reply(f"pid {os.getpid()}")
+        self.captures.start()
+        watch, beat = self.request["watch"], 0.0
+        poller = select.poll()
+        poller.register(self.commands, select.POLLIN)
+        if watch is not None:
+            poller.register(watch, select.POLLIN)
+        while True:
+            ready = [descriptor for descriptor, _ in poller.poll(250)]
+            if self.commands in ready:
+                words = os.read(self.commands, 4096).split()
+                if b"end" in words:
+                    return self._finish()
+                if not words:  # the parent called exec, or closed what it has open
+                    poller.unregister(self.commands)
+                self._answer(words)
+            if watch in ready or (watch is None and not self._parent_lives()):
+                self._record_death()
+                return self._finish()
+            if self.waiting and not self.captures.is_alive():
+                self.waiting = False
+                self._reply("captured")
+            if time.monotonic() >= beat:
+                beat = time.monotonic() + HEARTBEAT_SECONDS
+                with contextlib.suppress(OSError):
+                    os.utime(self.run_dir / "status.json")
+
+    def _answer(self, words: Sequence[bytes]) -> None:
+        self.waiting = self.waiting or b"wait" in words
+        if b"drain" in words:
+            for forward in self.forwards:
+                end = os.fstat(forward.log).st_size
+                while forward.position() < end:
+                    time.sleep(0.002)
+            self._reply("drained")
+
+    def _parent_lives(self) -> bool:
+        return _is_alive(self.request["pid"], self.request["process"]["start_ticks"])
+
+    def _record_death(self) -> None:
+        """Write the end that the parent could not write, unless it just had."""
+        with _tolerating("status.json"):
+            status = _read_json(self.run_dir / "status.json") or {}
+            if isinstance(status.get("exit_code"), int):
+                return
+            ending = _killed(self.request, self.oom_kills)
+            seconds = round(time.monotonic() - self.request["begun"], 3)
+            last = {"duration_seconds": seconds, "last_output": _last_output(self.run_dir)}
+            facts = {**status, **ending, **last, "timestamp_utc": _utc()}
+            _write_json(self.run_dir / "status.json", facts, durable=True)
+        with _tolerating("the index"):
+            _append_index(self.request["row"], "end", "failed", "killed")
+
+    def _finish(self) -> int:
+        """Forward the rest, let go of the user's descriptors, complete the record."""
+        for forward in self.forwards:
+            forward.stop_at = os.fstat(forward.log).st_size
+            forward.thread.join()
+            os.close(forward.target)
+        self._reply("drained")
+        self.captures.join()
+        self._reply("done")
+        return 0
+
+    def _reply(self, word: str) -> None:
+        with contextlib.suppress(OSError):
+            os.write(self.replies, word.encode() + b"\n")
+
+
+def _killed(request: dict[str, Any], oom_kills: int | None) -> dict[str, Any]:
+    """Return how the parent died, as far as the kernel tells, for status.json."""
+    wait_status = _wait_status(request["pid"], request["watch"])
+    problem = "the process ended without leaving the run_context block"
+    if wait_status is None:
+        return _outcome("failed", "killed", None, signal=None, problem=problem)
+    code = _exit_of(wait_status)
+    if code >= 0:
+        problem += f" (exit status {code})"
+        return _outcome("failed", "killed", code, signal=None, problem=problem)
+    name = _signal_name(-code)
+    if -code == signal.SIGKILL and (_oom_kills() or 0) > (oom_kills or 0):
+        name += ", out of memory"  # the kernel counts what it kills for that
+    about = {"signal": _signal_name(-code), "problem": f"killed by {name}"}
+    return _outcome("failed", "killed", 128 - code, **about)
+
+
+def _exit_of(wait_status: int) -> int:
+    """Return the exit status of a wait status, or -n for signal n."""
+    if os.WIFSIGNALED(wait_status):
+        return -os.WTERMSIG(wait_status)
+    return os.WEXITSTATUS(wait_status)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _wait_status(pid: int, pidfd: int | None) -> int | None:
+    """Return the wait status of a process that is not our child, if Linux tells.
+
+    While it is a zombie, field 52 of /proc/<pid>/stat (proc(5)); once it is reaped,
+    ioctl PIDFD_GET_INFO of its pidfd (linux/pidfd.h, Linux 6.15).
+    """
+    get_info, info_exit = 0xC040FF0B, 8
+    for _ in range(20):
+        fields = _proc_stat(pid)
+        if fields is not None and fields[0] in "ZX":
+            return int(fields[49])
+        if pidfd is not None and fields is None:
+            with contextlib.suppress(Exception):  # an older kernel, no fcntl
+                import fcntl
+
+                info = bytearray(info_exit.to_bytes(8, sys.byteorder) + bytes(56))
+                fcntl.ioctl(pidfd, get_info, info)
+                if info[0] & info_exit:
+                    return int.from_bytes(info[60:64], sys.byteorder)
+        time.sleep(0.01)
+    return None
+
+
+def _proc_stat(pid: int) -> list[str] | None:
+    """Return the fields of /proc/<pid>/stat from the third, the state, on."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return None
+    return text.rpartition(b")")[2].decode("ascii").split()  # the name may hold a ")"
+
+
+def _oom_kills() -> int | None:
+    """Return how often the kernel killed in this cgroup for lack of memory."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/self/cgroup").read_text("utf-8").splitlines():
+            _, controllers, group = line.split(":", 2)  # "4:memory:/slurm/job_7"
+            if controllers in ("", "memory"):
+                place = "/memory{}/memory.oom_control" if controllers else "{}/memory.events"
+                text = Path("/sys/fs/cgroup" + place.format(group)).read_text("utf-8")
+                return int(re.findall(r"^oom_kill (\d+)", text, re.M)[0])
+    return None
+
+
+def _last_output(run_dir: Path) -> list[str]:
+    """Return the last lines of the log that is likeliest to say why."""
+    for name in ("stderr.log", "output.log", "stdout.log"):
+        with contextlib.suppress(OSError), open(run_dir / "logs" / name, "rb") as log:
+            log.seek(max(0, os.fstat(log.fileno()).st_size - MAX_MESSAGE))
+            lines = log.read().decode("utf-8", "replace").splitlines()
+            if lines:
+                return lines[-LAST_OUTPUT_LINES:]
+    return []
+
+
+def _is_alive(pid: int, start_ticks: int | None) -> bool:
+    """Return whether a process of this host is the one meant, and not a zombie."""
+    fields = _proc_stat(pid)
+    if fields is not None:
+        return fields[0] not in "ZX" and start_ticks in (None, int(fields[19]))
+    try:
+        if not os.path.exists("/proc/self/stat") and os.name == "posix":
+            os.kill(pid, 0)  # macOS; on Windows it would end the process
+            return True
+    except OSError as error:
+        return isinstance(error, PermissionError)
+    return False
+
+
+def _process_identity(pid: int) -> dict[str, Any]:
+    """Return what tells a process from a later one with the same pid."""
+    fields = _proc_stat(pid)
+    boot_id = namespace = None
+    with contextlib.suppress(OSError):
+        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+        namespace = os.readlink("/proc/self/ns/pid")
+    ticks = int(fields[19]) if fields else None
+    return {"boot_id": boot_id, "pid_namespace": namespace, "start_ticks": ticks}
+
+
+# === Index and notes ===
+# `<results root>/index/runs_index.jsonl` has one line per event. It is a cache: the
+# directories are the truth, and readers skip lines that are torn or out of date.
+
+
+def _results_root(base_dir: Path) -> Path:
+    """Return the nearest directory with an index, else named "results", else itself."""
+    above = [base_dir, *base_dir.parents]
+    indexed = [path for path in above if (path / INDEX_FILE).is_file()]
+    return [*indexed, *(path for path in above if path.name == "results"), base_dir][0]
+
+
+def _index_row(run_dir: Path, root: Path) -> dict[str, Any]:
+    """Return what the lines of one run in the index have in common."""
+    metadata = _read_json(run_dir / "metadata.json") or {}
+    return {
+        "event": None,
+        "timestamp_utc": None,
+        "run_dir": str(run_dir),
+        "run_basename": run_dir.name,
+        "experiment_name": run_dir.parent.name,
+        "env_name": run_dir.parent.parent.name,
+        "results_root": str(root),
+        "hostname": _hostname(),
+        "user": _user(),
+        "pid": os.getpid(),
+        "git_commit_short": _mapping(metadata, "git").get("commit_short"),
+        "script_name": _script_name(),
+        "status": None,
+        "exit_reason": None,
+        "path": os.path.relpath(run_dir, root),  # holds when the tree is moved
+    }
+
+
+def _append_index(
+    row: Mapping[str, Any], event: str, status: str | None, why: Any = None, **more: Any
+) -> None:
+    """Append one event of a run to the index of its results root."""
+    path = Path(row["results_root"]) / INDEX_FILE
+    path.parent.mkdir(exist_ok=True)
+    facts = {"event": event, "timestamp_utc": _utc(), "status": status}
+    _append_line(path, {**row, **facts, "exit_reason": why, **more})
+
+
+def _record_use(artifact: Path, consumer: str | None, reason: str | None) -> None:
+    """Record on both sides that the run `consumer` used a file of another run."""
+    artifact = artifact.absolute()
+    producer = _run_of(artifact)
+    if producer is None:
+        return
+    inside = artifact.is_relative_to(producer / "artifacts")
+    relative = os.path.relpath(artifact, producer / "artifacts" if inside else producer)
+    about = {"artifact_relpath": relative, "consumer_run_dir": consumer, "reason": reason}
+    if consumer is not None and Path(consumer).absolute() != producer:
+        with _tolerating("inputs of metadata.json"):
+            _add_input(Path(consumer), artifact, producer)
+    who = {"when": _utc(), **about, "host": _hostname(), "user": _user()}
+    with contextlib.suppress(OSError):  # the producer's tree may be read-only
+        (producer / "artifacts").mkdir(exist_ok=True)
+        _append_line(producer / "artifacts" / "USED_BY.jsonl", who)
+        row = _index_row(producer, _results_root(producer.parent))
+        _append_index(row, "artifact_used", None, **about)
+
+
+def _add_input(run_dir: Path, artifact: Path, producer: Path) -> None:
+    """Add a file of another run, as it is now, to `inputs` of metadata.json, once."""
+    info = artifact.stat() if artifact.exists() else None
+    entry = {
+        "key": "mark_artifact_used",
+        "run": producer.name,
+        "run_dir": str(producer),
+        "path": os.path.relpath(artifact, producer),
+        "size": info.st_size if info else None,
+        "mtime": _utc(info.st_mtime) if info else None,
+        "status": _status_now(producer).get("status"),
+    }
+    recording = _active_for(run_dir)
+    if recording is not None and recording.recorder is not None:
+        recording.recorder.ask("wait", "captured")  # it writes the same file
+    metadata = _read_json(run_dir / "metadata.json")
+    if metadata is not None and entry not in metadata.setdefault("inputs", []):
+        metadata["inputs"].append(entry)
+        _write_json(run_dir / "metadata.json", metadata)
+
+
+# === Files ===
+# Whole files by a temporary name and os.replace, lines by one write(2) each; readable
+# by colleagues (0666 & ~umask); fsync only where a state changes.
+
+
+def _write_json(path: Path, value: Any, durable: bool = False) -> None:
+    """Write plain data as redacted, strict JSON."""
+    _write_file(path, _format_json(_redact(value)).encode("ascii"), durable)
+
+
+def _write_file(path: Path, data: bytes, durable: bool = False) -> None:
+    """Replace `path` by `data`, or raise OSError and leave what was there."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
+    try:
+        descriptor = _open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        try:
+            _write_all(descriptor, data)
+            if durable:
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def _append_line(path: Path, row: Mapping[str, Any]) -> None:
+    """Append one redacted line of JSON with a single write(2)."""
+    line = _format_json(_redact(row), indent=None).encode("ascii")
+    descriptor = _open_for_lines(path)
+    try:
+        if os.write(descriptor, line) != len(line):
+            raise OSError(f"only a part of a line fitted into {str(path)!r}")
+    finally:
+        os.close(descriptor)
+
+
+def _open_for_lines(path: Path) -> int:
+    """Open a JSONL file for appending; end the torn line of an earlier writer."""
+    descriptor = _open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+    size = os.fstat(descriptor).st_size
+    if size and os.pread(descriptor, 1, size - 1) != b"\n":
+        os.write(descriptor, b"\n")
+    return descriptor
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+def _open(path: str | os.PathLike[str], flags: int) -> int:
+    """Open a file close-on-exec, never as descriptor 0, 1 or 2."""
+    return _above_stderr(os.open(path, flags | getattr(os, "O_CLOEXEC", 0), 0o666))
+
+
+def _above_stderr(descriptor: int) -> int:
+    """Move a descriptor out of the place of a closed stdin, stdout or stderr."""
+    if descriptor > 2:
+        return descriptor
+    import fcntl
+
+    try:
+        return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 3)
+    finally:
+        os.close(descriptor)
+
+
+def _identity(descriptor: int) -> tuple[int, int] | None:
+    """Return device and inode of an open descriptor, None of a closed one."""
+    try:
+        info = os.fstat(descriptor)
+    except OSError:
+        return None
+    return info.st_dev, info.st_ino
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """Return the mapping in a JSON file, or None for anything else."""
+    try:
+        value = json.loads(_read_bytes(path))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the mappings of a JSONL file; skip lines that are torn."""
+    with contextlib.suppress(OSError):
+        for line in _read_bytes(path).splitlines():
+            with contextlib.suppress(ValueError, RecursionError):
+                row = json.loads(line)
+                if isinstance(row, dict):
+                    yield row
+
+
+def _read_bytes(path: Path) -> bytes:
+    """Return a regular file of sane size; a FIFO or device raises, and never blocks.
+
+    By os.open, since the builtin is gone when a generator is closed at shutdown.
+    """
+    descriptor = _open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    try:
+        info = os.fstat(descriptor)
+        if not stat.S_ISREG(info.st_mode) or info.st_size > MAX_READ:
+            raise OSError(f"{str(path)!r} is not a file of at most {MAX_READ} bytes")
+        return b"".join(iter(lambda: os.read(descriptor, 1 << 20), b""))
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _tolerating(what: str) -> Iterator[None]:
+    """Turn a failure of recording into one line on stderr."""
+    try:
+        yield
+    except Exception as error:
+        _warn(f"{what}: {type(error).__name__}: {error}")
+
+
+_warned: set[str] = set()
+
+
+def _warn(text: str, once: bool = False) -> None:
+    """Say one line on stderr; never fail."""
+    if not (once and text in _warned):
+        _warned.add(text)
+        with contextlib.suppress(Exception):
+            print(f"run_utils: {_printable(_redact_text(text))}", file=sys.stderr)
+
+
+def _utc(seconds: float | None = None) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+
+
+# === Reading runs ===
+# Readers trust nothing: a file may be absent, torn, huge, hostile, or of an ancestor.
+
+
+class Run(dict):  # type: ignore[type-arg]
+    """One run directory as a flat dictionary: a row for pandas.DataFrame.
+
+    Keys: name, run_dir, status (as it is now), exit_reason, started_utc,
+    duration_seconds, then `config.<key>` and `metrics.<key>` (the last values).
+    The files themselves are the attributes `config`, `metadata` and `status`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metadata = _read_json(path / "metadata.json") or {}
+        self.status = _status_now(path)
+        self.config = _read_config(path)
+        self.metrics: dict[str, Any] = {}
+        for row in _read_lines(path / "metrics" / "metrics.jsonl"):
+            self.metrics.update(row)
+        super().__init__(name=path.name, run_dir=str(path))
+        for key in ("status", "exit_reason", "started_utc", "duration_seconds"):
+            self[key] = self.status.get(key)
+        self.update(_flattened("config", self.config))
+        self.update(_flattened("metrics", self.metrics))
+
+
+def load_run(path: str | os.PathLike[str]) -> Run:
+    """Return the run that `path` is, or is inside of.
+
+    Raises ValueError when there is no run directory at or above `path`.
+    """
+    found = _run_of(Path(path).absolute())
+    if found is None:
+        raise ValueError(f"{str(path)!r} is not in a run directory")
+    return Run(found)
+
+
+def find_runs(root: str | os.PathLike[str] = "results") -> list[Run]:
+    """Return all runs below `root`, newest first."""
+    return [Run(path) for path in _walk_runs(Path(root).absolute())]
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "status.json").is_file() or (path / "metadata.json").is_file()
+
+
+def _run_of(path: Path) -> Path | None:
+    """Return the run directory that `path` is or lies in."""
+    resolved = path.resolve()
+    places = [path, *path.parents, resolved, *resolved.parents]
+    return next(filter(_is_run, places), None)
+
+
+def _walk_runs(root: Path) -> list[Path]:
+    """Return the run directories below `root`, newest first; follow no links."""
+    found = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if "status.json" in files or "metadata.json" in files:
+            found.append(Path(folder))
+            folders.clear()
+        elif os.path.relpath(folder, root).count(os.sep) >= MAX_WALK:
+            folders.clear()
+    return sorted(found, key=_started, reverse=True)
+
+
+def _started(run_dir: Path) -> tuple[str, str]:
+    """Return a key that sorts runs by their start."""
+    status = _read_json(run_dir / "status.json") or {}
+    stamp = re.search(r"\d{8}-\d{6}", run_dir.name)
+    started = status.get("started_utc") or (stamp[0] if stamp else "")
+    return re.sub(r"\D", "", str(started)), run_dir.name
+
+
+def _status_now(run_dir: Path) -> dict[str, Any]:
+    """Return status.json, with "lost" for a run that cannot be running any more."""
+    facts = _read_json(run_dir / "status.json") or {"status": "?"}
+    if facts.get("status") != "running":
+        return facts
+    alive = _still_running(run_dir, facts)
+    status = "unknown" if alive is None else "running" if alive else "lost"
+    return {**facts, "status": status}
+
+
+def _still_running(run_dir: Path, facts: Mapping[str, Any]) -> bool | None:
+    """Judge by the process itself on its own host, elsewhere by the heartbeat."""
+    then, here = _mapping(facts, "process"), _process_identity(os.getpid())
+    pid = facts.get("pid")
+    if then and isinstance(pid, int) and facts.get("hostname") == _hostname():
+        if then.get("boot_id") != here["boot_id"]:
+            return False  # the host was started anew since
+        if then.get("pid_namespace") == here["pid_namespace"]:
+            return _is_alive(pid, then.get("start_ticks"))
+    if facts.get("heartbeat_seconds") is None:
+        return None  # nobody beats: that says nothing
+    age = time.time() - os.stat(run_dir / "status.json").st_mtime
+    return abs(age) < LOST_AFTER_SECONDS
+
+
+def _read_config(run_dir: Path) -> dict[str, Any]:
+    """Return config.yaml, or without PyYAML the same from metadata.json."""
+    with contextlib.suppress(Exception):
+        import yaml
+
+        value = yaml.safe_load(_read_bytes(run_dir / "config.yaml"))
+        return value if isinstance(value, dict) else {}
+    return _mapping(_read_json(run_dir / "metadata.json"), "config")
+
+
+def _mapping(facts: Any, key: str) -> dict[str, Any]:
+    """Return `facts[key]` if that is a mapping, else an empty one."""
+    value = facts.get(key) if isinstance(facts, dict) else None
+    return value if isinstance(value, dict) else {}
+
+
+def _flattened(name: str, value: Any) -> dict[str, Any]:
+    """Return nested mappings as one, with dotted keys."""
+    if not isinstance(value, dict):
+        return {name: value}
+    parts = [_flattened(f"{name}.{key}", item) for key, item in value.items()]
+    return {key: item for part in parts for key, item in part.items()}
+
+
+# === Command line ===
+# Exit status 0: yes, same, done; 1: no, different; 2: trouble. Whatever comes from a
+# run directory is escaped before it reaches a terminal.
+
+
+class _Trouble(Exception):
+    """Bad input, as one sentence for the user."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line with `argv` (default: sys.argv[1:]); return its status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["--recorder"]:
+        return _recorder_main(int(words[1]), int(words[2]))
+    parser = _parser()
+    try:
+        args = parser.parse_args(words)
+        status = int(args.command(args))
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status
+    except (_Trouble, ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError):  # `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            return 0
+        print(f"{parser.prog}: {_printable(str(error))}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    import argparse
+
+    parser = argparse.ArgumentParser(prog=_prog(), description="Record experiments.")
+    version = f"run_utils {__version__}"
+    parser.add_argument("--version", action="version", version=version)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for add in (_add_run, _add_inspect):
+        add(commands)
+    return parser
+
+
+def _prog() -> str:
+    """Return how this program was called: `python -m pkg.run_utils`."""
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    if spec is None:
+        return os.path.basename((getattr(sys, "argv", None) or ["run_utils"])[0])
+    return f"python -m {spec.name.replace('.__main__', '')}"
+
+
+def _add_run(commands: Any) -> None:
+    run = commands.add_parser("run", help="record any command, in any language")
+    run.add_argument("--base-dir", default="results/runs", metavar="DIR")
+    run.add_argument("--prefix", metavar="NAME", help="default: the script's name")
+    run.add_argument("--config", metavar="FILE", help="YAML or JSON to keep as config")
+    run.add_argument("words", nargs="+", metavar="CMD", help="after --")
+    run.set_defaults(command=_cmd_run)
+
+
+def _cmd_run(args: argparse.Namespace) -> int:
+    """Record a command; return its exit status, 128+n when signal n ended it."""
+    import shutil
+
+    words: list[str] = args.words
+    program = shutil.which(words[0])
+    if program is None:
+        raise _Trouble(f"{words[0]!r} is not a program on PATH; nothing was recorded")
+    config = _flags(words)
+    if args.config is not None:
+        config = {**_read_config_file(Path(args.config)), **config}
+    script = next((word for word in words[1:] if os.path.isfile(word)), words[0])
+    context = run_context(args.base_dir, args.prefix or Path(script).stem, config)
+    context.argv = words
+    with context as run_dir:
+        child = _run_attached(words)
+        if child < 0:
+            name = _signal_name(-child)
+            about = {"signal": name, "problem": f"killed by {name}"}
+            context.ending = _outcome("failed", "killed", 128 - child, **about)
+        elif child > 0:
+            context.ending = _outcome("failed", "system_exit", child)
+    print(f"run_utils: recorded in {_printable(str(run_dir))}", file=sys.stderr)
+    return 128 - child if child < 0 else child
+
+
+def _flags(words: Sequence[str]) -> dict[str, Any]:
+    """Return the options of a command as a config.
+
+    >>> _flags(["train.py", "--lr", "0.1", "--fp16", "optim.beta=0.9"])
+    {'lr': 0.1, 'fp16': True, 'optim.beta': 0.9}
+    """
+    config: dict[str, Any] = {}
+    waiting = None
+    for word in words[1:]:
+        option = re.fullmatch(r"(?:--|\+\+?)?([A-Za-z_][\w.-]*)=(.*)", word, re.S)
+        if option:
+            config[option[1]], waiting = _scalar(option[2]), None
+        elif re.fullmatch(r"--[A-Za-z_][\w.-]*", word):
+            waiting = word[2:]
+            config[waiting] = True
+        elif waiting is not None:
+            config[waiting], waiting = _scalar(word), None
+    return config
+
+
+def _scalar(text: str) -> Any:
+    """Return a number or boolean for the text of one, else the text."""
+    if re.fullmatch(r"(?i)true|false", text):
+        return text.lower() == "true"
+    if re.fullmatch(r"[-+]?\d{1,18}", text):
+        return int(text)
+    number = re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", text)
+    return float(text) if number else text
+
+
+def _read_config_file(path: Path) -> dict[str, Any]:
+    """Return the mapping in a YAML or JSON file, or raise one clear sentence."""
+    try:
+        value = _read_yaml(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise _Trouble(f"--config {str(path)!r} cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise _Trouble(f"--config {str(path)!r} is not a mapping; give key: value lines")
+    return value
+
+
+def _run_attached(words: Sequence[str]) -> int:
+    """Run a command on our streams; return its status, -n when signal n ended it.
+
+    On a terminal it gets one of its own, whose output is copied to ours and the log.
+    """
+    if all(os.isatty(descriptor) for descriptor in (0, 1, 2)):
+        return _run_on_terminal(words)
+    child: subprocess.Popen[bytes] | None = None
+    early: list[int] = []
+    typed = (signal.SIGINT, signal.SIGQUIT) if _is_foreground() else ()
+
+    def forward(number: int, frame: object) -> None:
+        if number in typed:
+            return  # the terminal has sent it to the command as well
+        if child is None:
+            early.append(number)
+        else:
+            child.send_signal(number)
+
+    with _handling(FORWARDED_SIGNALS, forward):
+        child = subprocess.Popen(words)
+        for number in early:
+            child.send_signal(number)
+        return child.wait()
+
+
+def _run_on_terminal(words: Sequence[str]) -> int:
+    """Run a command on a pseudo-terminal of the same size; copy it to the log."""
+    import fcntl
+    import pty
+    import termios
+
+    inner = -1
+
+    def resize(*_: object) -> None:
+        if inner >= 0:
+            size = fcntl.ioctl(0, termios.TIOCGWINSZ, bytes(8))
+            fcntl.ioctl(inner, termios.TIOCSWINSZ, size)
+
+    def hang_up(number: int, frame: object) -> None:
+        os.killpg(os.tcgetpgrp(inner), number)
+
+    def read(descriptor: int) -> bytes:
+        nonlocal inner
+        if inner < 0:
+            inner = descriptor
+            resize()
+        shown = os.read(descriptor, FORWARD_BYTES)
+        if isinstance(sys.stdout, _Tee):
+            sys.stdout.copy(shown)
+        return shown
+
+    with _handling([signal.SIGWINCH], resize), _handling(FORWARDED_SIGNALS, hang_up):
+        return _exit_of(pty.spawn(list(words), read))
+
+
+def _is_foreground() -> bool:
+    """Return whether Ctrl-C on a terminal reaches this process group."""
+    try:
+        with open("/dev/tty", "rb") as terminal:
+            return os.tcgetpgrp(terminal.fileno()) == os.getpgrp()
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def _handling(numbers: Iterable[int], handler: Any) -> Iterator[None]:
+    """Handle signals that are not ignored, and put back what was there."""
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        for number, old in before.items():
+            if old is not signal.SIG_IGN:
+                signal.signal(number, handler)
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def _add_inspect(commands: Any) -> None:
+    inspect = commands.add_parser("inspect", help="show one run on one screen")
+    inspect.add_argument("run", metavar="RUN", help=RUN_HELP)
+    inspect.add_argument("--json", action="store_true", help="for programs")
+    inspect.set_defaults(command=_cmd_inspect)
+
+
+def _cmd_inspect(args: argparse.Namespace) -> int:
+    """Print what ran, how it ended, what it left, and what differs from now."""
+    run = Run(_find_run(args.run))
+    facts = _overview(run)
+    if args.json:
+        print(_format_json(facts), end="")
+        return 0
+    for name, lines in _format_overview(facts):
+        for number, line in enumerate(lines):
+            print(f"{'' if number else name:<10}{_printable(line)}".rstrip())
+    return 0
+
+
+def _find_run(text: str) -> Path:
+    """Return the run that a path, a part of a name, or "latest" means."""
+    path = Path(text)
+    if path.exists() or path.is_symlink():
+        found = _run_of(path.absolute())
+        if found is None:
+            raise _Trouble(f"{text!r} is not in a run directory: no status.json above it")
+        return found
+    root = Path("results") if Path("results").is_dir() else Path()
+    runs = _walk_runs(root.absolute())
+    if text != "latest":
+        runs = [run for run in runs if text in run.name]
+    if not runs:
+        raise _Trouble(f"no run {text!r} below {str(root.absolute())!r}")
+    if text != "latest" and len(runs) > 1 and runs[0].name != text:
+        names = ", ".join(run.name for run in runs[:3])
+        raise _Trouble(f"{text!r} is a part of {len(runs)} names ({names}, ...); say more")
+    return runs[0]
+
+
+def _overview(run: Run) -> dict[str, Any]:
+    """Return what `inspect` shows, plain."""
+    return {
+        "run_dir": str(run.path),
+        "status": run.status,
+        "config": run.config,
+        "metadata": run.metadata,
+        "metrics": _metric_ranges(run.path),
+        "outputs": _outputs(run.path),
+        "notes": list(_read_lines(run.path / "notes.jsonl")),
+        "now": _differences_from_now(run.metadata),
+        "problems": _problems(run),
+    }
+
+
+def _format_overview(facts: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
+    """Yield the paragraphs of `inspect`: a name and lines."""
+    status, metadata = facts["status"], facts["metadata"]
+    known = {key: metadata.get(key, "?") for key in ("user", "hostname", "working_dir")}
+    packages = metadata.get("pip_freeze")
+    count = len(packages) if isinstance(packages, list) else "no list of"
+    version = str(_mapping(metadata, "python").get("version", "?")).split(" ")[0]
+    machine = _mapping(metadata, "platform").get("platform", "?")
+    config = {k: v for k, v in facts["config"].items() if k != "command"}
+    yield "run", [facts["run_dir"]]
+    yield "status", [_format_status(status)]
+    yield "why", _format_why(status)
+    yield "command", [str(metadata.get("command", "?"))]
+    yield "code", [_format_code(_mapping(metadata, "git"))]
+    who = "{user} on {hostname} in {working_dir}".format(**known)
+    yield "started", [f"{status.get('started_utc', '?')} by {who}"]
+    yield "python", [f"{version} on {machine}; {count} packages"]
+    yield "config", _format_yaml(config).splitlines()[:MAX_SHOWN] if config else []
+    for name in ("metrics", "outputs", "now"):
+        yield name, [f"{key}: {value}" for key, value in facts[name].items()]
+    yield "notes", [f"{n.get('text', '')} {n.get('tags', '')}" for n in facts["notes"]]
+    yield "problems", facts["problems"]
+
+
+def _mapping(facts: Any, key: str) -> dict[str, Any]:
+    """Return `facts[key]` if that is a mapping, else an empty one."""
+    value = facts.get(key) if isinstance(facts, dict) else None
+    return value if isinstance(value, dict) else {}
+
+
+def _format_status(status: Mapping[str, Any]) -> str:
+    """Return "failed (exception), exit code 1, after 12 s"."""
+    text = str(status.get("status", "?"))
+    if status.get("exit_reason"):
+        text += f" ({status['exit_reason']})"
+    if status.get("exit_code") is not None:
+        text += f", exit code {status['exit_code']}"
+    seconds = status.get("duration_seconds")
+    return text + (f", after {seconds:.6g} s" if isinstance(seconds, (int, float)) else "")
+
+
+def _format_why(status: Mapping[str, Any]) -> list[str]:
+    """Return the exception, or the last output of a run that was killed."""
+    exception = status.get("exception")
+    if isinstance(exception, dict):
+        head = f"{exception.get('type')}: {exception.get('message')}"
+        frames = str(exception.get("traceback", "")).rstrip().splitlines()
+        return [head, *frames[-4:-1]]
+    last = status.get("last_output")
+    output = [f"  {line}" for line in last[-8:]] if isinstance(last, list) else []
+    return [str(status["problem"]), *output] if status.get("problem") else output
+
+
+def _format_code(git: Mapping[str, Any]) -> str:
+    """Return "1a2b3c4 on main, uncommitted changes, 2 commits not pushed, URL"."""
+    if not git.get("commit_short"):
+        return "no commit known"
+    dirty = {True: "uncommitted changes", False: "clean"}
+    parts = [f"{git['commit_short']} on {git.get('branch') or 'no branch'}"]
+    parts.append(dirty.get(bool(git["is_dirty"])) if "is_dirty" in git else "")
+    parts.append(f"{git['unpushed']} commits not pushed" if git.get("unpushed") else "")
+    parts.append(str(git.get("remote_origin_url") or ""))
+    return ", ".join(filter(None, parts))
+
+
+def _metric_ranges(run_dir: Path) -> dict[str, str]:
+    """Return for each metric its last, lowest and highest value."""
+    series: dict[str, list[float]] = {}
+    for row in _read_lines(run_dir / "metrics" / "metrics.jsonl"):
+        for key, value in row.items():
+            if isinstance(value, (int, float)) and key not in ("step", "time"):
+                series.setdefault(key, []).append(value)
+    text = "{:.6g} (lowest {:.6g}, highest {:.6g}, {} values)"
+    return {k: text.format(v[-1], min(v), max(v), len(v)) for k, v in series.items()}
+
+
+def _outputs(run_dir: Path) -> dict[str, str]:
+    """Return for each folder how many files and bytes the run left in it."""
+    found = {}
+    for folder in sorted(path for path in run_dir.iterdir() if path.is_dir()):
+        walked = ((Path(top) / name) for top, _, names in os.walk(folder) for name in names)
+        sizes = [path.lstat().st_size for path in walked]
+        many = f"{len(sizes)} file{'s' * (len(sizes) != 1)}, {sum(sizes):,} bytes"
+        found[folder.name] = many if sizes else "empty"
+    return found
+
+
+def _differences_from_now(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Return what of machine and code is not as it was: "then -> now"."""
+    git = _mapping(metadata, "git")
+    root = str(git.get("root") or "")
+    now = {
+        "commit": (git.get("commit_short"), _git_head(root) if root else None),
+        "python": (_mapping(metadata, "python").get("version"), sys.version),
+        "hostname": (metadata.get("hostname"), _hostname()),
+    }
+    short = {name: [str(v).split(" ")[0] for v in pair] for name, pair in now.items()}
+    return {k: " -> ".join(v) for k, v in short.items() if v[0] != v[1] and all(now[k])}
+
+
+def _problems(run: Run) -> list[str]:
+    """Return what the record lacks, and why."""
+    missing = [
+        f"{name} is missing or not readable"
+        for name, facts in (("metadata.json", run.metadata), ("config.yaml", run.config))
+        if not facts
+    ]
+    captures = _mapping(run.metadata, "capture").items()
+    return missing + [
+        f"{name}: {facts['problem']}"
+        for name, facts in captures
+        if isinstance(facts, dict) and facts.get("problem")
+    ]
+
+
+def _printable(text: str) -> str:
+    """Escape what could steer a terminal, hide text, or not be printed at all."""
+    text = re.sub(
+        r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff"
+        r"\ud800-\udfff]",
+        lambda match: match[0].encode("unicode_escape").decode("ascii"),
+        text,
+    )
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,2440 @@
+#!/usr/bin/env python3
+# SPDX-FileCopyrightText: 2026 the run_utils authors
+# SPDX-License-Identifier: MIT
+"""Tests of run_utils, in the order of its sections: `python3 test_run_utils.py`.
+
+Needs nothing but Python. What this machine lacks (git, PyYAML, dash, ...) is skipped
+by name. External programs are stub scripts on PATH; the real ones are tried as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import collections
+import contextlib
+import datetime
+import decimal
+import enum
+import fractions
+import hashlib
+import json
+import math
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+import types
+import unittest
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+from unittest import mock
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+import run_utils  # noqa: E402
+
+SOURCE = HERE / "run_utils.py"
+GIT = shutil.which("git")
+LINUX = sys.platform == "linux"
+
+
+def _python_without_pip() -> str:
+    """Return a Python of an empty environment: its package list takes no time."""
+    folder = tempfile.mkdtemp(prefix="run_utils-test-")
+    unittest.addModuleCleanup(shutil.rmtree, folder, ignore_errors=True)
+    command = [sys.executable, "-m", "venv", "--without-pip", folder]
+    subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
+    return os.path.join(folder, "bin", "python")
+
+
+def setUpModule() -> None:
+    global PYTHON
+    PYTHON = _python_without_pip()
+
+
+PYTHON = sys.executable
+
+
+class RunCase(unittest.TestCase):
+    """A temporary directory to work in, and scripts that run there."""
+
+    def setUp(self) -> None:
+        self.tmp = Path(os.path.realpath(tempfile.mkdtemp(prefix="run_utils-test-")))
+        self.addCleanup(self.remove, self.tmp)
+        before = os.getcwd()
+        os.chdir(self.tmp)
+        self.addCleanup(os.chdir, before)
+
+    def remove(self, folder: Path) -> None:
+        """Remove a folder in which a recorder may still be at work for a moment."""
+        for _ in range(500):
+            shutil.rmtree(folder, ignore_errors=True)
+            if not folder.exists():
+                return
+            time.sleep(0.02)
+        self.fail(f"{folder} cannot be removed")
+
+    def script(
+        self,
+        body: str,
+        *args: str,
+        env: dict[str, str] | None = None,
+        flags: tuple[str, ...] = (),
+        **options: object,
+    ) -> subprocess.CompletedProcess[str]:
+        """Run `body` as train.py in the temporary directory, output captured."""
+        path = self.write_script(body)
+        settings: dict[str, object] = {
+            "env": self.environment(env),
+            "stdin": subprocess.DEVNULL,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE,
+            "timeout": 60,
+            "encoding": "utf-8",
+            "errors": "surrogateescape",
+            **options,
+        }
+        command = [PYTHON, *flags, str(path), *args]
+        return subprocess.run(command, **settings)  # type: ignore[call-overload]
+
+    def write_script(self, body: str) -> Path:
+        path = self.tmp / "train.py"
+        text = "import os, sys, time\nfrom run_utils import *\n"
+        path.write_text(text + textwrap.dedent(body), "utf-8")
+        return path
+
+    def environment(self, more: dict[str, str] | None = None) -> dict[str, str]:
+        env = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+        return {**env, "PYTHONPATH": str(HERE), **(more or {})}
+
+    def in_context(self, body: str, *args: str, **options: object):  # type: ignore
+        """Run `body` inside ``with run_context("results/exp") as run_dir:``."""
+        inside = textwrap.indent(textwrap.dedent(body).strip(), "    ")
+        start = 'with run_context("results/exp", "exp") as run_dir:\n'
+        return self.script(start + inside + "\n", *args, **options)
+
+    def command(self, *words: str, **options: object):  # type: ignore
+        """Run the command line of run_utils in the temporary directory."""
+        return self.script("sys.exit(main(sys.argv[1:]))", *words, **options)
+
+    def run_dirs(self) -> list[Path]:
+        return sorted(path.parent for path in self.tmp.rglob("status.json"))
+
+    def run_dir(self) -> Path:
+        runs = [path for path in self.run_dirs() if path.parent.name != "attempts"]
+        self.assertEqual(len(runs), 1, runs)
+        return runs[0]
+
+    def json(self, name: str) -> dict[str, object]:
+        value = json.loads((self.run_dir() / name).read_text("ascii"))
+        assert isinstance(value, dict)
+        return value
+
+    def log(self, name: str) -> str:
+        return (self.run_dir() / "logs" / f"{name}.log").read_text("utf-8")
+
+    def index(self) -> list[dict[str, object]]:
+        lines = (self.tmp / "results/index/runs_index.jsonl").read_text("ascii")
+        return [json.loads(line) for line in lines.splitlines()]
+
+    def wait_for_status(self, status: str) -> dict[str, object]:
+        """Return status.json once it says `status`; fail after a long while."""
+        for _ in range(500):
+            with contextlib.suppress(AssertionError, ValueError, OSError):
+                facts = self.json("status.json")
+                if facts["status"] == status:
+                    return facts
+            time.sleep(0.02)
+        self.fail(f"status.json never said {status!r}")
+
+
+class TheFileItself(unittest.TestCase):
+    """The contents in the docstring are the headings of the file, in its order."""
+
+    def test_contents_match_headings(self) -> None:
+        text = SOURCE.read_text("utf-8")
+        headings = re.findall(r"^# === (.+) ===$", text, re.M)
+        docstring = ast.get_docstring(ast.parse(text)) or ""
+        contents = docstring.split("Contents")[1].split("The rules")[0]
+        listed = re.findall(r"^    (\S.*?)  ", contents, re.M)
+        self.assertEqual(listed, headings)
+
+    def test_every_public_name_has_a_docstring(self) -> None:
+        for name in run_utils.__all__:
+            value = getattr(run_utils, name)
+            if callable(value):
+                self.assertTrue(value.__doc__, name)
+
+    def test_importing_creates_nothing_and_starts_nothing(self) -> None:
+        code = "import os, sys, threading; sys.path.insert(0, sys.argv[1]);"
+        code += "import run_utils; print(os.listdir(), threading.active_count())"
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "-B", "-c", code, str(HERE)]
+            done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE)
+        self.assertEqual(done.stdout, b"[] 1\n")
+
+    def test_examples_in_docstrings_hold(self) -> None:
+        import doctest
+
+        self.assertEqual(doctest.testmod(run_utils).failed, 0)
+
+
+class ARunDirectory(RunCase):
+    """run_context leaves one directory with config, metadata, status and folders."""
+
+    def test_everything_is_there_after_the_block(self) -> None:
+        done = self.in_context("print('hello')")
+        self.assertEqual((done.returncode, done.stdout, done.stderr), (0, "hello\n", ""))
+        names = {path.name for path in self.run_dir().iterdir()}
+        files = {"config.yaml", "metadata.json", "status.json"}
+        self.assertEqual(names, files | set(run_utils.DEFAULT_SUBDIRS))
+
+    def test_metadata_is_complete(self) -> None:
+        self.in_context("pass", "--lr", "0.1")
+        metadata = self.json("metadata.json")
+        for key in (
+            "timestamp_utc command argv working_dir hostname user python platform git"
+            " cuda pip_freeze env inputs launcher run_utils capture"
+        ).split():
+            self.assertIn(key, metadata)
+        self.assertIsInstance(metadata["pip_freeze"], list)
+        self.assertEqual(metadata["working_dir"], str(self.tmp))
+        self.assertEqual(metadata["argv"][-2:], ["--lr", "0.1"])
+        self.assertIn("pip_freeze", metadata["capture"])
+
+    def test_metadata_is_there_from_the_first_line_of_the_body(self) -> None:
+        done = self.in_context("print((run_dir / 'metadata.json').exists())")
+        self.assertEqual(done.stdout, "True\n")
+
+    def test_the_command_can_be_pasted_into_a_shell(self) -> None:
+        self.in_context("print(sys.argv[1:])", "a b", "$HOME", "it's")
+        command = self.json("metadata.json")["command"]
+        env = self.environment()
+        again = subprocess.run(
+            ["sh", "-c", str(command)], env=env, stdout=subprocess.PIPE, check=True
+        )
+        self.assertEqual(again.stdout.decode(), f"{['a b', '$HOME', chr(105) + 't' + chr(39) + 's']!r}\n")
+
+    def test_status_says_running_in_the_body(self) -> None:
+        done = self.in_context("print((run_dir / 'status.json').read_text())")
+        status = json.loads(done.stdout)
+        self.assertEqual((status["status"], status["exit_code"]), ("running", None))
+        self.assertRegex(status["started_utc"], r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")
+
+    def test_RUN_DIR_is_set_inside_and_restored_after(self) -> None:
+        body = """
+        with run_context("results/exp", "outer") as outer:
+            with run_context("results/exp", "inner") as inner:
+                print(os.environ["RUN_DIR"] == str(inner))
+            print(os.environ["RUN_DIR"] == str(outer))
+        print(os.environ["RUN_DIR"])
+        """
+        done = self.script(body, env={"RUN_DIR": "mine"})
+        self.assertEqual(done.stdout.split(), ["True", "True", "mine"])
+
+    def test_positional_arguments_of_the_ancestors(self) -> None:
+        body = """
+        import argparse
+        from pathlib import Path
+        args = argparse.Namespace(lr=0.1, command="train", args=[1])
+        with run_context(Path("results/exp"), "exp", vars(args), "config.yaml",
+                         True, ["logs", "figures"]) as run_dir:
+            args.run_dir = run_dir
+            capture_metadata(run_dir, extra={"config_runner": True})
+        """
+        done = self.script(body)
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        self.assertTrue(self.json("metadata.json")["config_runner"])
+        self.assertTrue((self.run_dir() / "figures").is_dir())
+        self.assertFalse((self.run_dir() / "plots").exists())
+        config = run_utils.load_run(self.run_dir()).config
+        self.assertEqual(config["args"], {"lr": 0.1, "command": "train", "args": [1]})
+
+    def test_the_functions_by_hand_give_the_same_files(self) -> None:
+        body = """
+        run_dir = start_run("results/exp", "exp")
+        write_config_yaml(run_dir, "python train.py", {"lr": 0.1})
+        capture_metadata(run_dir)
+        mark_status(run_dir, "success", exit_reason="normal", extra={"best": 3})
+        """
+        done = self.script(body)
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        status = self.json("status.json")
+        self.assertEqual((status["status"], status["best"]), ("success", 3))
+        self.assertIsInstance(self.json("metadata.json")["pip_freeze"], list)
+        self.assertEqual([row["event"] for row in self.index()], ["start", "end"])
+
+    def test_it_goes_where_the_script_said_first_even_after_chdir(self) -> None:
+        self.in_context("os.chdir('/')")
+        self.assertEqual(self.json("status.json")["status"], "success")
+
+    def test_64_processes_in_one_second_get_64_directories(self) -> None:
+        code = "from run_utils import start_run; print(start_run('results/exp', 'exp'))"
+        command = [PYTHON, "-c", code]
+        children = [
+            subprocess.Popen(command, env=self.environment(), stdout=subprocess.PIPE)
+            for _ in range(64)
+        ]
+        paths = {child.communicate()[0] for child in children}
+        self.assertEqual(len(paths), 64)
+        self.assertEqual(len(self.run_dirs()), 64)
+        self.assertEqual(len(self.index()), 64)
+
+
+class Names(RunCase):
+    """Any prefix gives a directory name inside base_dir, within 255 bytes."""
+
+    def test_hostile_prefixes_stay_inside(self) -> None:
+        prefixes = ["../../etc", "/etc", "Qwen/Qwen3-8B", 'a"; rm -rf /', "x" * 300]
+        prefixes += ["", ".", "..", "CON", "nul.txt", "é" * 200, "a\nb", "-rf", "\udc80"]
+        for prefix in prefixes:
+            with self.subTest(prefix=prefix):
+                run_dir = run_utils.start_run(self.tmp / "exp", prefix)
+                self.assertEqual(run_dir.parent, self.tmp / "exp")
+                self.assertLessEqual(len(os.fsencode(run_dir.name)), 255)
+                self.assertNotIn("\n", run_dir.name)
+                self.assertNotRegex(run_dir.name, r"^[-.]")
+
+    def test_readable_names_stay_readable(self) -> None:
+        self.assertEqual(run_utils._safe_name("Qwen/Qwen3-8B"), "Qwen_Qwen3-8B")
+        self.assertEqual(run_utils._safe_name("größe-β"), "größe-β")
+        self.assertEqual(run_utils._safe_name("CON"), "_CON")
+
+    def test_the_prefix_defaults_to_the_script(self) -> None:
+        self.script('run_context("results/exp").__enter__()')
+        self.assertRegex(self.run_dir().name, r"^train-\d{8}-\d{6}")
+
+    def test_taken_names_get_a_number(self) -> None:
+        run_utils._make_run_dir(self.tmp, "a")
+        (self.tmp / "a-2").symlink_to("nowhere")
+        self.assertEqual(run_utils._make_run_dir(self.tmp, "a").name, "a-3")
+
+
+class Mistakes(RunCase):
+    """A caller's mistake raises one clear sentence before anything is created."""
+
+    def check(self, sentence: str, *args: object, **kwargs: object) -> None:
+        with self.assertRaises((OSError, TypeError, ValueError)) as caught:
+            run_utils.run_context(*args, **kwargs).__enter__()  # type: ignore
+        self.assertEqual(str(caught.exception), sentence)
+        self.assertEqual(list(self.tmp.rglob("status.json")), [])
+
+    def test_base_dir_is_not_a_path(self) -> None:
+        self.check("base_dir must be a path, not 3", 3)
+
+    def test_base_dir_is_empty(self) -> None:
+        self.check("base_dir is ''; give a directory such as 'results/exp'", "")
+
+    def test_base_dir_is_a_file(self) -> None:
+        (self.tmp / "file").write_text("mine")
+        path = str(self.tmp / "file" / "exp")
+        self.check(
+            f"cannot create a run in {path!r}: {str(self.tmp / 'file')!r} is a file;"
+            " choose another base_dir",
+            path,
+        )
+        self.assertEqual((self.tmp / "file").read_text(), "mine")
+
+    def test_subdirs_is_a_string(self) -> None:
+        self.check("subdirs must be a list of names, not 'logs'", "r", subdirs="logs")
+
+    def test_subdirs_leads_outside(self) -> None:
+        sentence = "subdirs has '../x'; give names inside the run"
+        self.check(sentence, "r", subdirs=["../x"])
+
+    def test_tags_is_a_string(self) -> None:
+        sentence = "tags must be a list of strings, not 'a'; use ['a']"
+        self.check(sentence, "r", tags="a")
+
+    def test_config_filename_has_a_folder(self) -> None:
+        sentence = "file name 'a/b' has a folder in it; give a bare name"
+        self.check(sentence, "r", config_filename="a/b")
+
+    def test_entering_twice(self) -> None:
+        context = run_utils.run_context(self.tmp / "exp", capture_output=False)
+        with context as run_dir, self.assertRaises(RuntimeError) as caught:
+            context.__enter__()
+        sentence = f"this run_context already recorded {str(run_dir)!r};"
+        sentence += " call run_context(...) again for another run"
+        self.assertEqual(str(caught.exception), sentence)
+
+    @unittest.skipIf(os.geteuid() == 0, "root may write everywhere")
+    def test_base_dir_is_not_writable(self) -> None:
+        (self.tmp / "locked").mkdir(mode=0o555)
+        path = str(self.tmp / "locked" / "exp")
+        self.check(
+            f"cannot create a run in {path!r}: Permission denied;"
+            " choose a base_dir that is writable and has space",
+            path,
+        )
+
+
+ENDINGS = [  # body, exit status, (status, exit_reason, exit_code, type, message)
+    ("pass", 0, ("success", "normal", 0, None, None)),
+    ("sys.exit()", 0, ("success", "system_exit", 0, None, None)),
+    ("sys.exit(0)", 0, ("success", "system_exit", 0, None, None)),
+    ("sys.exit(3)", 3, ("failed", "system_exit", 3, "SystemExit", "3")),
+    ("sys.exit('no')", 1, ("failed", "system_exit", 1, "SystemExit", "no")),
+    ("1 / 0", 1, ("failed", "exception", 1, "ZeroDivisionError", "division by zero")),
+    ("raise MemoryError", 1, ("failed", "exception", 1, "MemoryError", "")),
+    ("raise GeneratorExit", 1, ("failed", "exception", 1, "GeneratorExit", "")),
+    (
+        "raise KeyboardInterrupt",
+        -signal.SIGINT,
+        ("failed", "exception", 130, "KeyboardInterrupt", ""),
+    ),
+    (
+        "import asyncio; raise asyncio.CancelledError('stop')",
+        1,
+        ("failed", "exception", 1, "asyncio.exceptions.CancelledError", "stop"),
+    ),
+]
+if sys.version_info >= (3, 11):
+    ENDINGS.append(
+        (
+            "raise ExceptionGroup('two', [ValueError(1), KeyError(2)])",
+            1,
+            ("failed", "exception", 1, "ExceptionGroup", "two (2 sub-exceptions)"),
+        )
+    )
+
+
+class HowItEnds(RunCase):
+    """Every way to end inside Python is recorded, and happens as without us."""
+
+    def test_status_and_exit_status(self) -> None:
+        for body, returncode, expected in ENDINGS:
+            with self.subTest(body):
+                shutil.rmtree(self.tmp / "results", ignore_errors=True)
+                done = self.in_context(body)
+                self.assertEqual(done.returncode, returncode)
+                status = self.json("status.json")
+                error = status["exception"] or {}
+                keys = ("status", "exit_reason", "exit_code")
+                found = tuple(status[key] for key in keys)
+                found += (error.get("type"), error.get("message"))
+                self.assertEqual(found, expected)
+                self.assertGreaterEqual(status["duration_seconds"], 0)
+                last = self.index()[-1]
+                self.assertEqual((last["event"], last["status"]), ("end", expected[0]))
+
+    def test_the_traceback_is_the_one_without_us(self) -> None:
+        body = "def f():\n    raise ValueError('x') from KeyError('y')\n"
+        with_us = self.in_context(textwrap.indent(body, "") + "f()")
+        path = self.tmp / "train.py"
+        text = path.read_text().replace(
+            'with run_context("results/exp", "exp") as run_dir:', "if True:"
+        )
+        path.write_text(text)
+        without = subprocess.run(
+            [PYTHON, str(path)], env=self.environment(), stderr=subprocess.PIPE
+        )
+        self.assertEqual(with_us.stderr, without.stderr.decode())
+
+    def test_the_traceback_is_in_the_log_and_in_status(self) -> None:
+        self.in_context("1 / 0")
+        self.assertIn("ZeroDivisionError: division by zero", self.log("stderr"))
+        self.assertIn("1 / 0", self.json("status.json")["exception"]["traceback"])
+
+    def test_an_exception_whose_str_raises(self) -> None:
+        body = """
+        class Bad(Exception):
+            def __str__(self): raise RuntimeError
+        raise Bad
+        """
+        done = self.in_context(body)
+        self.assertEqual(done.returncode, 1)
+        message = self.json("status.json")["exception"]["message"]
+        self.assertEqual(message, "<Bad whose str() raises RuntimeError>")
+
+    def test_the_callers_own_word_is_kept(self) -> None:
+        self.in_context("mark_status(run_dir, 'partial', extra={'seen': 7})")
+        status = self.json("status.json")
+        found = status["status"], status["exit_reason"], status["seen"]
+        self.assertEqual(found, ("partial", "normal", 7))
+        self.assertEqual([row["event"] for row in self.index()], ["start", "end"])
+
+    def test_an_exception_overrides_the_callers_word(self) -> None:
+        self.in_context("mark_status(run_dir, 'partial'); 1 / 0")
+        self.assertEqual(self.json("status.json")["status"], "failed")
+
+    def test_a_forked_child_that_leaves_the_block_writes_nothing(self) -> None:
+        body = """
+        pid = os.fork()
+        if pid == 0:
+            sys.exit(9)
+        os.waitpid(pid, 0)
+        print((run_dir / "status.json").read_text())
+        """
+        done = self.in_context(body)
+        self.assertEqual(json.loads(done.stdout)["status"], "running")
+        self.assertEqual(self.json("status.json")["status"], "success")
+
+    def test_terminated_multiprocessing_children_do_not_count(self) -> None:
+        body = """
+        import multiprocessing
+        def work():
+            with run_context("results/exp", "exp") as run_dir:
+                context = multiprocessing.get_context("fork")
+                child = context.Process(target=time.sleep, args=(60,))
+                child.start()
+                child.terminate()
+                child.join()
+        work()
+        """
+        self.assertEqual(self.script(body).returncode, 0)
+        self.assertEqual(self.json("status.json")["status"], "success")
+
+    def test_a_generator_that_is_never_finished(self) -> None:
+        body = """
+        def runs():
+            with run_context("results/exp", "exp"):
+                yield 1
+                yield 2
+        generator = runs()
+        next(generator)
+        """
+        self.assertEqual(self.script(body).returncode, 0)
+        self.wait_for_status("failed")
+
+    def test_one_run_after_another_and_inside_another(self) -> None:
+        body = """
+        for number in range(2):
+            with run_context("results/exp", "outer"):
+                with run_context("results/exp", "inner"):
+                    print(number)
+        """
+        done = self.script(body)
+        self.assertEqual((done.stdout, done.stderr), ("0\n1\n", ""))
+        found = [json.loads((run / "status.json").read_text()) for run in self.run_dirs()]
+        self.assertEqual([facts["status"] for facts in found], ["success"] * 4)
+
+    def test_threads_have_their_own_runs(self) -> None:
+        body = """
+        import threading
+        def work():
+            for _ in range(3):
+                with run_context("results/exp", "exp") as run_dir:
+                    log_metrics(run_dir, {"x": 1})
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+        print("RUN_DIR" in os.environ)
+        """
+        done = self.script(body)
+        self.assertEqual((done.stdout, done.stderr), ("False\n", ""))
+        self.assertEqual(len(self.run_dirs()), 12)
+
+    def test_decorated_functions_coroutines_and_generators(self) -> None:
+        body = """
+        import asyncio
+        @run_context("results/exp", "exp")
+        def plain(x): return x
+        @run_context("results/exp", "exp")
+        async def coroutine(x):
+            await asyncio.sleep(0)
+            return os.environ["RUN_DIR"] != "" and x
+        @run_context("results/exp", "exp")
+        def generator(x):
+            yield x
+        print(plain(1), plain(2), asyncio.run(coroutine(3)), list(generator(4)))
+        """
+        done = self.script(body)
+        self.assertEqual((done.stdout, done.stderr), ("1 2 3 [4]\n", ""))
+        self.assertEqual(len(self.run_dirs()), 4)
+
+    def test_concurrent_coroutines(self) -> None:
+        body = """
+        import asyncio
+        async def work(n):
+            with run_context("results/exp", f"exp{n}"):
+                await asyncio.sleep(0.01 * (3 - n))
+                print("in", n, flush=True)
+        async def every():
+            await asyncio.gather(*(work(n) for n in range(3)))
+        asyncio.run(every())
+        print("out")
+        """
+        done = self.script(body)
+        self.assertEqual(done.returncode, 0)
+        self.assertIn("out\n", done.stdout)
+        found = {json.loads((r / "status.json").read_text())["status"] for r in self.run_dirs()}
+        self.assertEqual(found, {"success"})
+
+
+class Resuming(RunCase):
+    """run_dir= and resume= go on in a directory without losing its earlier record."""
+
+    def test_run_dir_is_used_exactly(self) -> None:
+        body = """
+        for number in range(2):
+            with run_context("results/exp", run_dir="out/here") as run_dir:
+                print(run_dir, number)
+        """
+        done = self.script(body)
+        self.assertEqual(done.stdout.split()[0], str(self.tmp / "out/here"))
+        first = self.tmp / "out/here/attempts/1/status.json"
+        self.assertEqual(json.loads(first.read_text())["status"], "success")
+        self.assertIn("here 0", (self.tmp / "out/here/logs/stdout.log").read_text())
+        self.assertIn("here 1", (self.tmp / "out/here/logs/stdout.log").read_text())
+
+    def test_resume_by_path_name_and_latest(self) -> None:
+        body = """
+        with run_context("results/exp", "exp") as first: pass
+        for again in (first, first.name, "latest"):
+            with run_context("results/exp", resume=again) as run_dir:
+                print(run_dir == first)
+        """
+        done = self.script(body)
+        self.assertEqual(done.stdout.split(), ["True"] * 3)
+        attempts = sorted(path.name for path in (self.tmp / "results").glob("exp/*/attempts/*"))
+        self.assertEqual(attempts, ["1", "2", "3"])
+
+    def test_a_run_that_is_alive_is_not_resumed(self) -> None:
+        done = self.in_context("run_context('results/exp', resume=run_dir).__enter__()")
+        self.assertIn("is still running; it cannot be resumed", done.stderr)
+
+
+class Metrics(RunCase):
+    """log_metrics appends one line of strict JSON that other processes see at once."""
+
+    def rows(self) -> list[dict[str, object]]:
+        path = self.tmp / "metrics" / "metrics.jsonl"
+
+        def refuse(name: str) -> None:
+            self.fail(f"{name} is not JSON")
+
+        text = path.read_text("ascii")
+        return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+    def test_numbers_nan_text_and_nested_values(self) -> None:
+        run_utils.log_metrics(self.tmp, {"loss": 0.5, "n": 3, "ok": True}, step=1)
+        run_utils.log_metrics(self.tmp, {"loss": float("nan"), "name": "é", "l": [1]})
+        first, second = self.rows()
+        self.assertEqual((first["step"], first["loss"], first["n"]), (1, 0.5, 3))
+        self.assertEqual((second["loss"], second["name"]), ("NaN", "é"))
+        self.assertEqual((second["step"], second["l"]), (None, [1]))
+
+    def test_a_torn_line_is_repaired(self) -> None:
+        (self.tmp / "metrics").mkdir()
+        (self.tmp / "metrics" / "metrics.jsonl").write_text('{"step": 1, "lo')
+        run_utils.log_metrics(self.tmp, {"loss": 1})
+        lines = (self.tmp / "metrics" / "metrics.jsonl").read_text().splitlines()
+        self.assertEqual(json.loads(lines[1])["loss"], 1)
+
+    def test_forked_children_log_whole_lines_too(self) -> None:
+        body = """
+        log_metrics(run_dir, {"who": -1})
+        pids = []
+        for who in range(4):
+            pid = os.fork()
+            if pid == 0:
+                for _ in range(200):
+                    log_metrics(run_dir, {"who": who})
+                os._exit(0)
+            pids.append(pid)
+        [os.waitpid(pid, 0) for pid in pids]
+        """
+        self.in_context(body)
+        path = self.run_dir() / "metrics" / "metrics.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        self.assertEqual(len(rows), 801)
+
+    def test_no_acknowledged_row_is_lost_to_SIGKILL(self) -> None:
+        body = """
+        for step in range(10 ** 9):
+            log_metrics(run_dir, {"x": step}, step)
+            os.write(1, b"%d\\n" % step)
+        """
+        text = 'with run_context("results/exp", "exp", capture_output=False) as run_dir:'
+        path = self.write_script(text + textwrap.indent(textwrap.dedent(body), "    "))
+        child = subprocess.Popen(
+            [PYTHON, str(path)], env=self.environment(), stdout=subprocess.PIPE
+        )
+        assert child.stdout is not None
+        child.stdout.read(2000)
+        child.kill()
+        acknowledged = 0
+        for line in child.stdout.read().split()[1:-1]:
+            acknowledged = max(acknowledged, int(line))
+        child.stdout.close()
+        child.wait()
+        rows = (self.run_dir() / "metrics" / "metrics.jsonl").read_text().splitlines()
+        self.assertGreaterEqual(json.loads(rows[-1])["step"], acknowledged)
+
+    def test_a_full_disk_does_not_raise(self) -> None:
+        (self.tmp / "metrics").mkdir()
+        (self.tmp / "metrics" / "metrics.jsonl").mkdir()
+        with contextlib.redirect_stderr(None):
+            run_utils.log_metrics(self.tmp, {"x": 1})
+
+
+class SavedFiles(RunCase):
+    """Files are whole or absent, readable by others, and strict JSON."""
+
+    def test_save_json_converts_and_creates_folders(self) -> None:
+        path = run_utils.save_json("a/b.json", {"x": {1}, "p": Path("q"), "n": float("nan")})
+        self.assertEqual(json.loads(path.read_text()), {"x": [1], "p": "q", "n": "NaN"})
+
+    def test_mode_follows_the_umask(self) -> None:
+        before = os.umask(0o027)
+        try:
+            run_utils._write_file(self.tmp / "f", b"x")
+        finally:
+            os.umask(before)
+        self.assertEqual(stat.S_IMODE((self.tmp / "f").stat().st_mode), 0o640)
+
+    def test_a_failed_write_keeps_the_old_file(self) -> None:
+        path = self.tmp / "f"
+        path.write_bytes(b"old")
+        for name in ("write", "replace", "close"):
+            original = getattr(os, name)
+
+            def fail(*args: object, name: str = name, original=original) -> None:  # type: ignore
+                if name == "close":
+                    original(*args)
+                raise OSError(28, "No space left on device")
+
+            with self.subTest(name), self.assertRaises(OSError):
+                setattr(os, name, fail)
+                try:
+                    run_utils._write_file(path, b"new")
+                finally:
+                    setattr(os, name, original)
+            self.assertEqual(path.read_bytes(), b"old")
+            self.assertEqual(os.listdir(), ["f"])
+
+    def test_readers_never_see_half_a_file(self) -> None:
+        path = self.tmp / "f.json"
+        run_utils._write_json(path, {"n": 0})
+        stop = threading.Event()
+        seen: list[object] = []
+
+        def read() -> None:
+            while not stop.is_set():
+                seen.append(json.loads(path.read_text())["n"])
+
+        thread = threading.Thread(target=read)
+        thread.start()
+        for number in range(300):
+            run_utils._write_json(path, {"n": number, "text": "x" * 20000})
+        stop.set()
+        thread.join()
+        self.assertEqual(seen, sorted(seen))
+
+
+class TheIndex(RunCase):
+    """Every run has its lines in the index of its results root."""
+
+    def test_keys_and_root(self) -> None:
+        self.in_context("pass")
+        start, end = self.index()
+        keys = (
+            "event timestamp_utc run_dir run_basename experiment_name env_name"
+            " results_root hostname user pid git_commit_short script_name status"
+            " exit_reason path"
+        ).split()
+        self.assertEqual(list(start), keys)
+        self.assertEqual((start["event"], end["event"]), ("start", "end"))
+        self.assertEqual(start["path"], f"exp/{self.run_dir().name}")
+
+    def test_the_nearest_index_wins_then_results_then_base_dir(self) -> None:
+        root = run_utils._results_root
+        self.assertEqual(root(Path("/a/results/b/c")), Path("/a/results"))
+        self.assertEqual(root(Path("/a/b")), Path("/a/b"))
+        (self.tmp / "index").mkdir()
+        (self.tmp / "index" / "runs_index.jsonl").touch()
+        self.assertEqual(root(self.tmp / "results" / "x"), self.tmp)
+
+    def test_a_torn_tail_costs_only_itself(self) -> None:
+        path = self.tmp / "lines.jsonl"
+        run_utils._append_line(path, {"n": 1})
+        whole = path.read_bytes()
+        for cut in range(1, len(whole)):
+            path.write_bytes(whole[:cut])
+            run_utils._append_line(path, {"n": 2})
+            last = list(run_utils._read_lines(path))[-1]
+            self.assertEqual(last, {"n": 2})
+
+    def test_notes_and_tags_of_run_context(self) -> None:
+        self.script('with run_context("results/e", notes="try", tags=["a"]): pass')
+        (note,) = run_utils._read_lines(self.run_dir() / "notes.jsonl")
+        self.assertEqual((note["text"], note["tags"]), ("try", ["a"]))
+
+
+class Lineage(RunCase):
+    """mark_artifact_used writes on both sides, and never fails."""
+
+    def test_both_sides(self) -> None:
+        body = """
+        with run_context("results/a", "producer") as producer:
+            (producer / "artifacts" / "model.pt").write_text("x")
+        with run_context("results/b", "consumer") as consumer:
+            mark_artifact_used(producer / "artifacts" / "model.pt", reason="init")
+        """
+        done = self.script(body)
+        self.assertEqual(done.stderr, "")
+        producer, consumer = self.run_dirs()
+        (line,) = run_utils._read_lines(producer / "artifacts" / "USED_BY.jsonl")
+        self.assertEqual((line["artifact_relpath"], line["reason"]), ("model.pt", "init"))
+        self.assertEqual(line["consumer_run_dir"], str(consumer))
+        (entry,) = run_utils.load_run(consumer).metadata["inputs"]
+        self.assertEqual((entry["run"], entry["path"]), (producer.name, "artifacts/model.pt"))
+        self.assertEqual((entry["size"], entry["status"]), (1, "success"))
+
+    def test_what_is_in_no_run_is_ignored(self) -> None:
+        run_utils.mark_artifact_used(self.tmp / "nothing", self.tmp)
+        self.assertEqual(os.listdir(), [])
+
+
+RANDOM = "a1B2c3D4e5F6g7H8i9J0"  # looks like a key; as a whole and in pieces harmless
+
+
+class SecretNames(unittest.TestCase):
+    """A value under a secret name is replaced; names that only sound alike are not."""
+
+    def setUp(self) -> None:
+        run_utils._known_secrets.clear()
+        self.addCleanup(run_utils._known_secrets.clear)
+
+    def test_names_of_secrets(self) -> None:
+        for name in (
+            "ACME_API_KEY acmeApiKey password DB_PASSWORD PGPASSWORD SMTP_PASS MYSQL_PWD"
+            " hf_token GITHUB_TOKEN accessToken client_secret AWS_SECRET_ACCESS_KEY"
+            " MY_CREDENTIALS signing_key X_AUTH_TOKEN HTTP_COOKIE FERNET_KEY GH_PAT"
+            " passphrase ACME_KEY POETRY_PYPI_TOKEN_CORP service.api-key.prod"
+        ).split():
+            with self.subTest(name):
+                found = run_utils._redact({name: RANDOM})
+                self.assertEqual(found, {name: run_utils.REDACTED})
+
+    def test_short_and_wordy_passwords(self) -> None:
+        for value in ("hunter2", "letmein", "correct horse battery", "pa/ss"):
+            found = run_utils._redact({"db": {"password": value}})
+            self.assertEqual(found, {"db": {"password": run_utils.REDACTED}})
+
+    def test_names_that_sound_alike(self) -> None:
+        harmless = {
+            "tokenizer": "Qwen/Qwen3-8B",
+            "max_new_tokens": "512",
+            "TOKENIZERS_PARALLELISM": "false",
+            "pad_token": "<|endoftext|>",
+            "eos_token": "endoftext2",
+            "keyboard": "us-intl105",
+            "num_key_value_heads": 8,
+            "author": "Jane Doe 2nd",
+            "primary_key": "id",
+            "sort_key": "created_at",
+            "token_type": "bpe-v2",
+            "PASS_RATE": "0.98",
+            "forward_pass": "full",
+            "passage": "page 12 of 13",
+            "secret": None,
+            "api_key": "",
+            "hub_token": "None",
+            "password": "${DB_PASSWORD}",
+            "AWS_SHARED_CREDENTIALS_FILE": "/home/ann/.aws/credentials",
+            "ssh_public_key": "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI ann@host",
+            "PWD": "/home/ann/src",
+            "secret_token_count": 3,
+            "use_auth_token": True,
+            "commit": "9f2c1e4b7a6d5c3f8e0b1a2c4d6e8f0a1b3c5d7e",
+            "sha256": "8e35c2cd" * 8,
+            "run": "train-20260131-142501-1a2b3c4",
+            "model": "unsloth/Qwen2.5-Coder-32B-Instruct-bnb-4bit",
+            "image": "nvcr.io/nvidia/pytorch:24.05-py3@sha256:" + "0a1b" * 16,
+            "uuid": "203db13e-70c7-462b-9a3d-bf32640cb0be",
+        }
+        self.assertEqual(run_utils._redact(harmless), harmless)
+
+    def test_the_callers_object_is_not_touched(self) -> None:
+        config = {"a": {"password": RANDOM}, "b": [RANDOM]}
+        run_utils._redact(config)
+        self.assertEqual(config, {"a": {"password": RANDOM}, "b": [RANDOM]})
+
+
+class SecretShapes(unittest.TestCase):
+    """Tokens are told by their shape, wherever they stand in a text."""
+
+    def setUp(self) -> None:
+        run_utils._known_secrets.clear()
+        self.addCleanup(run_utils._known_secrets.clear)
+
+    def test_tokens_of_known_and_unknown_providers(self) -> None:
+        for token in (
+            "ghp_" + "A1b2" * 9,
+            "sk-" + "a1B2" * 12,
+            "hf_" + "aBcD" * 8 + "ef",
+            "AKIA" + "A1B2" * 4,
+            "AIza" + "A1b2-" * 7,
+            "xoxb-" + "123456789012-" * 2 + "a1B2c3D4e5",
+            "glpat-" + "a1B2" * 5,
+            "npm_" + "a1b2" * 9,
+            "eyJ" + "a1B2" * 5 + ".eyJ" + "c3D4" * 5 + "." + "e5F6" * 8,
+            "dapi" + "0a1b2c3d" * 4,
+            "SG." + "a1B2" * 5 + "." + "c3D4" * 10,
+            "acme_live_" + RANDOM,
+            "wonder-pat-" + RANDOM,
+            "-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY-----",
+        ):
+            with self.subTest(token[:8]):
+                found = run_utils._redact_text(f"failed with {token} (401), retry 1")
+                self.assertEqual(found, "failed with <REDACTED> (401), retry 1")
+
+    def test_urls(self) -> None:
+        for before, after in {
+            "https://ann:" + RANDOM + "@x.org/a?b=1": "https://<REDACTED>@x.org/a?b=1",
+            "postgres://u:p4ss@db:5432/x": "postgres://<REDACTED>@db:5432/x",
+            "git+ssh://git@github.com/a/b.git": "git+ssh://git@github.com/a/b.git",
+            "https://x.org/a?token=" + RANDOM + "&n=1": "https://x.org/a?token=<REDACTED>&n=1",
+            "https://s3/x?X-Amz-Signature=" + "0a" * 32: "https://s3/x?X-Amz-Signature=<REDACTED>",
+            "https://hooks.slack.com/services/T01A/B01A/" + RANDOM: (
+                "https://hooks.slack.com/services/<REDACTED>"
+            ),
+        }.items():
+            run_utils._known_secrets.clear()
+            self.assertEqual(run_utils._redact_text(before), after)
+
+    def test_headers_assignments_and_json_in_text(self) -> None:
+        for text in (
+            f"Authorization: Bearer {RANDOM}",
+            f"export ACME_API_KEY={RANDOM}",
+            f'{{"name": "x", "api_key": "{RANDOM}"}}',
+            f"api_key: '{RANDOM}'",
+        ):
+            found = run_utils._redact_text(text)
+            self.assertEqual(found, text.replace(RANDOM, run_utils.REDACTED))
+
+    def test_prose_stays(self) -> None:
+        for text in (
+            "The password is the name of a game; guess the secret token.",
+            "Set --api-key or HF_TOKEN to authenticate",
+            r"(?i)api[_-]?key\s*[:=]\s*(\w+)",
+            "granularity=fine,compact,1,0",
+            "gpt-4o-mini-2024-07-18, checkpoint-1000, sm80_xmma_gemm_f16f16_f16f32",
+        ):
+            self.assertEqual(run_utils._redact_text(text), text)
+
+    def test_long_and_hostile_texts_come_back(self) -> None:
+        for piece in ("a", "://", "eyJ", "=", "-----BEGIN ", "key=", "a-", "a@", '"'):
+            text = piece * (1_000_000 // len(piece))
+            self.assertLess(len(run_utils._redact_text(text)), 50_000)
+        hidden = "x " * 500_000 + "ghp_" + "A1b2" * 9
+        self.assertFalse("A1b2" in run_utils._redact_text(hidden))
+        half = "x" * 16_000 + " ghp_" + "A1b2" * 400_000
+        self.assertFalse("A1b2" in run_utils._redact_text(half))
+
+
+class CommandLines(unittest.TestCase):
+    """One value after a secret flag is replaced, and argv and command agree."""
+
+    def setUp(self) -> None:
+        run_utils._known_secrets.clear()
+        self.addCleanup(run_utils._known_secrets.clear)
+
+    def test_flags_and_assignments(self) -> None:
+        argv = ["train.py", "--lr", "0.1", "--api-key", RANDOM, "--token=" + RANDOM[::-1]]
+        argv += ["model.api_key=" + RANDOM * 2, "+x.max_tokens=4096", "--password", "x y z"]
+        argv += ["--ask-password", "--seed", "3", "-H", f"Authorization: Bearer {RANDOM}"]
+        marker = run_utils.REDACTED
+        expected = ["train.py", "--lr", "0.1", "--api-key", marker, "--token=" + marker]
+        expected += ["model.api_key=" + marker, "+x.max_tokens=4096", "--password", marker]
+        expected += ["--ask-password", "--seed", "3", "-H", f"Authorization: Bearer {marker}"]
+        self.assertEqual(run_utils._redact_argv(argv), expected)
+        command = run_utils._redact({"command": shlex.join(argv)})["command"]
+        self.assertEqual(shlex.split(command), expected)
+
+
+class Canaries(RunCase):
+    """A secret is in no file of a run, wherever it came from."""
+
+    def test_propagation_into_every_file(self) -> None:
+        secret, other = "Zq9" + RANDOM, "Yw8" + RANDOM[::-1]
+        body = """
+        import argparse
+        secret = os.environ["ACME_API_KEY"]
+        args = {"db": {"password": sys.argv[1]}, "note": f"uses {secret}"}
+        with run_context("results/exp", "exp", args, notes=f"tried {secret}") as run_dir:
+            mark_status(run_dir, "partial", extra={"hint": secret})
+            log_metrics(run_dir, {"text": f"{secret} and {sys.argv[1]}"})
+            raise ValueError(f"bad key {secret}, password {sys.argv[1]}")
+        """
+        env = {"ACME_API_KEY": secret, "HINT": f"the key is {secret}, or {other}"}
+        done = self.script(body, other, env=env)
+        self.assertIn(secret, done.stderr)
+        self.assertEqual(self.json("status.json")["status"], "failed")
+        files = [path for path in (self.tmp / "results").rglob("*") if path.is_file()]
+        self.assertGreater(len(files), 5)
+        for path in files:
+            data = path.read_bytes()
+            self.assertNotIn(secret.encode(), data, path)
+            self.assertNotIn(other.encode(), data, path)
+
+
+class Colour(enum.Enum):
+    RED = "red"
+    BLUE = 2
+
+
+class Level(enum.IntEnum):
+    HIGH = 3
+
+
+class Access(enum.Flag):
+    READ = 1
+    WRITE = 2
+
+
+class Text(str):
+    pass
+
+
+@dataclass
+class Optimiser:
+    lr: float = 1e-4
+    betas: tuple = (0.9, 0.999)
+    extra: dict = field(default_factory=dict)
+    shape: tuple = (2, 3)
+    dtype: str = "bf16"
+    known: ClassVar[int] = 7
+
+
+class Point(NamedTuple):
+    x: int
+    y: int
+
+
+class Bare:
+    def __init__(self, **values: object) -> None:
+        self.__dict__.update(values)
+
+
+class Hostile:
+    def __repr__(self) -> str:
+        raise RuntimeError("no")
+
+    def __getattr__(self, name: str) -> object:
+        raise RuntimeError("no")
+
+    __len__ = __iter__ = __hash__ = __eq__ = __str__ = __bool__ = __repr__  # type: ignore
+
+
+class Endless(list):
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        while True:
+            yield 1
+
+
+class ArgumentsAndCommandTest(unittest.TestCase):
+    """config.yaml is the command followed by the arguments; nothing is lost."""
+
+    def test_mapping_keeps_its_order_below_the_command(self) -> None:
+        found = run_utils._config_document("c", {"z": 1, "a": 2})
+        self.assertEqual(list(found.items()), [("command", "c"), ("z", 1), ("a", 2)])
+
+    def test_namespace_dataclass_and_plain_object_count_as_mappings(self) -> None:
+        for args in (argparse.Namespace(lr=1), Bare(lr=1), types.SimpleNamespace(lr=1)):
+            found = run_utils._config_document("c", args)
+            self.assertEqual(found, {"command": "c", "lr": 1})
+        self.assertEqual(run_utils._config_document("c", Optimiser())["lr"], 1e-4)
+
+    def test_no_arguments_leave_the_command_alone(self) -> None:
+        for args in (None, {}, argparse.Namespace()):
+            self.assertEqual(run_utils._config_document("c", args), {"command": "c"})
+
+    def test_other_command_key_moves_the_arguments_down(self) -> None:
+        args = {"command": "train", "args": [1], "lr": 2}
+        found = run_utils._config_document("c", args)
+        self.assertEqual(found, {"command": "c", "args": args})
+
+    def test_same_command_key_is_written_once(self) -> None:
+        found = run_utils._config_document("c", {"lr": 1, "command": "c"})
+        self.assertEqual(found, {"command": "c", "lr": 1})
+
+    def test_list_or_text_goes_under_args(self) -> None:
+        for args in ([1, 2], "--lr 1", 0, False):
+            found = run_utils._config_document("c", args)
+            self.assertEqual(found, {"command": "c", "args": args})
+
+
+class PlainDataTest(unittest.TestCase):
+    """Every object has one documented form made of JSON's types alone."""
+
+    TABLE = (
+        (Colour.RED, "red"),
+        (Colour.BLUE, "BLUE"),
+        (Level.HIGH, 3),
+        (Access.READ, "READ"),
+        (Text("a"), "a"),
+        (True, True),
+        (Point(1, 2), {"x": 1, "y": 2}),
+        ((1, (2,)), [1, [2]]),
+        ({3, 20, 100}, [3, 20, 100]),
+        (frozenset("cab"), ["a", "b", "c"]),
+        ({"b", 1, None}, [1, None, "b"]),
+        (range(3), [0, 1, 2]),
+        (range(10**12), "range(0, 1000000000000)"),
+        (collections.deque([1]), [1]),
+        (collections.OrderedDict(b=1, a=2), {"b": 1, "a": 2}),
+        (collections.defaultdict(list, a=1), {"a": 1}),
+        (types.MappingProxyType({"a": 1}), {"a": 1}),
+        ({"a": 1}.keys(), ["a"]),
+        (pathlib.PurePosixPath("/a/b"), "/a/b"),
+        (datetime.date(2024, 1, 2), "2024-01-02"),
+        (datetime.datetime(2024, 1, 2, 3, 4, 5), "2024-01-02T03:04:05"),
+        (datetime.time(3, 4), "03:04:00"),
+        (datetime.timedelta(hours=1), "PT3600.000000S"),
+        (decimal.Decimal("1.10"), "1.10"),
+        (fractions.Fraction(1, 3), "1/3"),
+        (uuid.UUID(int=1), "00000000-0000-0000-0000-000000000001"),
+        (1 + 2j, "(1+2j)"),
+        (b"a\xff", "b'a\\xff'"),
+        (bytearray(b"a"), "b'a'"),
+        (memoryview(b"a"), "b'a'"),
+        (b"a" * 600, f"b'{'a' * 500}'... <600 bytes>"),
+        (json.dumps, "json.dumps"),
+        (float, "float"),
+        (json, "json"),
+        (Bare, f"{__name__}.Bare"),
+        (Bare(a={"b": 1}), {"a": {"b": 1}}),
+        (Bare(), f"<{__name__}.Bare object>"),
+        (2**1000, 2**1000),
+        (10**5000, f"<int of 16610 bits, {hex(10**5000)[:40]}...>"),
+        ("\udcff\xe9", "\\udcff\xe9"),
+    )
+
+    def test_table_of_types(self) -> None:
+        for value, wanted in self.TABLE:
+            found = run_utils._plain(value)
+            self.assertEqual((found, type(found)), (wanted, type(wanted)), repr(wanted))
+
+    def test_dataclass_is_its_fields_without_class_variables(self) -> None:
+        wanted = ["lr", "betas", "extra", "shape", "dtype"]
+        self.assertEqual(list(run_utils._plain(Optimiser())), wanted)
+
+    def test_numbers_that_json_lacks_stay_floats(self) -> None:
+        self.assertTrue(math.isnan(run_utils._plain(math.nan)))
+        self.assertEqual(run_utils._plain(-math.inf), -math.inf)
+
+    def test_key_that_is_no_string_is_written_as_json_and_none_is_lost(self) -> None:
+        found = run_utils._plain({1: "a", "1": "b", None: 3, (1, "x"): 4, "1 (2)": 5})
+        wanted = {"1": "a", "1 (2)": "b", "null": 3, '[1, "x"]': 4, "1 (2) (5)": 5}
+        self.assertEqual(found, wanted)
+
+    def test_result_of_json_types_alone_is_unchanged(self) -> None:
+        value = {"a": [1, 2.5, None, True, "x"], "b": {"c": {}}, "d": []}
+        self.assertEqual(run_utils._plain(value), value)
+        self.assertEqual(list(run_utils._plain(value)), list(value))
+
+
+class HostileObjectTest(unittest.TestCase):
+    """Conversion ends, stays small, raises nothing and changes nothing."""
+
+    def test_object_that_raises_at_every_touch_is_named(self) -> None:
+        wanted = f"<{__name__}.Hostile, repr raises RuntimeError>"
+        self.assertEqual(run_utils._plain({"a": Hostile()}), {"a": wanted})
+
+    def test_generator_is_not_consumed(self) -> None:
+        numbers = (n for n in range(3))
+        run_utils._plain([numbers])
+        self.assertEqual(list(numbers), [0, 1, 2])
+
+    def test_endless_list_stops_at_its_length(self) -> None:
+        self.assertEqual(run_utils._plain(Endless([5, 6])), [1, 1])
+
+    def test_address_is_left_out_of_a_repr(self) -> None:
+        self.assertNotIn("0x", run_utils._plain([object(), lambda: 0, iter([])][0]))
+
+    def test_cycle_is_marked_and_a_shared_list_is_not(self) -> None:
+        shared: list = [1]
+        value: dict = {"a": shared, "b": shared}
+        value["c"] = value
+        wanted = {"a": [1], "b": [1], "c": "<cycle>"}
+        self.assertEqual(run_utils._plain(value), wanted)
+
+    def test_deep_nesting_ends_in_a_marker(self) -> None:
+        value: list = []
+        for _ in range(5000):
+            value = [value]
+        text = json.dumps(run_utils._plain(value))
+        self.assertEqual(text.count("["), run_utils.MAX_DEPTH)
+        self.assertIn("<list nested too deeply>", text)
+
+    def test_long_list_ends_in_a_count(self) -> None:
+        found = run_utils._plain(list(range(10_003)))
+        self.assertEqual(found[9_999:], [9_999, "<3 more items>"])
+        found = run_utils._plain(dict.fromkeys(range(10_003), 0))
+        self.assertEqual(list(found.items())[10_000:], [("<more>", "<3 more keys>")])
+
+    def test_shared_lists_cannot_grow_without_bound(self) -> None:
+        value: list = ["x"]
+        for _ in range(40):
+            value = [value, value]
+        self.assertLess(len(json.dumps(run_utils._plain(value))), 20_000_000)
+
+    def test_one_long_text_in_many_places_is_bounded(self) -> None:
+        found = run_utils._plain(["x" * 100_000] * 9_000)
+        self.assertLess(len(found), 110)
+        self.assertRegex(found[-1], "^<[0-9]+ more items>$")
+
+    def test_large_set_is_cut_in_bounded_time(self) -> None:
+        found = run_utils._plain(set(range(20_000)))
+        self.assertEqual((len(found), found[-1]), (10_001, "<10000 more items>"))
+
+    def test_whole_lifts_the_limits(self) -> None:
+        rows = [list(range(20_000))] * 10
+        self.assertEqual(run_utils._plain(rows, whole=True), rows)
+
+    def test_long_text_is_cut_with_a_count(self) -> None:
+        found = run_utils._plain("x" * 100_007)
+        self.assertEqual(found[99_998:], "xx... <7 more characters>")
+
+    def test_unreadable_item_leaves_the_others(self) -> None:
+        class Settings(collections.UserDict):
+            def __getitem__(self, key: str) -> object:
+                return 1 // self.data[key]
+
+        found = run_utils._plain(Settings(a=1, b=0))
+        self.assertEqual(found["a"], 1)
+        self.assertTrue(found["b"].startswith("<unreadable: ZeroDivisionError("))
+
+    def test_mock_objects_are_harmless(self) -> None:
+        for value in (mock.MagicMock(), mock.Mock(spec=dict), mock.Mock(spec=str)):
+            self.assertIsInstance(run_utils._plain(value), (str, dict))
+
+    def test_caller_s_object_is_not_changed(self) -> None:
+        value = collections.defaultdict(list, {"a": {3, 1}, "b": (1, 2)})
+        before = repr(value)
+        run_utils._plain(value)
+        self.assertEqual(repr(value), before)
+
+    def test_deep_call_stack_does_not_raise(self) -> None:
+        def deeper(left: int) -> object:
+            return run_utils._plain([[[Hostile()]]]) if left == 0 else deeper(left - 1)
+
+        frame, depth = sys._getframe(), 0
+        while frame:
+            frame, depth = frame.f_back, depth + 1  # type: ignore[assignment]
+        for spare in range(8, 40):
+            self.assertIsNotNone(deeper(sys.getrecursionlimit() - depth - spare))
+
+
+# Each document with the bytes that both writers must give.
+YAML_TABLE = (
+    ({}, "{}\n"),
+    ([], "[]\n"),
+    ("x", "x\n"),
+    (None, "null\n"),
+    ("", '""\n'),
+    ({"a": {"b": []}, "c": [{}]}, "a:\n  b: []\nc: [{}]\n"),
+    (
+        {"a": [{"b": 1, "c": [[1], {"d": 2}]}]},
+        "a:\n  - b: 1\n    c:\n      - [1]\n      - d: 2\n",
+    ),
+    ([[["x" * 81]], {"k" * 81: {"a": {"b": 1}}}], None),
+    ({"lr": 1e-4, "eps": 1e-08, "big": 1e16, "zero": -0.0}, None),
+    (
+        [math.inf, -math.inf, math.nan, 1e-5, 5e-324],
+        "[.inf, -.inf, .nan, 1.0e-05, 5.0e-324]\n",
+    ),
+    (
+        ["no", "y", "1e3", "08", "0o17", "12:30:45"],
+        '["no", "y", "1e3", "08", "0o17", "12:30:45"]\n',
+    ),
+    (
+        ["=", "<<", "~", "null", "1_000", ".5"],
+        '["=", "<<", "~", "null", "1_000", ".5"]\n',
+    ),
+    (
+        ["a: b", "a #b", " a", "a ", "-a", "a,b"],
+        '["a: b", "a #b", " a", "a ", "-a", "a,b"]\n',
+    ),
+    (["Qwen/Qwen3-8B", "../x", "~/y", "a b"], "[Qwen/Qwen3-8B, ../x, ~/y, a b]\n"),
+    ("two\nlines\t\"'\\", '"two\\nlines\\t\\"\'\\\\"\n'),
+    ("\xe9 \u4e2d\u6587 \U0001f600", '"\xe9 \u4e2d\u6587 \U0001f600"\n'),
+    (
+        "\x00\x1b\x7f\x85\xa0\u2028\u202e\ufeff\U0001ffff",
+        '"\\u0000\\u001b\\x7f\\x85\\xa0\\u2028\\u202e\\ufeff\\U0001ffff"\n',
+    ),
+    ({"\n": 1, "": 2, "true": 3}, '"\\n": 1\n"": 2\n"true": 3\n'),
+    ({"shared": [["a" * 99], ["a" * 99]]}, None),
+)
+
+
+class YamlTest(unittest.TestCase):
+    """The text is the same with and without PyYAML, and both YAMLs read it alike."""
+
+    def test_table_of_documents(self) -> None:
+        for value, wanted in YAML_TABLE:
+            with mock.patch.dict(sys.modules, {"yaml": None}):
+                found = run_utils._format_yaml(value)
+            if wanted is not None:
+                self.assertEqual(found, wanted)
+
+    def test_pyyaml_gives_the_same_bytes_and_the_same_value(self) -> None:
+        try:
+            import yaml
+        except ImportError:
+            self.skipTest("PyYAML is not installed")
+        for value, _ in YAML_TABLE:
+            with mock.patch.dict(sys.modules, {"yaml": None}):
+                plain = run_utils._format_yaml(value)
+            tree = run_utils._yaml_tree(value)
+            self.assertEqual(run_utils._yaml_by_pyyaml(tree), plain)
+            self.assertEqual(repr(yaml.safe_load(plain)), repr(value))
+
+    def test_user_s_own_pyyaml_representers_change_nothing(self) -> None:
+        try:
+            import yaml
+        except ImportError:
+            self.skipTest("PyYAML is not installed")
+
+        def block(dumper: yaml.SafeDumper, text: str) -> object:
+            return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|")
+
+        before = dict(yaml.SafeDumper.yaml_representers)
+        with mock.patch.object(yaml.SafeDumper, "yaml_representers", before):
+            yaml.SafeDumper.add_representer(str, block)
+            with mock.patch.object(yaml.SafeDumper, "ignore_aliases", lambda *_: False):
+                found = run_utils._yaml_by_pyyaml({"a": ["x\\n", {"b": "1"}], "c": "1"})
+        self.assertEqual(found, "a:\n  - x\\n\n  - b: 1\nc: 1\n")
+
+    def test_long_key_becomes_a_complex_key(self) -> None:
+        found = run_utils._format_yaml({"k" * 81: [1], "j" * 81: {"a": 1}})
+        self.assertEqual(found, f"? {'k' * 81}\n: [1]\n? {'j' * 81}\n: a: 1\n")
+
+    def test_list_that_is_too_wide_stands_one_item_a_line(self) -> None:
+        found = run_utils._format_yaml({"a": ["x" * 40, "y" * 40]})
+        self.assertEqual(found, f"a:\n  - {'x' * 40}\n  - {'y' * 40}\n")
+
+    def test_float_is_a_float_to_yaml_1_1(self) -> None:
+        found = run_utils._format_yaml([1e16, 1e-4, 1e-5, -2e300, 1.5e-7])
+        self.assertEqual(found, "[1.0e+16, 0.0001, 1.0e-05, -2.0e+300, 1.5e-07]\n")
+
+    def test_lone_surrogate_never_stops_the_encoding(self) -> None:
+        found = run_utils._format_yaml(["\udcff", run_utils._plain("\udcff")])
+        self.assertEqual(found.encode("utf-8"), b'["\\udcff", "\\\\udcff"]\n')
+
+
+class BrokenYamlModuleTest(unittest.TestCase):
+    """Whatever `import yaml` does, the same text is written."""
+
+    def run_script(self, files: dict, name: str, *flags: str) -> str:
+        with tempfile.TemporaryDirectory() as folder:
+            for path, text in files.items():
+                target = pathlib.Path(folder, path)
+                target.parent.mkdir(exist_ok=True)
+                target.write_text(text, encoding="utf-8")
+            home = os.path.dirname(os.path.abspath(run_utils.__file__))
+            argv = [sys.executable, *flags, str(pathlib.Path(folder, name)), home]
+            result = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+        self.assertEqual(result.stderr, "")
+        return result.stdout
+
+    SCRIPT = (
+        "import sys\nsys.path.append(sys.argv[1])\nimport run_utils\nprint('once')\n"
+        "print(run_utils._format_yaml({'a': [{'b': 1e16}], 'c': 'no'}), end='')\n"
+    )
+    WANTED = 'once\na:\n  - b: 1.0e+16\nc: "no"\n'
+
+    def test_script_named_yaml_does_not_run_twice(self) -> None:
+        found = self.run_script({"yaml.py": self.SCRIPT}, "yaml.py")
+        self.assertEqual(found, self.WANTED)
+
+    def test_package_named_yaml_may_do_anything(self) -> None:
+        for body in ("raise SystemExit(3)", "1 / 0", "SafeDumper = 5", "syntax error"):
+            files = {"yaml/__init__.py": body, "s.py": self.SCRIPT}
+            self.assertEqual(self.run_script(files, "s.py"), self.WANTED, body)
+
+    def test_optimised_and_isolated_interpreters_write_the_same(self) -> None:
+        for flags in (("-O",), ("-OO",), ("-I",), ("-S",), ("-E", "-S", "-B")):
+            found = self.run_script({"s.py": self.SCRIPT}, "s.py", *flags)
+            self.assertEqual(found, self.WANTED, flags)
+
+
+class JsonTest(unittest.TestCase):
+    """JSON is strict, ASCII, ends in a newline, and nothing makes it fail."""
+
+    def test_numbers_that_json_lacks_become_strings(self) -> None:
+        found = run_utils._format_json([math.nan, math.inf, {"a": -math.inf}], None)
+        self.assertEqual(found, '["NaN", "Infinity", {"a": "-Infinity"}]\n')
+
+    def test_lone_surrogate_becomes_visible_text_and_a_pair_stays(self) -> None:
+        found = run_utils._format_json(["\udcff", "\U0001f600"], None)
+        self.assertEqual(found, '["\\\\udcff", "\\ud83d\\ude00"]\n')
+
+    def test_huge_int_is_summarised(self) -> None:
+        found = run_utils._format_json({"a": 10**5000}, None)
+        self.assertTrue(found.startswith('{"a": "<int of 16610 bits, 0x31e2'))
+
+    def test_data_that_is_not_plain_is_converted(self) -> None:
+        loop: list = [{1}]
+        loop.append(loop)
+        self.assertEqual(run_utils._format_json(loop, None), '[[1], "<cycle>"]\n')
+
+    def test_indent_is_for_files_and_none_for_lines(self) -> None:
+        self.assertEqual(
+            run_utils._format_json({"a": [1]}), '{\n  "a": [\n    1\n  ]\n}\n'
+        )
+        self.assertEqual(run_utils._format_json({"a": [1]}, None), '{"a": [1]}\n')
+
+
+WRITERS = """
+import ctypes, subprocess
+print("python")
+os.write(1, b"os.write\\n")
+subprocess.run(["echo", "child"])
+ctypes.CDLL(None).puts(b"puts")
+"""
+
+
+@unittest.skipIf(os.name != "posix", "descriptors are captured on POSIX")
+class CapturedDescriptors(RunCase):
+    """Not a terminal: all output is in the logs and goes where it went before."""
+
+    def test_every_kind_of_writer(self) -> None:
+        done = self.in_context(WRITERS + "print('error', file=sys.stderr)")
+        self.assertEqual((done.returncode, done.stderr), (0, "error\n"))
+        lines = {"python", "os.write", "child", "puts"}
+        self.assertEqual(set(done.stdout.split()), lines)
+        self.assertEqual(set(self.log("stdout").split()), lines)
+        self.assertEqual(self.log("stderr"), "error\n")
+
+    def test_one_log_when_both_go_to_one_place(self) -> None:
+        body = """
+        for number in range(50):
+            os.write(1 + number % 2, b"%d\\n" % number)
+        """
+        done = self.in_context(body, stderr=subprocess.STDOUT)
+        self.assertEqual(done.stdout.split(), [str(n) for n in range(50)])
+        self.assertEqual(self.log("output"), done.stdout)
+
+    def test_output_before_and_after_the_block_is_not_in_the_log(self) -> None:
+        body = """
+        print("before")
+        with run_context("results/exp"):
+            print("inside")
+        print("after")
+        """
+        done = self.script(body)
+        self.assertEqual(done.stdout.split(), ["before", "inside", "after"])
+        self.assertEqual(self.log("stdout"), "inside\n")
+
+    def test_order_with_whoever_holds_the_stream_from_before(self) -> None:
+        body = """
+        held = sys.stdout
+        with run_context("results/exp"):
+            print("1"); held.write("2\\n"); print("3")
+            print(sys.stdout is held)
+        """
+        self.assertEqual(self.script(body).stdout.split(), ["1", "2", "3", "True"])
+
+    def test_streams_are_restored_exactly(self) -> None:
+        body = """
+        def state():
+            return [os.fstat(n)[:3] for n in (1, 2)], id(sys.stdout), id(sys.stderr)
+        before = state(), sorted(os.listdir("/proc/self/fd")) if LINUX else None
+        for ending in ("pass", "1 / 0", "sys.exit(2)"):
+            with __import__("contextlib").suppress(BaseException):
+                with run_context("results/exp"), run_context("results/exp"):
+                    exec(ending)
+        print((state(), sorted(os.listdir("/proc/self/fd")) if LINUX else None) == before)
+        """
+        done = self.script(f"LINUX = {LINUX}\n" + textwrap.dedent(body))
+        self.assertEqual(done.stdout, "True\n", done.stderr)
+
+    def test_binary_output_progress_bars_and_100_megabytes(self) -> None:
+        body = """
+        sys.stdout.buffer.write(bytes(range(256)))
+        sys.stdout.flush()
+        print("50%", end="\\r"); print("100%", end="\\r", flush=True)
+        for _ in range(100): os.write(1, bytes(1_000_000))
+        """
+        with open(self.tmp / "out", "wb") as out:
+            done = self.in_context(body, stdout=out)
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        expected = bytes(range(256)) + b"50%\r100%\r" + bytes(100_000_000)
+        self.assertTrue((self.tmp / "out").read_bytes() == expected)
+        log = self.run_dir() / "logs" / "stdout.log"
+        self.assertTrue(log.read_bytes() == expected)
+
+    def test_a_reader_that_goes_away(self) -> None:
+        body = """
+        for n in range(20000): print(n, flush=n < 2)
+        """
+        path = self.write_script(
+            'with run_context("results/exp"):\n' + textwrap.indent(textwrap.dedent(body), "    ")
+        )
+        command = f"{shlex.quote(PYTHON)} {shlex.quote(str(path))} | head -1"
+        done = subprocess.run(
+            ["sh", "-c", command],
+            env=self.environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        self.assertEqual((done.stdout, done.stderr), (b"0\n", b""))
+        self.assertEqual(self.wait_for_status("success")["exit_code"], 0)
+        self.assertEqual(len(self.log("stdout").split()), 20000)
+
+    def test_a_write_that_holds_the_GIL_does_not_hang(self) -> None:
+        body = """
+        import ctypes
+        data = bytes(1 << 20)
+        print(ctypes.PyDLL(None).write(1, data, len(data)), file=sys.stderr)
+        """
+        done = self.in_context(body)
+        self.assertEqual((done.stderr, len(done.stdout)), ("1048576\n", 1 << 20))
+
+    def test_a_child_that_outlives_the_run_does_not_hold_it(self) -> None:
+        body = """
+        import subprocess
+        subprocess.Popen(["sh", "-c", "sleep 30; echo late"])
+        """
+        started = time.monotonic()
+        self.assertEqual(self.in_context(body).returncode, 0)
+        self.assertLess(time.monotonic() - started, 25)
+
+    def test_closed_and_absent_streams(self) -> None:
+        for redirect in (">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"):
+            with self.subTest(redirect):
+                shutil.rmtree(self.tmp / "results", ignore_errors=True)
+                path = self.write_script('with run_context("results/exp"): print("x")')
+                command = f"{shlex.quote(PYTHON)} {shlex.quote(str(path))} {redirect}"
+                done = subprocess.run(["sh", "-c", command], env=self.environment())
+                self.assertEqual(done.returncode, 0)
+                self.assertEqual(self.json("status.json")["status"], "success")
+
+    def test_redirect_stdout_inside_the_block(self) -> None:
+        body = """
+        import contextlib, io
+        with contextlib.redirect_stdout(io.StringIO()) as text:
+            print("elsewhere")
+        print("here")
+        """
+        self.assertEqual(self.in_context(body).stdout, "here\n")
+        self.assertEqual(self.log("stdout"), "here\n")
+
+    def test_capture_output_false_leaves_streams_alone(self) -> None:
+        body = """
+        before = os.fstat(1)
+        with run_context("results/exp", capture_output=False):
+            print(os.fstat(1) == before)
+        """
+        self.assertEqual(self.script(body).stdout, "True\n")
+        self.assertEqual(os.listdir(self.run_dir() / "logs"), [])
+
+    def test_not_a_byte_is_lost_at_SIGKILL(self) -> None:
+        body = """
+        os.write(1, b"x" * 3_000_000)
+        os.kill(os.getpid(), 9)
+        """
+        done = self.in_context(body)
+        self.assertEqual((done.returncode, len(done.stdout)), (-9, 3_000_000))
+        self.assertEqual(len(self.log("stdout")), 3_000_000)
+
+    def test_faulthandler_is_in_the_log(self) -> None:
+        body = "import faulthandler; faulthandler.enable(); faulthandler._sigsegv()"
+        done = self.in_context(body)
+        self.assertEqual(done.returncode, -signal.SIGSEGV)
+        self.assertIn("Segmentation fault", self.log("stderr"))
+        self.assertIn("Segmentation fault", done.stderr)
+        status = self.wait_for_status("failed")
+        self.assertIn("Segmentation fault", "".join(status["last_output"]))
+
+    def test_a_log_that_cannot_be_written_costs_nothing_but_the_log(self) -> None:
+        body = """
+        print("first", flush=True)
+        import resource
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6, resource.RLIM_INFINITY))
+        import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        print("second")
+        """
+        done = self.in_context(body)
+        self.assertEqual((done.returncode, done.stdout), (0, "first\nsecond\n"))
+        self.assertIn("stdout is no longer logged", done.stderr)
+
+
+@unittest.skipIf(os.name != "posix", "pseudo-terminals are POSIX")
+class OnATerminal(RunCase):
+    """A terminal stays one: a tee copies what Python writes to the log."""
+
+    def on_terminal(self, command: list[str]) -> str:
+        import pty
+
+        pid, master = pty.fork()
+        if pid == 0:
+            os.execve(command[0], command, self.environment())
+        shown = b""
+        with contextlib.suppress(OSError):
+            while True:
+                data = os.read(master, 65536)
+                if not data:
+                    break
+                shown += data
+        os.close(master)
+        self.wait_status = os.waitpid(pid, 0)[1]
+        return shown.decode().replace("\r\n", "\n")
+
+    def test_isatty_stays_true_and_the_log_has_the_text(self) -> None:
+        body = """
+        with run_context("results/exp"):
+            print(sys.stdout.isatty(), sys.stderr.isatty(), sys.stdout.fileno())
+            print("\\x1b[31mred\\x1b[0m", file=sys.stderr)
+            sys.stdout.buffer.write(b"bytes\\n")
+        print(type(sys.stdout).__name__)
+        """
+        path = self.write_script(body)
+        shown = self.on_terminal([PYTHON, str(path)])
+        text = "True True 1\n\x1b[31mred\x1b[0m\n"
+        self.assertEqual(self.log("output"), text + "bytes\n")
+        self.assertEqual(set(shown.split()), set((text + "bytes TextIOWrapper").split()))
+
+    def test_run_gives_the_command_a_terminal(self) -> None:
+        path = self.write_script("print(os.isatty(0), os.isatty(1), os.isatty(2)); sys.exit(4)")
+        command = [PYTHON, str(SOURCE), "run", "--base-dir", "results/exp", "--"]
+        shown = self.on_terminal([*command, PYTHON, str(path)])
+        self.assertIn("True True True\n", shown)
+        self.assertEqual(os.WEXITSTATUS(self.wait_status), 4)
+        self.assertEqual(self.log("output").replace("\r\n", "\n"), "True True True\n")
+
+
+@unittest.skipIf(os.name != "posix", "the recorder is POSIX")
+class Deaths(RunCase):
+    """Every death is on disk within a second, with what is known of it."""
+
+    def test_every_way_to_die(self) -> None:
+        deaths = [
+            ("os.kill(os.getpid(), 9)", "SIGKILL"),
+            ("os.kill(os.getpid(), 15)", "SIGTERM"),
+            ("os.abort()", "SIGABRT"),
+            ("import ctypes; ctypes.string_at(0)", "SIGSEGV"),
+            ("os._exit(7)", None),
+        ]
+        for body, name in deaths:
+            with self.subTest(body):
+                shutil.rmtree(self.tmp / "results", ignore_errors=True)
+                done = self.in_context(body)
+                expected = 7 if name is None else -signal.Signals[name]
+                self.assertEqual(done.returncode, expected)
+                status = self.wait_for_status("failed")
+                self.assertEqual(status["exit_reason"], "killed")
+                self.assertGreaterEqual(status["duration_seconds"], 0)
+                if LINUX and status["exit_code"] is not None:
+                    code = 7 if name is None else 128 + signal.Signals[name]
+                    found = status["exit_code"], status["signal"]
+                    self.assertEqual(found, (code, name))
+                time.sleep(0.1)
+                self.assertEqual(self.index()[-1]["exit_reason"], "killed")
+
+    def test_out_of_memory_under_a_limit(self) -> None:
+        body = """
+        import resource
+        resource.setrlimit(resource.RLIMIT_AS, (400 << 20, 400 << 20))
+        bytearray(1 << 30)
+        """
+        self.assertEqual(self.in_context(body).returncode, 1)
+        status = self.json("status.json")
+        self.assertEqual(status["exception"]["type"], "MemoryError")
+
+    def test_killed_just_after_entry(self) -> None:
+        self.in_context("os.kill(os.getpid(), 9)")
+        self.wait_for_status("failed")
+        for _ in range(200):
+            if self.json("metadata.json")["pip_freeze"] is not None:
+                return
+            time.sleep(0.05)
+        self.fail("the recorder did not complete metadata.json")
+
+    def test_a_program_that_takes_our_place(self) -> None:
+        body = "os.execvp('sh', ['sh', '-c', 'echo replaced; exit 3'])"
+        done = self.in_context(body)
+        self.assertEqual((done.returncode, done.stdout), (3, "replaced\n"))
+        self.assertEqual(self.wait_for_status("failed")["exit_reason"], "killed")
+
+    def recorder_pid(self, body: str) -> str:
+        return f"""
+        import subprocess
+        found = subprocess.run(["pgrep", "-f", "[-]-recorder"], stdout=subprocess.PIPE)
+        mine = [int(pid) for pid in found.stdout.split()
+                if str(run_dir) != "" and os.readlink(f"/proc/{{int(pid)}}/cwd") == "/"
+                and os.environ["MARK"].encode() in open(f"/proc/{{int(pid)}}/environ", "rb").read()]
+        {body}
+        """
+
+    @unittest.skipUnless(LINUX and shutil.which("pgrep"), "needs /proc and pgrep")
+    def test_a_killed_recorder_costs_one_line(self) -> None:
+        body = self.recorder_pid("[os.kill(pid, 9) for pid in mine]; print(len(mine))")
+        mark = f"mark-{os.urandom(8).hex()}"
+        done = self.in_context(body, env={"MARK": mark})
+        self.assertEqual((done.returncode, done.stdout), (0, "1\n"))
+        line = "run_utils: the recorder is gone; finishing its work here\n"
+        self.assertEqual(done.stderr, line)
+        self.assertEqual(self.json("status.json")["status"], "success")
+        self.assertIsInstance(self.json("metadata.json")["pip_freeze"], list)
+
+    def test_no_process_and_no_zombie_is_left(self) -> None:
+        body = """
+        with run_context("results/exp"): pass
+        try:
+            print(os.waitpid(-1, os.WNOHANG))
+        except ChildProcessError:
+            print("no children")
+        """
+        self.assertEqual(self.script(body).stdout, "no children\n")
+
+    def test_waiting_for_any_child_never_meets_the_recorder(self) -> None:
+        body = """
+        pid = os.fork()
+        if pid == 0: os._exit(0)
+        print(os.wait()[0] == pid)
+        try: os.wait()
+        except ChildProcessError: print("none")
+        """
+        self.assertEqual(self.in_context(body).stdout, "True\nnone\n")
+
+    def test_no_thread_no_handler_no_hook(self) -> None:
+        body = """
+        import signal, threading
+        def state():
+            handlers = [signal.getsignal(n) for n in (1, 2, 15)]
+            return handlers, threading.active_count(), sys.excepthook
+        before = state()
+        with run_context("results/exp"):
+            print(state() == before)
+        """
+        self.assertEqual(self.script(body).stdout, "True\n")
+
+    def test_forking_inside_warns_of_nothing(self) -> None:
+        body = """
+        pid = os.fork()
+        if pid == 0: os._exit(0)
+        os.waitpid(pid, 0)
+        """
+        done = self.in_context(body, flags=("-X", "dev", "-W", "error"))
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+
+    def test_closing_all_descriptors_in_the_body(self) -> None:
+        body = "os.closerange(3, 256); held = open('mine', 'w'); held.write('x')"
+        self.assertEqual(self.in_context(body).returncode, 0)
+        self.assertEqual((self.tmp / "mine").read_text(), "x")
+        self.assertEqual(self.json("status.json")["status"], "success")
+
+
+class WithoutARecorder(RunCase):
+    """Where no recorder can be started its work is done in the process; one line says so."""
+
+    def check(self, reason: str, done: subprocess.CompletedProcess[str]) -> None:
+        self.assertEqual((done.returncode, done.stdout), (0, "x\n"))
+        line = f"run_utils: no recorder ({reason}): its work is done in this process,"
+        self.assertEqual(done.stderr, f"{line} slower\n")
+        self.assertEqual(self.json("status.json")["status"], "success")
+        self.assertIn("pip_freeze", self.json("metadata.json")["capture"] or "pip_freeze")
+        self.assertEqual(self.log("stdout"), "x\n")
+
+    def test_no_executable(self) -> None:
+        body = 'sys.executable = ""\nwith run_context("results/exp"): print("x")'
+        self.check("sys.executable is '', not a Python", self.script(body))
+
+    def test_frozen(self) -> None:
+        body = 'sys.frozen = True\nwith run_context("results/exp"): print("x")'
+        self.check("a frozen program", self.script(body))
+
+    def test_a_zip_file(self) -> None:
+        import zipfile
+
+        with zipfile.ZipFile(self.tmp / "app.zip", "w") as archive:
+            archive.write(SOURCE, "run_utils.py")
+        env = {"PYTHONPATH": str(self.tmp / "app.zip")}
+        done = self.script('with run_context("results/exp"): print("x")', env=env)
+        self.check("run_utils is not a plain file", done)
+
+    def test_source_from_stdin(self) -> None:
+        text = SOURCE.read_text("utf-8").partition('\nif __name__ == "__main__":')[0]
+        text += '\nwith run_context("results/exp", "exp"): print("x")\n'
+        done = subprocess.run(
+            [PYTHON, "-"],
+            input=text,
+            env=self.environment(),
+            encoding="utf-8",
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        self.check("run_utils is not a plain file", done)
+
+
+class WhatReadersSay(RunCase):
+    """A reader never says running of a dead run, nor lost of a live one."""
+
+    def status(self, age: float = 0, **facts: object) -> str:
+        now = run_utils._running_status({"notes": None})
+        run_utils._write_json(self.tmp / "status.json", {**now, **facts})
+        then = time.time() - age
+        os.utime(self.tmp / "status.json", (then, then))
+        return str(run_utils._status_now(self.tmp)["status"])
+
+    def test_this_very_process_is_running_whatever_the_clock_says(self) -> None:
+        for age in (0, 1e6, -1e6):
+            self.assertEqual(self.status(age), "running")
+
+    def test_a_pid_that_is_gone_or_used_again_is_lost(self) -> None:
+        child = subprocess.Popen(["true"])
+        child.wait()
+        self.assertEqual(self.status(pid=child.pid), "lost")
+        identity = run_utils._process_identity(os.getpid())
+        if identity["start_ticks"] is not None:
+            again = {**identity, "start_ticks": identity["start_ticks"] - 1}
+            self.assertEqual(self.status(process=again), "lost")
+
+    @unittest.skipUnless(LINUX, "zombies are told by /proc")
+    def test_a_zombie_is_lost(self) -> None:
+        pid = os.fork()
+        if pid == 0:
+            os._exit(0)
+        time.sleep(0.1)
+        identity = run_utils._process_identity(pid)
+        self.assertEqual(self.status(pid=pid, process=identity), "lost")
+        os.waitpid(pid, 0)
+
+    @unittest.skipUnless(LINUX, "the boot id is Linux's")
+    def test_another_boot_is_lost(self) -> None:
+        identity = {**run_utils._process_identity(os.getpid()), "boot_id": "other"}
+        self.assertEqual(self.status(process=identity), "lost")
+
+    def test_another_host_is_judged_by_the_heartbeat(self) -> None:
+        self.assertEqual(self.status(5, hostname="elsewhere"), "running")
+        self.assertEqual(self.status(600, hostname="elsewhere"), "lost")
+
+    def test_another_host_without_a_heartbeat_is_unknown(self) -> None:
+        found = self.status(600, hostname="elsewhere", heartbeat_seconds=None)
+        self.assertEqual(found, "unknown")
+
+    @unittest.skipUnless(LINUX, "needs /proc")
+    def test_a_stopped_process_is_running(self) -> None:
+        child = subprocess.Popen(["sleep", "60"])
+        os.kill(child.pid, signal.SIGSTOP)
+        identity = run_utils._process_identity(child.pid)
+        self.assertEqual(self.status(pid=child.pid, process=identity), "running")
+        child.kill()
+        child.wait()
+
+
+class TheRunCommand(RunCase):
+    """`run -- CMD` records any command and exits with its status."""
+
+    def record(self, *words: str, **options: object):  # type: ignore
+        command = ["run", "--base-dir", "results/demo", "--"]
+        return self.command(*command, *words, **options)
+
+    def test_output_config_and_exit_status(self) -> None:
+        (self.tmp / "job.py").write_text("import sys; print(sys.argv[1:]); sys.exit(5)")
+        done = self.record(PYTHON, "job.py", "--lr", "0.1", "--fp16", "seed=3")
+        self.assertEqual(done.returncode, 5)
+        self.assertEqual(done.stdout, "['--lr', '0.1', '--fp16', 'seed=3']\n")
+        run_dir = self.run_dir()
+        self.assertEqual(done.stderr, f"run_utils: recorded in {run_dir}\n")
+        self.assertTrue(run_dir.name.startswith("job-"))
+        config = run_utils.load_run(run_dir).config
+        self.assertEqual((config["lr"], config["fp16"], config["seed"]), (0.1, True, 3))
+        self.assertEqual(self.json("status.json")["exit_code"], 5)
+        self.assertTrue(str(self.json("metadata.json")["command"]).endswith("seed=3"))
+
+    def test_any_language_and_a_second_double_dash(self) -> None:
+        done = self.record("sh", "-c", 'echo "$@"', "sh", "--", "a b")
+        self.assertEqual((done.returncode, done.stdout), (0, "-- a b\n"))
+
+    def test_a_signal_gives_128_plus_its_number(self) -> None:
+        done = self.record("sh", "-c", "kill -9 $$")
+        self.assertEqual(done.returncode, 137)
+        status = self.json("status.json")
+        found = status["exit_reason"], status["exit_code"], status["signal"]
+        self.assertEqual(found, ("killed", 137, "SIGKILL"))
+
+    def test_signals_are_forwarded(self) -> None:
+        path = self.write_script("sys.exit(main(sys.argv[1:]))")
+        job = "trap 'echo got it; exit 6' TERM; echo ready; while :; do sleep 0.05; done"
+        words = ["run", "--base-dir", "results/demo", "--", "sh", "-c", job]
+        child = subprocess.Popen(
+            [PYTHON, str(path), *words],
+            env=self.environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        assert child.stdout is not None
+        self.assertEqual(child.stdout.readline(), b"ready\n")
+        child.terminate()
+        self.assertEqual(child.stdout.read(), b"got it\n")
+        child.stdout.close()
+        self.assertEqual(child.wait(), 6)
+
+    def test_a_program_that_is_not_there(self) -> None:
+        done = self.record("no-such-program")
+        self.assertEqual((done.returncode, self.run_dirs()), (2, []))
+        sentence = "'no-such-program' is not a program on PATH; nothing was recorded\n"
+        self.assertEqual(done.stderr, f"train.py: {sentence}")
+
+    def test_a_config_file(self) -> None:
+        (self.tmp / "c.json").write_text('{"lr": 1, "name": "x"}')
+        words = ["run", "--base-dir", "results/demo", "--config", "c.json", "--", "true"]
+        self.assertEqual(self.command(*words).returncode, 0)
+        config = run_utils.load_run(self.run_dir()).config
+        self.assertEqual((config["lr"], config["name"]), (1, "x"))
+
+
+class Inspecting(RunCase):
+    """`inspect` shows one run on one screen, and trusts nothing it reads."""
+
+    def test_a_failed_run(self) -> None:
+        body = """
+        log_metrics(run_dir, {"loss": 2.0}, 1)
+        log_metrics(run_dir, {"loss": 1.0}, 2)
+        raise ValueError("bad \\x1b[31m learning rate")
+        """
+        self.in_context(body)
+        done = self.command("inspect", "latest")
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        self.assertIn("failed (exception), exit code 1", done.stdout)
+        self.assertIn("ValueError: bad \\x1b[31m learning rate", done.stdout)
+        self.assertIn("loss: 1 (lowest 1, highest 2, 2 values)", done.stdout)
+        self.assertIn("plots: empty", done.stdout)
+
+    def test_json_for_programs(self) -> None:
+        self.in_context("pass")
+        done = self.command("inspect", "--json", str(self.run_dir() / "logs"))
+        self.assertEqual(json.loads(done.stdout)["status"]["status"], "success")
+
+    def test_sentences_for_bad_input(self) -> None:
+        self.script('for _ in "ab": run_context("results/e", "exp").__enter__()')
+        for run_dir in self.run_dirs():
+            self.addCleanup(shutil.rmtree, run_dir, ignore_errors=True)
+        done = self.command("inspect", "no-such")
+        self.assertEqual(done.returncode, 2)
+        here = str(self.tmp / "results")
+        self.assertEqual(done.stderr, f"train.py: no run 'no-such' below {here!r}\n")
+        done = self.command("inspect", "exp")
+        self.assertEqual(done.returncode, 2)
+        self.assertRegex(done.stderr, r"^train.py: 'exp' is a part of 2 names \(.*; say more\n$")
+        done = self.command("inspect", "/")
+        sentence = "'/' is not in a run directory: no status.json above it"
+        self.assertEqual(done.stderr, f"train.py: {sentence}\n")
+
+    def test_an_unknown_option(self) -> None:
+        done = self.command("inspect", "--nope", "x")
+        self.assertEqual(done.returncode, 2)
+        self.assertIn("unrecognized arguments: --nope", done.stderr)
+
+    def test_damaged_and_foreign_directories(self) -> None:
+        damages = [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b"{}", b'{"git": 3}']
+        damages += [b'{"status": [1], "exception": 4, "duration_seconds": "x"}']
+        damages.append(b'{"capture": {"a": 1}, "python": 7, "platform": [], "command": {}}')
+        for name in ("status.json", "metadata.json", "config.yaml", "notes.jsonl"):
+            for data in damages:
+                with self.subTest(name=name, data=data):
+                    folder = self.tmp / "damaged"
+                    shutil.rmtree(folder, ignore_errors=True)
+                    folder.mkdir()
+                    (folder / "status.json").write_bytes(b"{}")
+                    (folder / name).write_bytes(data)
+                    self.assertEqual(run_utils.main(["inspect", str(folder)]), 0)
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.enterContextOrPush(contextlib.redirect_stdout(None))
+
+    def enterContextOrPush(self, context: contextlib.AbstractContextManager) -> None:  # type: ignore
+        context.__enter__()
+        self.addCleanup(context.__exit__, None, None, None)
+
+    def test_a_reader_that_goes_away(self) -> None:
+        self.in_context("pass")
+        path = self.write_script("sys.exit(main(sys.argv[1:]))")
+        command = f"{shlex.quote(PYTHON)} {shlex.quote(str(path))} inspect latest | true"
+        done = subprocess.run(
+            ["sh", "-c", command], env=self.environment(), stderr=subprocess.PIPE
+        )
+        self.assertEqual(done.stderr, b"")
+
+
+# === vendor.sh ===
+
+CHECKOUT = Path(run_utils.__file__).resolve().parent
+OURS = ("__init__.py", "__main__.py", "LICENSE")
+# What vendor.sh needs beside a shell; git and Python are not among it.
+VENDOR_PROGRAMS = (
+    *("awk", "cat", "cmp", "grep", "head", "mkdir", "mv", "readlink", "rm"),
+    *("sed", "sha1sum", "shasum", "perl", "tail", "wc"),
+)
+
+
+class VendorCase(unittest.TestCase):
+    """A checkout with a tiny run_utils.py, and an empty package to copy it into."""
+
+    shell = "dash"
+
+    def setUp(self) -> None:
+        if not shutil.which(self.shell):
+            self.skipTest(f"no {self.shell} on PATH")
+        if not (CHECKOUT / "vendor.sh").is_file():
+            self.skipTest("vendor.sh is not beside run_utils.py: this is a copy")
+        folder = tempfile.TemporaryDirectory(prefix="run_utils test ")
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+        self.checkout = self.folder / "check out"
+        self.package = self.folder / "src" / "my pkg"
+        self.copy = self.package / "run_utils"
+        self.checkout.mkdir()
+        self.package.mkdir(parents=True)
+        for name in ("vendor.sh", "LICENSE"):
+            shutil.copy(CHECKOUT / name, self.checkout)
+        self.release("1.2.0")
+
+    def release(self, version: str, last_line: str = "pass\n") -> None:
+        text = f'__version__ = "{version}"\n__vendored__ = None\n{last_line}'
+        (self.checkout / "run_utils.py").write_text(text, encoding="utf-8")
+
+    def vendor(
+        self,
+        *argv: str | Path,
+        cwd: Path | None = None,
+        script: str | Path | None = None,
+        env: dict[str, str] | None = None,
+    ) -> tuple[int, str, str]:
+        """Run vendor.sh; return its status, stdout and stderr."""
+        shell = shutil.which(self.shell) or self.shell
+        done = subprocess.run(
+            [shell, "--", str(script or self.checkout / "vendor.sh"), *map(str, argv)],
+            cwd=cwd or self.folder,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            check=False,
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    def edit(self, name: str, text: str = "# mine\n") -> Path:
+        path = self.copy / name
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+        return path
+
+    def contents(self) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in self.copy.iterdir()}
+
+    def assert_refused(self, sentence: str, *argv: str | Path) -> None:
+        """Expect one sentence on stderr, status 1, and every file as it was."""
+        before = self.contents()
+        answer = self.vendor(*(argv or (self.package,)))
+        self.assertEqual(answer, (1, "", f"vendor.sh: {sentence}\n"))
+        self.assertEqual(self.contents(), before)
+
+
+def under_bash_too(case: type[VendorCase]) -> type[VendorCase]:
+    """Give a class that runs vendor.sh under dash a twin that takes bash."""
+    name = case.__name__ + "UnderBash"
+    body = {"shell": "bash", "__module__": case.__module__, "__doc__": case.__doc__}
+    globals()[name] = type(name, (case,), body)
+    return case
+
+
+@under_bash_too
+class VendorWritesACopy(VendorCase):
+    """vendor.sh writes three files into a package and touches nothing else there."""
+
+    def test_three_files_and_the_step_are_the_answer(self) -> None:
+        self.assertEqual(self.vendor(self.package), (0, "none -> 1.2.0\n", ""))
+        self.assertEqual(sorted(self.contents()), sorted(OURS))
+
+    def test_only_the_stamp_differs_from_the_source(self) -> None:
+        self.vendor(self.package)
+        source = (self.checkout / "run_utils.py").read_bytes()
+        blob = hashlib.sha1(b"blob %d\0" % len(source) + source).hexdigest()
+        stamp = f'__vendored__ = "1.2.0 {blob}"'.encode()
+        stamped = source.replace(b"__vendored__ = None", stamp)
+        self.assertEqual((self.copy / "__init__.py").read_bytes(), stamped)
+
+    def test_blob_id_is_the_one_git_gives(self) -> None:
+        if not shutil.which("git"):
+            self.skipTest("no git on PATH")
+        self.vendor(self.package)
+        argv = ["git", "hash-object", "--no-filters", "run_utils.py"]
+        blob = subprocess.check_output(argv, cwd=self.checkout).strip()
+        self.assertIn(blob, (self.copy / "__init__.py").read_bytes())
+
+    def test_annotation_and_comment_of_the_stamp_line_stay(self) -> None:
+        line = "__vendored__: str | None = None  # by vendor.sh\n"
+        source = self.checkout / "run_utils.py"
+        source.write_text(f'__version__ = "1.2.0"\n{line}', encoding="utf-8")
+        self.vendor(self.package)
+        text = (self.copy / "__init__.py").read_text(encoding="utf-8")
+        pattern = r'\n__vendored__: str \| None = "1.2.0 \w{40}"  # by vendor.sh\n$'
+        self.assertRegex(text, pattern)
+        self.assertEqual(self.vendor("--check", self.package)[0], 0)
+
+    def test_missing_last_newline_stays_missing(self) -> None:
+        self.release("1.2.0", last_line="pass")
+        self.vendor(self.package)
+        self.assertTrue((self.copy / "__init__.py").read_bytes().endswith(b"\npass"))
+        self.assertEqual(self.vendor("--check", self.package)[0], 0)
+
+    def test_second_time_changes_nothing(self) -> None:
+        self.vendor(self.package)
+        before = [(self.copy / name).stat().st_ino for name in OURS]
+        self.assertEqual(self.vendor(self.package), (0, "1.2.0 is current\n", ""))
+        self.assertEqual([(self.copy / name).stat().st_ino for name in OURS], before)
+
+    def test_other_files_stay(self) -> None:
+        self.copy.mkdir()
+        (self.copy / "notes.txt").write_text("mine", encoding="utf-8")
+        (self.package / "__init__.py").write_text("mine", encoding="utf-8")
+        self.vendor(self.package)
+        self.assertEqual(self.contents()["notes.txt"], b"mine")
+        self.assertEqual(len(list(self.package.iterdir())), 2)
+
+    def test_files_can_be_read_by_colleagues(self) -> None:
+        before = os.umask(0o027)
+        self.addCleanup(os.umask, before)
+        self.vendor(self.package)
+        modes = {stat.S_IMODE((self.copy / name).stat().st_mode) for name in OURS}
+        self.assertEqual(modes, {0o640})
+
+
+@under_bash_too
+class VendorUpdates(VendorCase):
+    """An untouched copy of an earlier version is replaced, and the step is told."""
+
+    def test_step_between_two_releases(self) -> None:
+        self.vendor(self.package)
+        self.release("1.10.0")
+        self.assertEqual(self.vendor(self.package), (0, "1.2.0 -> 1.10.0\n", ""))
+        self.assertEqual(self.vendor("--check", self.package)[0], 0)
+        self.assertEqual(sorted(self.contents()), sorted(OURS))
+
+    def test_step_between_two_states_of_one_release(self) -> None:
+        self.vendor(self.package)
+        self.release("1.2.0", last_line="print()\n")
+        status, out, _ = self.vendor(self.package)
+        self.assertEqual(status, 0)
+        self.assertRegex(out, r"\A1\.2\.0 \w{7} -> 1\.2\.0 \w{7}\n\Z")
+
+    def test_lost_file_is_put_back(self) -> None:
+        self.vendor(self.package)
+        (self.copy / "LICENSE").unlink()
+        self.assertEqual(self.vendor(self.package)[0], 0)
+        self.assertEqual(sorted(self.contents()), sorted(OURS))
+
+
+@under_bash_too
+class VendorRefuses(VendorCase):
+    """Without --force no file is lost that vendor.sh did not write."""
+
+    def test_edited_copy(self) -> None:
+        self.vendor(self.package)
+        self.release("1.3.0")
+        path = self.edit("__init__.py")
+        why = f"{path} was edited after 1.2.0 was copied"
+        self.assert_refused(f"{why}; --force goes on, with a backup")
+
+    def test_copy_whose_stamp_was_edited(self) -> None:
+        self.vendor(self.package)
+        path = self.copy / "__init__.py"
+        text = path.read_text(encoding="utf-8").replace(' "1.2.0 ', ' "1.1.0 ', 1)
+        path.write_text(text.replace('n__ = "1.2.0"', 'n__ = "1.1.0"'), "utf-8")
+        why = f"{path} was edited after 1.1.0 was copied"
+        self.assert_refused(f"{why}; --force goes on, with a backup")
+
+    def test_ancestor_without_a_stamp(self) -> None:
+        self.copy.mkdir()
+        path = self.edit("__init__.py", "def run_context(): ...\n")
+        why = f"{path} was not written by vendor.sh"
+        self.assert_refused(f"{why}; --force goes on, with a backup")
+
+    def test_edited_small_files(self) -> None:
+        self.vendor(self.package)
+        for name in ("LICENSE", "__main__.py"):
+            path = self.edit(name)
+            why = f"{path} was not written by vendor.sh"
+            self.assert_refused(f"{why}; --force goes on, with a backup")
+            path.unlink()
+
+    def test_newer_copy(self) -> None:
+        self.release("1.10.0")
+        self.vendor(self.package)
+        self.release("1.9.3")
+        why = f"{self.copy / '__init__.py'} is 1.10.0, newer than 1.9.3"
+        self.assert_refused(f"{why}; --force goes on, with a backup")
+
+    def test_module_that_the_copy_would_hide(self) -> None:
+        module = self.package / "run_utils.py"
+        module.write_text("", encoding="utf-8")
+        why = f"{module} would be hidden by a package of its name"
+        sentence = f"vendor.sh: {why}; --force goes on, with a backup\n"
+        self.assertEqual(self.vendor(self.package), (1, "", sentence))
+        self.assertFalse(self.copy.exists())
+
+    def test_things_in_the_way(self) -> None:
+        self.copy.write_text("", encoding="utf-8")
+        sentence = f"vendor.sh: {self.copy} is in the way: not a directory\n"
+        self.assertEqual(self.vendor("--force", self.package), (1, "", sentence))
+        self.copy.unlink()
+        (self.copy / "__init__.py").mkdir(parents=True)
+        path = self.copy / "__init__.py"
+        sentence = f"vendor.sh: {path} is in the way: it is a directory\n"
+        self.assertEqual(self.vendor("--force", self.package), (1, "", sentence))
+
+    def test_package_that_cannot_be_written(self) -> None:
+        self.vendor(self.package)
+        self.release("1.3.0")
+        self.copy.chmod(0o555)
+        self.addCleanup(self.copy.chmod, 0o755)
+        if os.access(self.copy, os.W_OK):
+            self.skipTest("this user may write anywhere")
+        self.assert_refused(f"cannot write {self.copy}")
+
+
+@under_bash_too
+class VendorForce(VendorCase):
+    """--force replaces anything, and what was there stays in a numbered backup."""
+
+    def test_edited_copy_is_kept_as_backup(self) -> None:
+        self.vendor(self.package)
+        edited = self.edit("__init__.py").read_bytes()
+        self.release("1.3.0")
+        kept = "kept __init__.py as __init__.py.bak-1\n"
+        answer = self.vendor("--force", self.package)
+        self.assertEqual(answer, (0, f"{kept}1.2.0 -> 1.3.0\n", ""))
+        self.assertEqual(self.contents()["__init__.py.bak-1"], edited)
+        self.assertEqual(self.vendor("--check", self.package)[0], 0)
+
+    def test_older_backup_is_never_overwritten(self) -> None:
+        self.vendor(self.package)
+        for text in ("# one\n", "# two\n", "# three\n"):
+            self.edit("__init__.py", text)
+            self.vendor("--force", self.package)
+        backups = [self.contents()[f"__init__.py.bak-{n}"] for n in (1, 2, 3)]
+        lasts = [backup.splitlines()[-1] for backup in backups]
+        self.assertEqual(lasts, [b"# one", b"# two", b"# three"])
+
+    def test_foreign_newer_and_small_files(self) -> None:
+        self.copy.mkdir()
+        self.edit("__init__.py")
+        out = self.vendor("--force", self.package)[1]
+        self.assertTrue(out.endswith("unknown -> 1.2.0\n"), out)
+        self.release("1.1.0")
+        self.edit("LICENSE")
+        out = self.vendor("--force", self.package)[1]
+        self.assertTrue(out.endswith("1.2.0 -> 1.1.0\n"), out)
+        backups = {"LICENSE.bak-1", "__init__.py.bak-1", "__init__.py.bak-2"}
+        self.assertEqual(set(self.contents()) - set(OURS), backups)
+
+    def test_nothing_to_force_leaves_no_backup(self) -> None:
+        self.vendor(self.package)
+        answer = self.vendor("--force", self.package)
+        self.assertEqual(answer, (0, "1.2.0 is current\n", ""))
+        self.assertEqual(sorted(self.contents()), sorted(OURS))
+
+
+@under_bash_too
+class VendorCheck(VendorCase):
+    """--check writes nothing and tells a current copy from any other by its status."""
+
+    def test_missing_current_old_and_incomplete(self) -> None:
+        missing = self.vendor("--check", self.package)
+        self.assertEqual(missing, (1, "none -> 1.2.0\n", ""))
+        self.assertFalse(self.copy.exists())
+        self.vendor(self.package)
+        current = self.vendor("--check", self.package)
+        self.assertEqual(current, (0, "1.2.0 is current\n", ""))
+        self.release("1.3.0")
+        old = self.vendor("--check", self.package)
+        self.assertEqual(old, (1, "1.2.0 -> 1.3.0\n", ""))
+        self.release("1.2.0")
+        (self.copy / "__main__.py").unlink()
+        sentence = f"vendor.sh: {self.copy / '__main__.py'} is missing\n"
+        self.assertEqual(self.vendor("--check", self.package), (1, "", sentence))
+
+    def test_edited_and_newer(self) -> None:
+        self.vendor(self.package)
+        path = self.copy / "__init__.py"
+        self.release("1.1.0")
+        newer = f"{path} is 1.2.0, newer than 1.1.0"
+        self.assert_refused(newer, "--check", self.package)
+        self.edit("__init__.py")
+        edited = f"{path} was edited after 1.2.0 was copied"
+        self.assert_refused(edited, "--check", self.package)
+
+
+@under_bash_too
+class VendorUsage(VendorCase):
+    """Wrong usage is one sentence and status 2."""
+
+    def assert_misused(self, sentence: str, *argv: str | Path) -> None:
+        text = f"vendor.sh: {sentence}; see vendor.sh --help\n"
+        self.assertEqual(self.vendor(*argv), (2, "", text))
+
+    def test_sentences(self) -> None:
+        self.assert_misused("PACKAGE_DIR is missing")
+        self.assert_misused("PACKAGE_DIR is missing", "--check")
+        self.assert_misused("no such directory: ''", "")
+        self.assert_misused("no such directory: 'nowhere'", "--force", "nowhere")
+        self.assert_misused("one PACKAGE_DIR is wanted, not 2", "a", "b")
+        self.assert_misused("unknown option '--ceck'", "--ceck", self.package)
+        self.assertEqual(list(self.package.iterdir()), [])
+
+    def test_help(self) -> None:
+        status, out, err = self.vendor("--help")
+        self.assertEqual((status, err), (0, ""))
+        self.assertIn("usage: vendor.sh [--check | --force] PACKAGE_DIR\n", out)
+
+
+@under_bash_too
+class VendorRunsAnywhere(VendorCase):
+    """Paths, the current directory and absent programs do not matter."""
+
+    def test_relative_script_and_package(self) -> None:
+        answer = self.vendor(".", cwd=self.package, script="../../check out/vendor.sh")
+        self.assertEqual(answer, (0, "none -> 1.2.0\n", ""))
+        here = self.checkout
+        answer = self.vendor("--check", self.package, cwd=here, script="vendor.sh")
+        self.assertEqual(answer, (0, "1.2.0 is current\n", ""))
+
+    def test_through_symbolic_links(self) -> None:
+        (self.checkout / "link.sh").symlink_to("vendor.sh")
+        (self.folder / "v.sh").symlink_to(self.checkout / "link.sh")
+        answer = self.vendor(self.package, script="v.sh")
+        self.assertEqual(answer, (0, "none -> 1.2.0\n", ""))
+
+    def test_names_with_a_dash_a_space_and_a_newline(self) -> None:
+        for name in ("-n", "a  b", "new\nline\n"):
+            (self.folder / name).mkdir()
+            answer = self.vendor("--", name)
+            self.assertEqual(answer, (0, "none -> 1.2.0\n", ""), name)
+            self.assertTrue((self.folder / name / "run_utils" / "LICENSE").exists())
+
+    def programs(self, *left_out: str) -> dict[str, str]:
+        """Return an environment whose PATH has only what vendor.sh needs."""
+        folder = self.folder / "bin"
+        folder.mkdir()
+        for name in sorted({*VENDOR_PROGRAMS} - {*left_out}):
+            if shutil.which(name):
+                (folder / name).symlink_to(shutil.which(name) or "")
+        return {"PATH": str(folder)}
+
+    def test_without_git_and_python(self) -> None:
+        answer = self.vendor(self.package, env=self.programs())
+        self.assertEqual(answer, (0, "none -> 1.2.0\n", ""))
+
+    def test_without_a_program_for_sha1(self) -> None:
+        env = self.programs("sha1sum", "shasum")
+        sentence = "sha1sum or shasum is needed, and neither is on PATH"
+        answer = self.vendor(self.package, env=env)
+        self.assertEqual(answer, (1, "", f"vendor.sh: {sentence}\n"))
+
+    def test_without_its_source(self) -> None:
+        (self.checkout / "run_utils.py").unlink()
+        sentence = "vendor.sh: run_utils.py is not beside vendor.sh\n"
+        self.assertEqual(self.vendor(self.package), (1, "", sentence))
+
+
+@under_bash_too
+class VendoredCopyWorks(VendorCase):
+    """A copy of the real file answers under its own name."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        shutil.copy(CHECKOUT / "run_utils.py", self.checkout)
+        self.package = self.folder / "src" / "pkg"
+        self.copy = self.package / "run_utils"
+        self.package.mkdir()
+        (self.package / "__init__.py").touch()
+        self.vendor(self.package)
+
+    def module(self, *argv: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-B", "-m", "pkg.run_utils", *argv],
+            cwd=self.folder / "src",
+            capture_output=True,
+            encoding="utf-8",
+            check=False,
+        )
+
+    def test_stamped_line_is_no_longer_than_the_others(self) -> None:
+        lines = (self.copy / "__init__.py").read_text(encoding="utf-8").splitlines()
+        self.assertLessEqual(max(map(len, lines)), 88)
+
+    def test_version(self) -> None:
+        done = self.module("--version")
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        self.assertIn(run_utils.__version__, done.stdout)
+
+    def test_inspect(self) -> None:
+        code = "from pkg.run_utils import run_context\nwith run_context('runs'): pass\n"
+        argv = [sys.executable, "-B", "-c", code]
+        subprocess.run(argv, cwd=self.folder / "src", check=True)
+        (run_dir,) = (self.folder / "src").glob("runs/*/metadata.json")
+        done = self.module("inspect", str(run_dir.parent))
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        self.assertIn(run_dir.parent.name, done.stdout)
+
+    def test_program_name_is_the_copy_s(self) -> None:
+        done = self.module("--no-such-option")
+        self.assertEqual(done.returncode, 2)
+        self.assertIn("python -m pkg.run_utils", done.stderr)
+
+
+# === The closing line ===
+
+
+class CountingResult(unittest.TextTestResult):
+    """Counts what passed: testsRun means other things in other versions."""
+
+    passed = 0
+
+    def addSuccess(self, test: unittest.TestCase) -> None:
+        super().addSuccess(test)
+        self.passed += 1
+
+    def addExpectedFailure(self, test: unittest.TestCase, err: Any) -> None:
+        super().addExpectedFailure(test, err)
+        self.passed += 1
+
+
+class CountingRunner(unittest.TextTestRunner):
+    """Ends with the skipped tests by name and one line that adds up."""
+
+    def __init__(self, **options: Any) -> None:
+        options["resultclass"] = CountingResult
+        # With stderr closed, what calls us may hand in a descriptor to report on.
+        if sys.stderr is None:
+            descriptor = os.environ.get("RUN_UTILS_TEST_FD")
+            report: Any = int(descriptor) if descriptor else os.devnull
+            options["stream"] = open(report, "w", encoding="utf-8")  # noqa: SIM115
+        super().__init__(**options)
+
+    def run(self, test: Any) -> Any:
+        result: Any = super().run(test)
+        failed = len(result.failures + result.errors + result.unexpectedSuccesses)
+        skipped = len(result.skipped)
+        for case, reason in result.skipped:
+            name = case.id().replace("__main__.", "")
+            self.stream.write(f"SKIP {name}: {reason}\n")
+        passed = result.passed
+        self.stream.write(f"{passed} passed, {failed} failed, {skipped} skipped\n")
+        self.stream.flush()
+        return result
+
+
+if __name__ == "__main__":
+    unittest.main(testRunner=CountingRunner)
