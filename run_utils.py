@@ -33,7 +33,7 @@ Contents (search for the heading):
     Index and notes      runs_index.jsonl, a cache of what the directories say
     Files                whole or absent, never half-written
     Reading runs         run directories back into Python
-    Command line         run, inspect
+    Command line         run and inspect
 
 The rules: recording never stops an experiment; a caller's mistake raises at once;
 no file is ever half-written; no secret reaches the disk; the user's process is left
@@ -81,7 +81,7 @@ __all__ = [
     "write_config_yaml",
 ]
 __version__ = "1.0.0"
-__vendored__ = None  # vendor.sh stamps a copy with the version and git blob it is
+__vendored__ = None  # set by vendor.sh
 SCHEMA_VERSION = 1  # of the files in a run directory; keys are added, never renamed
 
 # === Settings ===
@@ -313,7 +313,7 @@ def start_run(
     `capture_metadata` and, at the end, `mark_status` yourself.
     Raises ValueError or OSError when no directory can be made.
     """
-    options = {
+    options: dict[str, Any] = {
         "base_dir": _absolute(base_dir, "base_dir"),
         "run_prefix": run_prefix,
         "subdirs": _checked_subdirs(create_subdirs, subdirs),
@@ -790,7 +790,7 @@ def _immediate_metadata(argv: list[str], directory: str, config: Any) -> dict[st
             "vendored": __vendored__,
             "schema_version": SCHEMA_VERSION,
         },
-        "config": config,  # for readers without PyYAML
+        "config": _config_document(shlex.join(argv), config),  # if PyYAML is missing
         "capture": {},
     }
 
@@ -839,11 +839,12 @@ def _complete_metadata(
     """Ask what is slow to answer, and add each answer to metadata.json."""
     directory, exclude = request["directory"], request["row"]["results_root"]
     executable, places = request["executable"], request["sys_path"]
-    for name, collect in {
+    collectors: dict[str, Callable[[], tuple[Any, str | None]]] = {
         "git": lambda: _git(directory, exclude),
         "cuda": _cuda,
         "pip_freeze": lambda: _packages(executable, places),
-    }.items():
+    }
+    for name, collect in collectors.items():
         started = time.monotonic()
         facts: Any = None
         try:
@@ -871,6 +872,10 @@ def _add_capture(path: Path, name: str, facts: Any, outcome: dict[str, Any]) -> 
 # changes nothing, and gives (facts, None or the reason why it does not know).
 
 
+GIT_FACTS = ["commit_short", "commit_full", "branch", "is_dirty", "remote_origin_url"]
+GIT_FACTS += ["root", "is_shallow", "unpushed", "untracked", "changed"]
+
+
 def _git_head(directory: str) -> str | None:
     """Return the short hash of the commit in `directory`: one call, for the name."""
     head = _git_run(directory, "rev-parse", "--short", "HEAD", timeout=HEAD_SECONDS)
@@ -885,8 +890,7 @@ def _git(directory: str, exclude: str = "") -> tuple[dict[str, Any], str | None]
     is neither tracked nor ignored; the results tree `exclude` does not count. No
     filter is run, so that a touched Git LFS file counts as changed.
     """
-    keys = "commit_short commit_full branch is_dirty remote_origin_url root is_shallow"
-    facts: dict[str, Any] = dict.fromkeys(f"{keys} unpushed untracked changed".split())
+    facts: dict[str, Any] = dict.fromkeys(GIT_FACTS)
     # true\nfalse\n/work/tree\n: the last line is missing in a bare repository
     where = _git_run(
         directory,
@@ -943,17 +947,13 @@ def _git_changes(
     return {"is_dirty": bool(records), **shown}, None
 
 
-def _git_run(
-    directory: str, *words: str, timeout: float | None = None
-) -> _Output:
+def _git_run(directory: str, *words: str, timeout: float | None = None) -> _Output:
     """Run git so that it asks, pages, fetches, locks and executes nothing."""
     kept = ("GIT_CEILING_DIRECTORIES", "GIT_DISCOVERY_ACROSS_FILESYSTEM")
     env = {k: v for k, v in os.environ.items() if k[:4] != "GIT_" or k in kept}
-    for pair in (
-        "GIT_OPTIONAL_LOCKS=0 GIT_TERMINAL_PROMPT=0 GIT_ASKPASS=true SSH_ASKPASS=true"
-        " GIT_NO_LAZY_FETCH=1 GIT_ALLOW_PROTOCOL=none GIT_PAGER=cat LC_ALL=C"
-    ).split():
-        name, _, env[name] = pair.partition("=")
+    env.update(dict.fromkeys(("GIT_ASKPASS", "SSH_ASKPASS"), "true"), LC_ALL="C")
+    env.update(dict.fromkeys(("GIT_OPTIONAL_LOCKS", "GIT_TERMINAL_PROMPT"), "0"))
+    env.update(GIT_NO_LAZY_FETCH="1", GIT_ALLOW_PROTOCOL="none", GIT_PAGER="cat")
     settings = ["-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null"]
     argv = ["git", "--no-pager", *settings, *words]
     return _run(argv, cwd=directory, env=env, timeout=timeout)
@@ -1074,7 +1074,7 @@ def _first_match(path: str, pattern: str) -> str | int | None:
 
 
 def _hostname() -> str:
-    return os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "")
+    return os.uname().nodename if hasattr(os, "uname") else ""
 
 
 def _user() -> str:
@@ -1090,18 +1090,11 @@ def _user() -> str:
         return f"uid:{os.getuid()}" if hasattr(os, "getuid") else "unknown"
 
 
-def _working_dir() -> str | None:
-    try:
-        return os.getcwd()
-    except OSError:
-        return None
-
-
 def _launcher(env: Mapping[str, str]) -> dict[str, Any]:
     """Return the ids that a scheduler or launcher gave this process."""
     prefixes = ("SLURM_", "TORCHELASTIC_", "OMPI_COMM_WORLD_", "PMI_", "PBS_", "LSB_")
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR")
-    names += ("MASTER_PORT", "KUBERNETES_SERVICE_HOST", "JOB_ID", "PYTHONHASHSEED")
+    names = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR"]
+    names += ["MASTER_PORT", "KUBERNETES_SERVICE_HOST", "JOB_ID", "PYTHONHASHSEED"]
     return {k: env[k] for k in sorted(env) if k.startswith(prefixes) or k in names}
 
 
@@ -1154,10 +1147,15 @@ def _run(
 ) -> _Output:
     """Start a foreign program, the only way here; kill it at its limits."""
     output = _Output(argv[0])
-    pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
     try:
         child = subprocess.Popen(
-            argv, cwd=cwd, env=env, stdin=subprocess.DEVNULL, start_new_session=True, **pipes
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=cwd,
+            env=env,
+            start_new_session=True,
         )
     except (OSError, ValueError) as error:
         output.problem = f"{output.program} cannot be started: {error}"
@@ -1274,31 +1272,33 @@ def _secret(value: str) -> str:
     return REDACTED
 
 
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 # Words that make a name secret wherever they stand; `token` needs a value like one.
 _STRONG = re.compile(
     r".*(password|passwd|passphrase|passcode|credentials?|apikey|token|secrets?)"
 )
 # Words that do so at the end, and what makes a `key` secret.
-_WEAK = frozenset(
-    "pass pw pwd pat sas psk auth authorization bearer cookie jwt".split()
-)
-_KEY_OF = frozenset(
+_WEAK = _words("pass pw pwd pat sas psk auth authorization bearer cookie jwt")
+_KEY_OF = _words(
     "api access private secret signing encryption master license account storage"
     " application app deploy fernet auth service subscription ssh shared admin client"
-    " consumer session root webhook".split()
+    " consumer session root webhook"
 )
 # Words at the end of a name whose value only tells something about a secret.
-_ABOUT = frozenset(
+_ABOUT = _words(
     "id ids name file path dir folder url uri host type types len length size count"
     " limit num ttl expiry enabled disabled required policy version algorithm backend"
     " provider manager field column columns prefix suffix pattern format mode level"
-    " rate seconds timeout budget index dim dtype class free".split()
+    " rate seconds timeout budget index dim dtype class free"
 )
 # The tokens of language models.
-_ROLES = frozenset(
+_ROLES = _words(
     "pad eos bos unk mask sep cls image video audio stop start end special eot sot"
-    " prefix middle suffix max min per num next first last think tool".split()
+    " prefix middle suffix max min per num next first last think tool"
 )
 
 
@@ -1359,13 +1359,16 @@ def _is_token(text: str) -> bool:
     prefix, *rest = re.split(r"[-_.~]", text)
     need = 10 if _MARKED.search(text) else 16
     longest = max(rest, key=len, default=text)  # without a prefix it must be long
-    if len(longest) < (need if rest else 40) or len(text) < 20 or len(prefix) > 20 and rest:
+    if len(longest) < (need if rest else 40) or len(text) < 20:
+        return False
+    if rest and len(prefix) > 20:
         return False
     if "tile" in text or (not rest and (not text.isalnum() or text[:4] == "AAAA")):
         return False  # tilesize128x128x64 of a CUDA kernel, a public SSH key
     if re.fullmatch(r"[0-9a-f]+|[0-9A-F]+", longest):  # a token, unless it is a hash
-        return bool(rest) and len(longest) >= 32 and len(rest) < 4 and not _HASH.fullmatch(prefix)
-    kinds = "".join("0" if c.isdigit() else "a" if c.islower() else "A" for c in longest)
+        is_hash = not rest or len(rest) > 3 or _HASH.fullmatch(prefix)
+        return len(longest) >= 32 and not is_hash
+    kinds = re.sub(r"[A-Z]", "A", re.sub(r"[a-z]", "a", re.sub(r"\d", "0", longest)))
     changes = sum(a != b for a, b in zip(kinds, kinds[1:]))
     return "0" in kinds and changes * 5 >= len(longest) + (0 if need == 10 else 5)
 
@@ -1398,8 +1401,8 @@ def _redact_token(match: re.Match[str]) -> str:
     return _secret(match[0]) if _is_token(match[0]) else match[0]
 
 
-# Shapes that are a token by themselves: AWS, Google, JWT, Slack, Hugging Face, SendGrid,
-# Twilio, Telegram, Discord, Facebook, Databricks, Mailgun, OpenAI, Octopus, age.
+# Shapes that are a token by themselves: AWS, Google, JWT, Slack, Hugging Face, Twilio,
+# SendGrid, Telegram, Discord, Facebook, Databricks, Mailgun, OpenAI, Octopus, age.
 _SHAPES = (
     r"(?:AKIA|ASIA|ABIA|ACCA|A3T[A-Z0-9])[A-Z0-9]{16}|AIza[\w-]{30,}|ya29\.[\w-]{20,}"
     r"|eyJ[\w-]{8,2000}(?:\.[\w-]{2,4000}){1,2}|eyJ[A-Za-z0-9+/_-]{60,8000}={0,2}"
@@ -1413,13 +1416,14 @@ _TEXT_RULES: list[tuple[str, Any, Any]] = [  # applied where the first is in the
     (
         "PRIVATE KEY",
         re.compile(
-            r"()-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----.*?(?:-----END [^-]*-----|\Z)", re.S
+            r"()-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----.*?(?:-----END [^-]*-----|\Z)",
+            re.S,
         ),
         _redact_rest,
     ),
     (
         "://",
-        re.compile(r"(\b[A-Za-z][\w+.-]{1,20}://)([^\s/@:]{0,200})(:[^\s/@]{1,500})?@"),
+        re.compile(r"(\b[a-zA-Z][\w+.-]{1,20}://)([^\s/@:]{0,200})(:[^\s/@]{1,500})?@"),
         _redact_userinfo,
     ),
     ("=", re.compile(r"([?&;]([\w.-]{1,60})=)([^&\s#'\"<>]{4,})"), _redact_assignment),
@@ -1523,7 +1527,7 @@ class _Conversion:
             return self.mapping(value.keys(), lambda key: value[key])
         is_set = issubclass(kind, (set, frozenset))
         is_list = issubclass(kind, (list, tuple))
-        if is_set or is_list or kind is range and len(value) <= MAX_ARRAY:
+        if is_set or is_list or (kind is range and len(value) <= MAX_ARRAY):
             return self.sequence(value, is_set)
         if hasattr(kind, "__fspath__"):
             return self.plain(os.fspath(value))
@@ -1959,15 +1963,15 @@ def _guard(stream: Any) -> None:
     The stream object stays the same, so whoever holds it keeps the order of output.
     It cannot be re-initialised while other threads may write to it.
     """
-    buffer = getattr(stream, "buffer", None)
+    buffer: Any = getattr(stream, "buffer", None)
     raw = getattr(buffer, "raw", buffer)  # python -u has no buffer in between
     if type(raw) is not io.FileIO or len(sys._current_frames()) > 1:
         return
     below = _LogFile(raw.fileno(), "w", closefd=False)
-    below.name = raw.name  # type: ignore[misc]
+    below.name = raw.name
     _replaced_files.append(raw)  # collecting it would close the descriptor
     if buffer is not raw:
-        buffer.__init__(below)
+        io.BufferedWriter.__init__(buffer, below)
         return
     stream.__init__(
         below,
@@ -2018,6 +2022,7 @@ class _Forward:
         self.log, self.target = log, target
         self.stop_at: int | None = None  # the offset where forwarding ends
         self.broken = False  # the reader went away
+        self.wake = threading.Event()  # there is something to do
 
     def position(self) -> int:
         return os.lseek(self.log, 0, os.SEEK_CUR)
@@ -2033,8 +2038,8 @@ class _Forward:
                 self.broken = not _write_patiently(self.target, data)
             os.lseek(self.log, len(data), os.SEEK_CUR)
             pause = 0.005 if data else min(2 * pause, 0.1)
-            if not data:
-                time.sleep(pause)
+            if not data and self.wake.wait(pause):
+                self.wake.clear()
 
     def drain(self) -> None:
         """Forward everything that is in the log now."""
@@ -2132,7 +2137,8 @@ class _Recorder:
                     os.waitpid(self.pid, 0)
             return not self.gone
         finally:
-            for descriptor, opened in zip((self.commands, self.replies), self.identities):
+            ends = zip((self.commands, self.replies), self.identities)
+            for descriptor, opened in ends:
                 if _identity(descriptor) == opened:
                     os.close(descriptor)
 
@@ -2162,7 +2168,18 @@ def _spawn_recorder(
         request["watch"] = _above_stderr(os.pidfd_open(os.getpid()))
         ends.append(request["watch"])
     request["forwards"] = [(forward.log, forward.target) for forward in forwards]
-    python = [sys.executable, "-E", "-S", os.path.abspath(__file__), "--recorder"]
+    folder, name = os.path.split(os.path.abspath(__file__))
+    if name == "__init__.py":
+        folder, name = os.path.split(folder)
+    # As a module, so that its compiled code is used; last on the path, so that no
+    # neighbour of ours takes the place of a module of the standard library.
+    code = "import sys; sys.path.append(sys.argv[1]); m = __import__(sys.argv[2])"
+    python = [sys.executable, "-E", "-S"]
+    python += ["-B"] if sys.dont_write_bytecode else []
+    if sys.pycache_prefix:
+        python += ["-X", f"pycache_prefix={sys.pycache_prefix}"]
+    python += ["-c", f"{code}; sys.exit(m.main(sys.argv[3:]))", folder]
+    python += [name.partition(".")[0], "--recorder"]
     shell = ["/bin/sh", "-c", 'trap "" HUP INT QUIT TERM; "$@" &', "run_utils"]
     recorder = _Recorder(request, commands, replies)
     try:
@@ -2246,8 +2263,9 @@ class _RecorderProcess:
     def _answer(self, words: Sequence[bytes]) -> None:
         self.waiting = self.waiting or b"wait" in words
         if b"drain" in words:
-            for forward in self.forwards:
-                end = os.fstat(forward.log).st_size
+            ends = [os.fstat(forward.log).st_size for forward in self.forwards]
+            for forward, end in zip(self.forwards, ends):
+                forward.wake.set()
                 while forward.position() < end:
                     time.sleep(0.002)
             self._reply("drained")
@@ -2263,8 +2281,9 @@ class _RecorderProcess:
                 return
             ending = _killed(self.request, self.oom_kills)
             seconds = round(time.monotonic() - self.request["begun"], 3)
-            last = {"duration_seconds": seconds, "last_output": _last_output(self.run_dir)}
-            facts = {**status, **ending, **last, "timestamp_utc": _utc()}
+            ending["duration_seconds"] = seconds
+            ending["last_output"] = _last_output(self.run_dir)
+            facts = {**status, **ending, "timestamp_utc": _utc()}
             _write_json(self.run_dir / "status.json", facts, durable=True)
         with _tolerating("the index"):
             _append_index(self.request["row"], "end", "failed", "killed")
@@ -2273,6 +2292,8 @@ class _RecorderProcess:
         """Forward the rest, let go of the user's descriptors, complete the record."""
         for forward in self.forwards:
             forward.stop_at = os.fstat(forward.log).st_size
+            forward.wake.set()
+        for forward in self.forwards:
             forward.thread.join()
             os.close(forward.target)
         self._reply("drained")
@@ -2354,8 +2375,9 @@ def _oom_kills() -> int | None:
         for line in Path("/proc/self/cgroup").read_text("utf-8").splitlines():
             _, controllers, group = line.split(":", 2)  # "4:memory:/slurm/job_7"
             if controllers in ("", "memory"):
-                place = "/memory{}/memory.oom_control" if controllers else "{}/memory.events"
-                text = Path("/sys/fs/cgroup" + place.format(group)).read_text("utf-8")
+                place = f"/memory{group}/memory.oom_control"
+                place = place if controllers else f"{group}/memory.events"
+                text = Path(f"/sys/fs/cgroup{place}").read_text("utf-8")
                 return int(re.findall(r"^oom_kill (\d+)", text, re.M)[0])
     return None
 
@@ -2448,7 +2470,8 @@ def _record_use(artifact: Path, consumer: str | None, reason: str | None) -> Non
         return
     inside = artifact.is_relative_to(producer / "artifacts")
     relative = os.path.relpath(artifact, producer / "artifacts" if inside else producer)
-    about = {"artifact_relpath": relative, "consumer_run_dir": consumer, "reason": reason}
+    about = {"artifact_relpath": relative, "consumer_run_dir": consumer}
+    about["reason"] = reason
     if consumer is not None and Path(consumer).absolute() != producer:
         with _tolerating("inputs of metadata.json"):
             _add_input(Path(consumer), artifact, producer)
@@ -2747,10 +2770,6 @@ def _flattened(name: str, value: Any) -> dict[str, Any]:
 # run directory is escaped before it reaches a terminal.
 
 
-class _Trouble(Exception):
-    """Bad input, as one sentence for the user."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line with `argv` (default: sys.argv[1:]); return its status."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -2763,10 +2782,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()
         return status
-    except (_Trouble, ValueError, OSError) as error:
-        if isinstance(error, BrokenPipeError):  # `| head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            return 0
+    except BrokenPipeError:  # `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    except (ValueError, OSError) as error:
         print(f"{parser.prog}: {_printable(str(error))}", file=sys.stderr)
         return 2
 
@@ -2774,28 +2793,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     import argparse
 
-    parser = argparse.ArgumentParser(prog=_prog(), description="Record experiments.")
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    prog = os.path.basename((getattr(sys, "argv", None) or ["run_utils"])[0])
+    if spec is not None:
+        prog = f"python -m {spec.name.replace('.__main__', '')}"
+    parser = argparse.ArgumentParser(prog=prog, description="Record experiments.")
     version = f"run_utils {__version__}"
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_run, _add_inspect):
-        add(commands)
+    _add_run(commands)
+    _add_inspect(commands)
     return parser
-
-
-def _prog() -> str:
-    """Return how this program was called: `python -m pkg.run_utils`."""
-    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
-    if spec is None:
-        return os.path.basename((getattr(sys, "argv", None) or ["run_utils"])[0])
-    return f"python -m {spec.name.replace('.__main__', '')}"
 
 
 def _add_run(commands: Any) -> None:
     run = commands.add_parser("run", help="record any command, in any language")
     run.add_argument("--base-dir", default="results/runs", metavar="DIR")
     run.add_argument("--prefix", metavar="NAME", help="default: the script's name")
-    run.add_argument("--config", metavar="FILE", help="YAML or JSON to keep as config")
+    run.add_argument("--config", metavar="FILE", help="JSON or YAML to keep as config")
     run.add_argument("words", nargs="+", metavar="CMD", help="after --")
     run.set_defaults(command=_cmd_run)
 
@@ -2805,25 +2820,44 @@ def _cmd_run(args: argparse.Namespace) -> int:
     import shutil
 
     words: list[str] = args.words
-    program = shutil.which(words[0])
-    if program is None:
-        raise _Trouble(f"{words[0]!r} is not a program on PATH; nothing was recorded")
-    config = _flags(words)
-    if args.config is not None:
-        config = {**_read_config_file(Path(args.config)), **config}
-    script = next((word for word in words[1:] if os.path.isfile(word)), words[0])
-    context = run_context(args.base_dir, args.prefix or Path(script).stem, config)
-    context.argv = words
-    with context as run_dir:
-        child = _run_attached(words)
-        if child < 0:
-            name = _signal_name(-child)
-            about = {"signal": name, "problem": f"killed by {name}"}
-            context.ending = _outcome("failed", "killed", 128 - child, **about)
-        elif child > 0:
-            context.ending = _outcome("failed", "system_exit", child)
+    if shutil.which(words[0]) is None:
+        raise ValueError(f"{words[0]!r} is not a program on PATH; nothing was recorded")
+    config = {**_read_options(args.config), **_flags(words)}
+    script = next(filter(os.path.isfile, words[1:]), words[0])
+    recording = run_context(args.base_dir, args.prefix or Path(script).stem, config)
+    recording.argv = words
+    terminal = all(map(os.isatty, (0, 1, 2)))
+    with recording as run_dir:
+        code = _run_on_terminal(words) if terminal else _run_attached(words)
+        status, reason = ("failed", "system_exit") if code else ("success", "normal")
+        recording.ending = _outcome(status, reason, code)
+        if code < 0:
+            about = {"signal": _signal_name(-code)}
+            about["problem"] = f"killed by {about['signal']}"
+            recording.ending = _outcome("failed", "killed", 128 - code, **about)
     print(f"run_utils: recorded in {_printable(str(run_dir))}", file=sys.stderr)
-    return 128 - child if child < 0 else child
+    return 128 - code if code < 0 else code
+
+
+def _read_options(name: str | None) -> dict[str, Any]:
+    """Return the mapping in a JSON file, or in a YAML file where there is PyYAML."""
+    if name is None:
+        return {}
+    try:
+        text = _read_bytes(Path(name))
+        if text.lstrip()[:1] == b"{":
+            value = json.loads(text)
+        else:
+            import yaml
+
+            value = yaml.safe_load(text)
+    except ImportError:
+        raise ValueError(f"--config {name!r}: PyYAML is missing; give JSON") from None
+    except Exception as error:  # yaml.YAMLError cannot be named without PyYAML
+        raise ValueError(f"--config {name!r} cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"--config {name!r} is not a mapping; give key: value lines")
+    return value
 
 
 def _flags(words: Sequence[str]) -> dict[str, Any]:
@@ -2833,16 +2867,15 @@ def _flags(words: Sequence[str]) -> dict[str, Any]:
     {'lr': 0.1, 'fp16': True, 'optim.beta': 0.9}
     """
     config: dict[str, Any] = {}
-    waiting = None
+    waiting = ""
     for word in words[1:]:
-        option = re.fullmatch(r"(?:--|\+\+?)?([A-Za-z_][\w.-]*)=(.*)", word, re.S)
-        if option:
-            config[option[1]], waiting = _scalar(option[2]), None
-        elif re.fullmatch(r"--[A-Za-z_][\w.-]*", word):
-            waiting = word[2:]
-            config[waiting] = True
-        elif waiting is not None:
-            config[waiting], waiting = _scalar(word), None
+        option = re.fullmatch(r"(--|\+\+?|)([A-Za-z_][\w.-]*)(?:=(.*))?", word, re.S)
+        if option and option[3] is not None:
+            config[option[2]], waiting = _scalar(option[3]), ""
+        elif option and option[1] == "--":
+            config[option[2]], waiting = True, option[2]
+        elif waiting:
+            config[waiting], waiting = _scalar(word), ""
     return config
 
 
@@ -2856,34 +2889,19 @@ def _scalar(text: str) -> Any:
     return float(text) if number else text
 
 
-def _read_config_file(path: Path) -> dict[str, Any]:
-    """Return the mapping in a YAML or JSON file, or raise one clear sentence."""
-    try:
-        value = _read_yaml(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise _Trouble(f"--config {str(path)!r} cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise _Trouble(f"--config {str(path)!r} is not a mapping; give key: value lines")
-    return value
-
-
 def _run_attached(words: Sequence[str]) -> int:
-    """Run a command on our streams; return its status, -n when signal n ended it.
-
-    On a terminal it gets one of its own, whose output is copied to ours and the log.
-    """
-    if all(os.isatty(descriptor) for descriptor in (0, 1, 2)):
-        return _run_on_terminal(words)
+    """Run a command on our streams; return its status, -n when signal n ended it."""
     child: subprocess.Popen[bytes] | None = None
     early: list[int] = []
-    typed = (signal.SIGINT, signal.SIGQUIT) if _is_foreground() else ()
+    typed: tuple[int, ...] = ()  # what the terminal sends to the command as well
+    with contextlib.suppress(OSError), open("/dev/tty", "rb") as terminal:
+        if os.tcgetpgrp(terminal.fileno()) == os.getpgrp():
+            typed = (signal.SIGINT, signal.SIGQUIT)
 
     def forward(number: int, frame: object) -> None:
-        if number in typed:
-            return  # the terminal has sent it to the command as well
         if child is None:
             early.append(number)
-        else:
+        elif number not in typed:
             child.send_signal(number)
 
     with _handling(FORWARDED_SIGNALS, forward):
@@ -2906,8 +2924,9 @@ def _run_on_terminal(words: Sequence[str]) -> int:
             size = fcntl.ioctl(0, termios.TIOCGWINSZ, bytes(8))
             fcntl.ioctl(inner, termios.TIOCSWINSZ, size)
 
-    def hang_up(number: int, frame: object) -> None:
-        os.killpg(os.tcgetpgrp(inner), number)
+    def forward(number: int, frame: object) -> None:
+        if inner >= 0:
+            os.killpg(os.tcgetpgrp(inner), number)
 
     def read(descriptor: int) -> bytes:
         nonlocal inner
@@ -2919,17 +2938,8 @@ def _run_on_terminal(words: Sequence[str]) -> int:
             sys.stdout.copy(shown)
         return shown
 
-    with _handling([signal.SIGWINCH], resize), _handling(FORWARDED_SIGNALS, hang_up):
+    with _handling([signal.SIGWINCH], resize), _handling(FORWARDED_SIGNALS, forward):
         return _exit_of(pty.spawn(list(words), read))
-
-
-def _is_foreground() -> bool:
-    """Return whether Ctrl-C on a terminal reaches this process group."""
-    try:
-        with open("/dev/tty", "rb") as terminal:
-            return os.tcgetpgrp(terminal.fileno()) == os.getpgrp()
-    except OSError:
-        return False
 
 
 @contextlib.contextmanager
@@ -2956,11 +2966,20 @@ def _add_inspect(commands: Any) -> None:
 def _cmd_inspect(args: argparse.Namespace) -> int:
     """Print what ran, how it ended, what it left, and what differs from now."""
     run = Run(_find_run(args.run))
-    facts = _overview(run)
+    facts = {
+        "run_dir": str(run.path),
+        "status": run.status,
+        "config": run.config,
+        "metadata": run.metadata,
+        "metrics": _metric_ranges(run.path),
+        "outputs": _outputs(run.path),
+        "notes": list(_read_lines(run.path / "notes.jsonl")),
+        "now": _differences_from_now(run.metadata),
+    }
     if args.json:
         print(_format_json(facts), end="")
         return 0
-    for name, lines in _format_overview(facts):
+    for name, lines in _format_inspect(facts):
         for number, line in enumerate(lines):
             print(f"{'' if number else name:<10}{_printable(line)}".rstrip())
     return 0
@@ -2972,49 +2991,38 @@ def _find_run(text: str) -> Path:
     if path.exists() or path.is_symlink():
         found = _run_of(path.absolute())
         if found is None:
-            raise _Trouble(f"{text!r} is not in a run directory: no status.json above it")
+            raise ValueError(f"{text!r} is not in a run directory; give one, or a name")
         return found
-    root = Path("results") if Path("results").is_dir() else Path()
-    runs = _walk_runs(root.absolute())
-    if text != "latest":
-        runs = [run for run in runs if text in run.name]
+    root = Path("results" if os.path.isdir("results") else "").absolute()
+    runs = [run for run in _walk_runs(root) if text in ("latest", run.name)]
+    runs = runs or [run for run in _walk_runs(root) if text in run.name]
     if not runs:
-        raise _Trouble(f"no run {text!r} below {str(root.absolute())!r}")
-    if text != "latest" and len(runs) > 1 and runs[0].name != text:
+        raise ValueError(f"no run {text!r} below {str(root)!r}")
+    if len(runs) > 1 and text != "latest":
         names = ", ".join(run.name for run in runs[:3])
-        raise _Trouble(f"{text!r} is a part of {len(runs)} names ({names}, ...); say more")
+        many = f"a part of {len(runs)} names ({names}, ...)"
+        raise ValueError(f"{text!r} is {many}; say more")
     return runs[0]
 
 
-def _overview(run: Run) -> dict[str, Any]:
-    """Return what `inspect` shows, plain."""
-    return {
-        "run_dir": str(run.path),
-        "status": run.status,
-        "config": run.config,
-        "metadata": run.metadata,
-        "metrics": _metric_ranges(run.path),
-        "outputs": _outputs(run.path),
-        "notes": list(_read_lines(run.path / "notes.jsonl")),
-        "now": _differences_from_now(run.metadata),
-        "problems": _problems(run),
-    }
-
-
-def _format_overview(facts: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
+def _format_inspect(facts: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     """Yield the paragraphs of `inspect`: a name and lines."""
     status, metadata = facts["status"], facts["metadata"]
+    git, python = _mapping(metadata, "git"), _mapping(metadata, "python")
     known = {key: metadata.get(key, "?") for key in ("user", "hostname", "working_dir")}
     packages = metadata.get("pip_freeze")
     count = len(packages) if isinstance(packages, list) else "no list of"
-    version = str(_mapping(metadata, "python").get("version", "?")).split(" ")[0]
+    version = str(python.get("version", "?")).split(" ")[0]
     machine = _mapping(metadata, "platform").get("platform", "?")
     config = {k: v for k, v in facts["config"].items() if k != "command"}
+    captures = _mapping(metadata, "capture")
+    problems = {name: _mapping(captures, name).get("problem") for name in captures}
+    problems.update({} if metadata else {"metadata.json": "missing or not readable"})
     yield "run", [facts["run_dir"]]
     yield "status", [_format_status(status)]
     yield "why", _format_why(status)
     yield "command", [str(metadata.get("command", "?"))]
-    yield "code", [_format_code(_mapping(metadata, "git"))]
+    yield "code", [_format_code(git)]
     who = "{user} on {hostname} in {working_dir}".format(**known)
     yield "started", [f"{status.get('started_utc', '?')} by {who}"]
     yield "python", [f"{version} on {machine}; {count} packages"]
@@ -3022,34 +3030,24 @@ def _format_overview(facts: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]
     for name in ("metrics", "outputs", "now"):
         yield name, [f"{key}: {value}" for key, value in facts[name].items()]
     yield "notes", [f"{n.get('text', '')} {n.get('tags', '')}" for n in facts["notes"]]
-    yield "problems", facts["problems"]
-
-
-def _mapping(facts: Any, key: str) -> dict[str, Any]:
-    """Return `facts[key]` if that is a mapping, else an empty one."""
-    value = facts.get(key) if isinstance(facts, dict) else None
-    return value if isinstance(value, dict) else {}
+    yield "problems", [f"{name}: {text}" for name, text in problems.items() if text]
 
 
 def _format_status(status: Mapping[str, Any]) -> str:
     """Return "failed (exception), exit code 1, after 12 s"."""
-    text = str(status.get("status", "?"))
-    if status.get("exit_reason"):
-        text += f" ({status['exit_reason']})"
-    if status.get("exit_code") is not None:
-        text += f", exit code {status['exit_code']}"
+    reason, code = status.get("exit_reason"), status.get("exit_code")
     seconds = status.get("duration_seconds")
-    return text + (f", after {seconds:.6g} s" if isinstance(seconds, (int, float)) else "")
+    took = f", after {seconds:.6g} s" if isinstance(seconds, (int, float)) else ""
+    text = str(status.get("status", "?")) + (f" ({reason})" if reason else "")
+    return text + ("" if code is None else f", exit code {code}") + took
 
 
 def _format_why(status: Mapping[str, Any]) -> list[str]:
     """Return the exception, or the last output of a run that was killed."""
-    exception = status.get("exception")
+    exception, last = status.get("exception"), status.get("last_output")
     if isinstance(exception, dict):
-        head = f"{exception.get('type')}: {exception.get('message')}"
         frames = str(exception.get("traceback", "")).rstrip().splitlines()
-        return [head, *frames[-4:-1]]
-    last = status.get("last_output")
+        return [f"{exception.get('type')}: {exception.get('message')}", *frames[-4:-1]]
     output = [f"  {line}" for line in last[-8:]] if isinstance(last, list) else []
     return [str(status["problem"]), *output] if status.get("problem") else output
 
@@ -3058,9 +3056,8 @@ def _format_code(git: Mapping[str, Any]) -> str:
     """Return "1a2b3c4 on main, uncommitted changes, 2 commits not pushed, URL"."""
     if not git.get("commit_short"):
         return "no commit known"
-    dirty = {True: "uncommitted changes", False: "clean"}
     parts = [f"{git['commit_short']} on {git.get('branch') or 'no branch'}"]
-    parts.append(dirty.get(bool(git["is_dirty"])) if "is_dirty" in git else "")
+    parts.append("uncommitted changes" if git.get("is_dirty") else "")
     parts.append(f"{git['unpushed']} commits not pushed" if git.get("unpushed") else "")
     parts.append(str(git.get("remote_origin_url") or ""))
     return ", ".join(filter(None, parts))
@@ -3081,10 +3078,11 @@ def _outputs(run_dir: Path) -> dict[str, str]:
     """Return for each folder how many files and bytes the run left in it."""
     found = {}
     for folder in sorted(path for path in run_dir.iterdir() if path.is_dir()):
-        walked = ((Path(top) / name) for top, _, names in os.walk(folder) for name in names)
-        sizes = [path.lstat().st_size for path in walked]
-        many = f"{len(sizes)} file{'s' * (len(sizes) != 1)}, {sum(sizes):,} bytes"
-        found[folder.name] = many if sizes else "empty"
+        tree = list(os.walk(folder))
+        walked = [Path(top, name) for top, _, names in tree for name in names]
+        size = sum(path.lstat().st_size for path in walked)
+        many = f"{len(walked)} file{'s' * (len(walked) != 1)}, {size:,} bytes"
+        found[folder.name] = many if walked else "empty"
     return found
 
 
@@ -3101,26 +3099,11 @@ def _differences_from_now(metadata: Mapping[str, Any]) -> dict[str, str]:
     return {k: " -> ".join(v) for k, v in short.items() if v[0] != v[1] and all(now[k])}
 
 
-def _problems(run: Run) -> list[str]:
-    """Return what the record lacks, and why."""
-    missing = [
-        f"{name} is missing or not readable"
-        for name, facts in (("metadata.json", run.metadata), ("config.yaml", run.config))
-        if not facts
-    ]
-    captures = _mapping(run.metadata, "capture").items()
-    return missing + [
-        f"{name}: {facts['problem']}"
-        for name, facts in captures
-        if isinstance(facts, dict) and facts.get("problem")
-    ]
-
-
 def _printable(text: str) -> str:
     """Escape what could steer a terminal, hide text, or not be printed at all."""
     text = re.sub(
-        r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff"
-        r"\ud800-\udfff]",
+        r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f"
+        r"\ufeff\ud800-\udfff]",
         lambda match: match[0].encode("unicode_escape").decode("ascii"),
         text,
     )

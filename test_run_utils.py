@@ -61,11 +61,12 @@ def _python_without_pip() -> str:
 
 
 def setUpModule() -> None:
-    global PYTHON
+    global PYTHON, CACHE
     PYTHON = _python_without_pip()
+    CACHE = os.path.join(os.path.dirname(PYTHON), "cache")
 
 
-PYTHON = sys.executable
+PYTHON, CACHE = sys.executable, ""
 
 
 class RunCase(unittest.TestCase):
@@ -93,11 +94,11 @@ class RunCase(unittest.TestCase):
         *args: str,
         env: dict[str, str] | None = None,
         flags: tuple[str, ...] = (),
-        **options: object,
-    ) -> subprocess.CompletedProcess[str]:
+        **options: Any,
+    ) -> Any:
         """Run `body` as train.py in the temporary directory, output captured."""
         path = self.write_script(body)
-        settings: dict[str, object] = {
+        settings: dict[str, Any] = {
             "env": self.environment(env),
             "stdin": subprocess.DEVNULL,
             "stdout": subprocess.PIPE,
@@ -108,7 +109,7 @@ class RunCase(unittest.TestCase):
             **options,
         }
         command = [PYTHON, *flags, str(path), *args]
-        return subprocess.run(command, **settings)  # type: ignore[call-overload]
+        return subprocess.run(command, **settings)
 
     def write_script(self, body: str) -> Path:
         path = self.tmp / "train.py"
@@ -118,15 +119,16 @@ class RunCase(unittest.TestCase):
 
     def environment(self, more: dict[str, str] | None = None) -> dict[str, str]:
         env = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-        return {**env, "PYTHONPATH": str(HERE), **(more or {})}
+        places = {"PYTHONPATH": str(HERE), "PYTHONPYCACHEPREFIX": CACHE}
+        return {**env, **places, **(more or {})}
 
-    def in_context(self, body: str, *args: str, **options: object):  # type: ignore
+    def in_context(self, body: str, *args: str, **options: Any) -> Any:
         """Run `body` inside ``with run_context("results/exp") as run_dir:``."""
         inside = textwrap.indent(textwrap.dedent(body).strip(), "    ")
         start = 'with run_context("results/exp", "exp") as run_dir:\n'
         return self.script(start + inside + "\n", *args, **options)
 
-    def command(self, *words: str, **options: object):  # type: ignore
+    def command(self, *words: str, **options: Any) -> Any:
         """Run the command line of run_utils in the temporary directory."""
         return self.script("sys.exit(main(sys.argv[1:]))", *words, **options)
 
@@ -138,7 +140,7 @@ class RunCase(unittest.TestCase):
         self.assertEqual(len(runs), 1, runs)
         return runs[0]
 
-    def json(self, name: str) -> dict[str, object]:
+    def json(self, name: str) -> dict[str, Any]:
         value = json.loads((self.run_dir() / name).read_text("ascii"))
         assert isinstance(value, dict)
         return value
@@ -146,11 +148,11 @@ class RunCase(unittest.TestCase):
     def log(self, name: str) -> str:
         return (self.run_dir() / "logs" / f"{name}.log").read_text("utf-8")
 
-    def index(self) -> list[dict[str, object]]:
+    def index(self) -> list[dict[str, Any]]:
         lines = (self.tmp / "results/index/runs_index.jsonl").read_text("ascii")
         return [json.loads(line) for line in lines.splitlines()]
 
-    def wait_for_status(self, status: str) -> dict[str, object]:
+    def wait_for_status(self, status: str) -> dict[str, Any]:
         """Return status.json once it says `status`; fail after a long while."""
         for _ in range(500):
             with contextlib.suppress(AssertionError, ValueError, OSError):
@@ -197,7 +199,9 @@ class ARunDirectory(RunCase):
 
     def test_everything_is_there_after_the_block(self) -> None:
         done = self.in_context("print('hello')")
-        self.assertEqual((done.returncode, done.stdout, done.stderr), (0, "hello\n", ""))
+        self.assertEqual(
+            (done.returncode, done.stdout, done.stderr), (0, "hello\n", "")
+        )
         names = {path.name for path in self.run_dir().iterdir()}
         files = {"config.yaml", "metadata.json", "status.json"}
         self.assertEqual(names, files | set(run_utils.DEFAULT_SUBDIRS))
@@ -205,10 +209,24 @@ class ARunDirectory(RunCase):
     def test_metadata_is_complete(self) -> None:
         self.in_context("pass", "--lr", "0.1")
         metadata = self.json("metadata.json")
-        for key in (
-            "timestamp_utc command argv working_dir hostname user python platform git"
-            " cuda pip_freeze env inputs launcher run_utils capture"
-        ).split():
+        for key in [
+            "timestamp_utc",
+            "command",
+            "argv",
+            "working_dir",
+            "hostname",
+            "user",
+            "python",
+            "platform",
+            "git",
+            "cuda",
+            "pip_freeze",
+            "env",
+            "inputs",
+            "launcher",
+            "run_utils",
+            "capture",
+        ]:
             self.assertIn(key, metadata)
         self.assertIsInstance(metadata["pip_freeze"], list)
         self.assertEqual(metadata["working_dir"], str(self.tmp))
@@ -226,7 +244,10 @@ class ARunDirectory(RunCase):
         again = subprocess.run(
             ["sh", "-c", str(command)], env=env, stdout=subprocess.PIPE, check=True
         )
-        self.assertEqual(again.stdout.decode(), f"{['a b', '$HOME', chr(105) + 't' + chr(39) + 's']!r}\n")
+        self.assertEqual(
+            again.stdout.decode(),
+            f"{['a b', '$HOME', chr(105) + 't' + chr(39) + 's']!r}\n",
+        )
 
     def test_status_says_running_in_the_body(self) -> None:
         done = self.in_context("print((run_dir / 'status.json').read_text())")
@@ -299,7 +320,17 @@ class Names(RunCase):
 
     def test_hostile_prefixes_stay_inside(self) -> None:
         prefixes = ["../../etc", "/etc", "Qwen/Qwen3-8B", 'a"; rm -rf /', "x" * 300]
-        prefixes += ["", ".", "..", "CON", "nul.txt", "é" * 200, "a\nb", "-rf", "\udc80"]
+        prefixes += [
+            "",
+            ".",
+            "..",
+            "CON",
+            "nul.txt",
+            "é" * 200,
+            "a\nb",
+            "-rf",
+            "\udc80",
+        ]
         for prefix in prefixes:
             with self.subTest(prefix=prefix):
                 run_dir = run_utils.start_run(self.tmp / "exp", prefix)
@@ -519,7 +550,9 @@ class HowItEnds(RunCase):
         """
         done = self.script(body)
         self.assertEqual((done.stdout, done.stderr), ("0\n1\n", ""))
-        found = [json.loads((run / "status.json").read_text()) for run in self.run_dirs()]
+        found = [
+            json.loads((run / "status.json").read_text()) for run in self.run_dirs()
+        ]
         self.assertEqual([facts["status"] for facts in found], ["success"] * 4)
 
     def test_threads_have_their_own_runs(self) -> None:
@@ -571,7 +604,10 @@ class HowItEnds(RunCase):
         done = self.script(body)
         self.assertEqual(done.returncode, 0)
         self.assertIn("out\n", done.stdout)
-        found = {json.loads((r / "status.json").read_text())["status"] for r in self.run_dirs()}
+        found = {
+            json.loads((r / "status.json").read_text())["status"]
+            for r in self.run_dirs()
+        }
         self.assertEqual(found, {"success"})
 
 
@@ -600,7 +636,9 @@ class Resuming(RunCase):
         """
         done = self.script(body)
         self.assertEqual(done.stdout.split(), ["True"] * 3)
-        attempts = sorted(path.name for path in (self.tmp / "results").glob("exp/*/attempts/*"))
+        attempts = sorted(
+            path.name for path in (self.tmp / "results").glob("exp/*/attempts/*")
+        )
         self.assertEqual(attempts, ["1", "2", "3"])
 
     def test_a_run_that_is_alive_is_not_resumed(self) -> None:
@@ -611,7 +649,7 @@ class Resuming(RunCase):
 class Metrics(RunCase):
     """log_metrics appends one line of strict JSON that other processes see at once."""
 
-    def rows(self) -> list[dict[str, object]]:
+    def rows(self) -> list[dict[str, Any]]:
         path = self.tmp / "metrics" / "metrics.jsonl"
 
         def refuse(name: str) -> None:
@@ -659,7 +697,9 @@ class Metrics(RunCase):
             log_metrics(run_dir, {"x": step}, step)
             os.write(1, b"%d\\n" % step)
         """
-        text = 'with run_context("results/exp", "exp", capture_output=False) as run_dir:'
+        text = (
+            'with run_context("results/exp", "exp", capture_output=False) as run_dir:'
+        )
         path = self.write_script(text + textwrap.indent(textwrap.dedent(body), "    "))
         child = subprocess.Popen(
             [PYTHON, str(path)], env=self.environment(), stdout=subprocess.PIPE
@@ -686,7 +726,9 @@ class SavedFiles(RunCase):
     """Files are whole or absent, readable by others, and strict JSON."""
 
     def test_save_json_converts_and_creates_folders(self) -> None:
-        path = run_utils.save_json("a/b.json", {"x": {1}, "p": Path("q"), "n": float("nan")})
+        path = run_utils.save_json(
+            "a/b.json", {"x": {1}, "p": Path("q"), "n": float("nan")}
+        )
         self.assertEqual(json.loads(path.read_text()), {"x": [1], "p": "q", "n": "NaN"})
 
     def test_mode_follows_the_umask(self) -> None:
@@ -742,11 +784,23 @@ class TheIndex(RunCase):
     def test_keys_and_root(self) -> None:
         self.in_context("pass")
         start, end = self.index()
-        keys = (
-            "event timestamp_utc run_dir run_basename experiment_name env_name"
-            " results_root hostname user pid git_commit_short script_name status"
-            " exit_reason path"
-        ).split()
+        keys = [
+            "event",
+            "timestamp_utc",
+            "run_dir",
+            "run_basename",
+            "experiment_name",
+            "env_name",
+            "results_root",
+            "hostname",
+            "user",
+            "pid",
+            "git_commit_short",
+            "script_name",
+            "status",
+            "exit_reason",
+            "path",
+        ]
         self.assertEqual(list(start), keys)
         self.assertEqual((start["event"], end["event"]), ("start", "end"))
         self.assertEqual(start["path"], f"exp/{self.run_dir().name}")
@@ -789,10 +843,14 @@ class Lineage(RunCase):
         self.assertEqual(done.stderr, "")
         producer, consumer = self.run_dirs()
         (line,) = run_utils._read_lines(producer / "artifacts" / "USED_BY.jsonl")
-        self.assertEqual((line["artifact_relpath"], line["reason"]), ("model.pt", "init"))
+        self.assertEqual(
+            (line["artifact_relpath"], line["reason"]), ("model.pt", "init")
+        )
         self.assertEqual(line["consumer_run_dir"], str(consumer))
         (entry,) = run_utils.load_run(consumer).metadata["inputs"]
-        self.assertEqual((entry["run"], entry["path"]), (producer.name, "artifacts/model.pt"))
+        self.assertEqual(
+            (entry["run"], entry["path"]), (producer.name, "artifacts/model.pt")
+        )
         self.assertEqual((entry["size"], entry["status"]), (1, "success"))
 
     def test_what_is_in_no_run_is_ignored(self) -> None:
@@ -811,12 +869,30 @@ class SecretNames(unittest.TestCase):
         self.addCleanup(run_utils._known_secrets.clear)
 
     def test_names_of_secrets(self) -> None:
-        for name in (
-            "ACME_API_KEY acmeApiKey password DB_PASSWORD PGPASSWORD SMTP_PASS MYSQL_PWD"
-            " hf_token GITHUB_TOKEN accessToken client_secret AWS_SECRET_ACCESS_KEY"
-            " MY_CREDENTIALS signing_key X_AUTH_TOKEN HTTP_COOKIE FERNET_KEY GH_PAT"
-            " passphrase ACME_KEY POETRY_PYPI_TOKEN_CORP service.api-key.prod"
-        ).split():
+        for name in [
+            "ACME_API_KEY",
+            "acmeApiKey",
+            "password",
+            "DB_PASSWORD",
+            "PGPASSWORD",
+            "SMTP_PASS",
+            "MYSQL_PWD",
+            "hf_token",
+            "GITHUB_TOKEN",
+            "accessToken",
+            "client_secret",
+            "AWS_SECRET_ACCESS_KEY",
+            "MY_CREDENTIALS",
+            "signing_key",
+            "X_AUTH_TOKEN",
+            "HTTP_COOKIE",
+            "FERNET_KEY",
+            "GH_PAT",
+            "passphrase",
+            "ACME_KEY",
+            "POETRY_PYPI_TOKEN_CORP",
+            "service.api-key.prod",
+        ]:
             with self.subTest(name):
                 found = run_utils._redact({name: RANDOM})
                 self.assertEqual(found, {name: run_utils.REDACTED})
@@ -899,8 +975,11 @@ class SecretShapes(unittest.TestCase):
             "https://ann:" + RANDOM + "@x.org/a?b=1": "https://<REDACTED>@x.org/a?b=1",
             "postgres://u:p4ss@db:5432/x": "postgres://<REDACTED>@db:5432/x",
             "git+ssh://git@github.com/a/b.git": "git+ssh://git@github.com/a/b.git",
-            "https://x.org/a?token=" + RANDOM + "&n=1": "https://x.org/a?token=<REDACTED>&n=1",
-            "https://s3/x?X-Amz-Signature=" + "0a" * 32: "https://s3/x?X-Amz-Signature=<REDACTED>",
+            "https://x.org/a?token="
+            + RANDOM
+            + "&n=1": "https://x.org/a?token=<REDACTED>&n=1",
+            "https://s3/x?X-Amz-Signature="
+            + "0a" * 32: "https://s3/x?X-Amz-Signature=<REDACTED>",
             "https://hooks.slack.com/services/T01A/B01A/" + RANDOM: (
                 "https://hooks.slack.com/services/<REDACTED>"
             ),
@@ -946,13 +1025,42 @@ class CommandLines(unittest.TestCase):
         self.addCleanup(run_utils._known_secrets.clear)
 
     def test_flags_and_assignments(self) -> None:
-        argv = ["train.py", "--lr", "0.1", "--api-key", RANDOM, "--token=" + RANDOM[::-1]]
-        argv += ["model.api_key=" + RANDOM * 2, "+x.max_tokens=4096", "--password", "x y z"]
-        argv += ["--ask-password", "--seed", "3", "-H", f"Authorization: Bearer {RANDOM}"]
+        argv = [
+            "train.py",
+            "--lr",
+            "0.1",
+            "--api-key",
+            RANDOM,
+            "--token=" + RANDOM[::-1],
+        ]
+        argv += [
+            "model.api_key=" + RANDOM * 2,
+            "+x.max_tokens=4096",
+            "--password",
+            "x y z",
+        ]
+        argv += [
+            "--ask-password",
+            "--seed",
+            "3",
+            "-H",
+            f"Authorization: Bearer {RANDOM}",
+        ]
         marker = run_utils.REDACTED
         expected = ["train.py", "--lr", "0.1", "--api-key", marker, "--token=" + marker]
-        expected += ["model.api_key=" + marker, "+x.max_tokens=4096", "--password", marker]
-        expected += ["--ask-password", "--seed", "3", "-H", f"Authorization: Bearer {marker}"]
+        expected += [
+            "model.api_key=" + marker,
+            "+x.max_tokens=4096",
+            "--password",
+            marker,
+        ]
+        expected += [
+            "--ask-password",
+            "--seed",
+            "3",
+            "-H",
+            f"Authorization: Bearer {marker}",
+        ]
         self.assertEqual(run_utils._redact_argv(argv), expected)
         command = run_utils._redact({"command": shlex.join(argv)})["command"]
         self.assertEqual(shlex.split(command), expected)
@@ -967,7 +1075,7 @@ class Canaries(RunCase):
         import argparse
         secret = os.environ["ACME_API_KEY"]
         args = {"db": {"password": sys.argv[1]}, "note": f"uses {secret}"}
-        with run_context("results/exp", "exp", args, notes=f"tried {secret}") as run_dir:
+        with run_context("results/exp", "exp", args, notes=f"try {secret}") as run_dir:
             mark_status(run_dir, "partial", extra={"hint": secret})
             log_metrics(run_dir, {"text": f"{secret} and {sys.argv[1]}"})
             raise ValueError(f"bad key {secret}, password {sys.argv[1]}")
@@ -1052,7 +1160,8 @@ class ArgumentsAndCommandTest(unittest.TestCase):
         self.assertEqual(run_utils._config_document("c", Optimiser())["lr"], 1e-4)
 
     def test_no_arguments_leave_the_command_alone(self) -> None:
-        for args in (None, {}, argparse.Namespace()):
+        nothing: list[Any] = [None, {}, argparse.Namespace()]
+        for args in nothing:
             self.assertEqual(run_utils._config_document("c", args), {"command": "c"})
 
     def test_other_command_key_moves_the_arguments_down(self) -> None:
@@ -1089,7 +1198,7 @@ class PlainDataTest(unittest.TestCase):
         (range(10**12), "range(0, 1000000000000)"),
         (collections.deque([1]), [1]),
         (collections.OrderedDict(b=1, a=2), {"b": 1, "a": 2}),
-        (collections.defaultdict(list, a=1), {"a": 1}),
+        (collections.defaultdict(int, a=1), {"a": 1}),
         (types.MappingProxyType({"a": 1}), {"a": 1}),
         ({"a": 1}.keys(), ["a"]),
         (pathlib.PurePosixPath("/a/b"), "/a/b"),
@@ -1233,7 +1342,7 @@ class HostileObjectTest(unittest.TestCase):
 
 
 # Each document with the bytes that both writers must give.
-YAML_TABLE = (
+YAML_TABLE: Any = (
     ({}, "{}\n"),
     ([], "[]\n"),
     ("x", "x\n"),
@@ -1446,12 +1555,13 @@ class CapturedDescriptors(RunCase):
         body = """
         def state():
             return [os.fstat(n)[:3] for n in (1, 2)], id(sys.stdout), id(sys.stderr)
-        before = state(), sorted(os.listdir("/proc/self/fd")) if LINUX else None
+        def descriptors(): return sorted(os.listdir("/proc/self/fd")) if LINUX else 0
+        before = state(), descriptors()
         for ending in ("pass", "1 / 0", "sys.exit(2)"):
             with __import__("contextlib").suppress(BaseException):
                 with run_context("results/exp"), run_context("results/exp"):
                     exec(ending)
-        print((state(), sorted(os.listdir("/proc/self/fd")) if LINUX else None) == before)
+        print((state(), descriptors()) == before)
         """
         done = self.script(f"LINUX = {LINUX}\n" + textwrap.dedent(body))
         self.assertEqual(done.stdout, "True\n", done.stderr)
@@ -1476,14 +1586,14 @@ class CapturedDescriptors(RunCase):
         for n in range(20000): print(n, flush=n < 2)
         """
         path = self.write_script(
-            'with run_context("results/exp"):\n' + textwrap.indent(textwrap.dedent(body), "    ")
+            'with run_context("results/exp"):\n'
+            + textwrap.indent(textwrap.dedent(body), "    ")
         )
         command = f"{shlex.quote(PYTHON)} {shlex.quote(str(path))} | head -1"
         done = subprocess.run(
             ["sh", "-c", command],
             env=self.environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            capture_output=True,
         )
         self.assertEqual((done.stdout, done.stderr), (b"0\n", b""))
         self.assertEqual(self.wait_for_status("success")["exit_code"], 0)
@@ -1600,10 +1710,14 @@ class OnATerminal(RunCase):
         shown = self.on_terminal([PYTHON, str(path)])
         text = "True True 1\n\x1b[31mred\x1b[0m\n"
         self.assertEqual(self.log("output"), text + "bytes\n")
-        self.assertEqual(set(shown.split()), set((text + "bytes TextIOWrapper").split()))
+        self.assertEqual(
+            set(shown.split()), set((text + "bytes TextIOWrapper").split())
+        )
 
     def test_run_gives_the_command_a_terminal(self) -> None:
-        path = self.write_script("print(os.isatty(0), os.isatty(1), os.isatty(2)); sys.exit(4)")
+        path = self.write_script(
+            "print(os.isatty(0), os.isatty(1), os.isatty(2)); sys.exit(4)"
+        )
         command = [PYTHON, str(SOURCE), "run", "--base-dir", "results/exp", "--"]
         shown = self.on_terminal([*command, PYTHON, str(path)])
         self.assertIn("True True True\n", shown)
@@ -1667,10 +1781,11 @@ class Deaths(RunCase):
     def recorder_pid(self, body: str) -> str:
         return f"""
         import subprocess
+        MARK = os.environ["MARK"].encode()
         found = subprocess.run(["pgrep", "-f", "[-]-recorder"], stdout=subprocess.PIPE)
         mine = [int(pid) for pid in found.stdout.split()
                 if str(run_dir) != "" and os.readlink(f"/proc/{{int(pid)}}/cwd") == "/"
-                and os.environ["MARK"].encode() in open(f"/proc/{{int(pid)}}/environ", "rb").read()]
+                and MARK in open(f"/proc/{{int(pid)}}/environ", "rb").read()]
         {body}
         """
 
@@ -1734,14 +1849,16 @@ class Deaths(RunCase):
 
 
 class WithoutARecorder(RunCase):
-    """Where no recorder can be started its work is done in the process; one line says so."""
+    """Where no recorder can be started the process does its work, and says so."""
 
     def check(self, reason: str, done: subprocess.CompletedProcess[str]) -> None:
         self.assertEqual((done.returncode, done.stdout), (0, "x\n"))
         line = f"run_utils: no recorder ({reason}): its work is done in this process,"
         self.assertEqual(done.stderr, f"{line} slower\n")
         self.assertEqual(self.json("status.json")["status"], "success")
-        self.assertIn("pip_freeze", self.json("metadata.json")["capture"] or "pip_freeze")
+        self.assertIn(
+            "pip_freeze", self.json("metadata.json")["capture"] or "pip_freeze"
+        )
         self.assertEqual(self.log("stdout"), "x\n")
 
     def test_no_executable(self) -> None:
@@ -1769,8 +1886,7 @@ class WithoutARecorder(RunCase):
             input=text,
             env=self.environment(),
             encoding="utf-8",
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            capture_output=True,
         )
         self.check("run_utils is not a plain file", done)
 
@@ -1834,7 +1950,7 @@ class WhatReadersSay(RunCase):
 class TheRunCommand(RunCase):
     """`run -- CMD` records any command and exits with its status."""
 
-    def record(self, *words: str, **options: object):  # type: ignore
+    def record(self, *words: str, **options: Any) -> Any:
         command = ["run", "--base-dir", "results/demo", "--"]
         return self.command(*command, *words, **options)
 
@@ -1864,7 +1980,9 @@ class TheRunCommand(RunCase):
 
     def test_signals_are_forwarded(self) -> None:
         path = self.write_script("sys.exit(main(sys.argv[1:]))")
-        job = "trap 'echo got it; exit 6' TERM; echo ready; while :; do sleep 0.05; done"
+        job = (
+            "trap 'echo got it; exit 6' TERM; echo ready; while :; do sleep 0.05; done"
+        )
         words = ["run", "--base-dir", "results/demo", "--", "sh", "-c", job]
         child = subprocess.Popen(
             [PYTHON, str(path), *words],
@@ -1887,7 +2005,15 @@ class TheRunCommand(RunCase):
 
     def test_a_config_file(self) -> None:
         (self.tmp / "c.json").write_text('{"lr": 1, "name": "x"}')
-        words = ["run", "--base-dir", "results/demo", "--config", "c.json", "--", "true"]
+        words = [
+            "run",
+            "--base-dir",
+            "results/demo",
+            "--config",
+            "c.json",
+            "--",
+            "true",
+        ]
         self.assertEqual(self.command(*words).returncode, 0)
         config = run_utils.load_run(self.run_dir()).config
         self.assertEqual((config["lr"], config["name"]), (1, "x"))
@@ -1925,9 +2051,11 @@ class Inspecting(RunCase):
         self.assertEqual(done.stderr, f"train.py: no run 'no-such' below {here!r}\n")
         done = self.command("inspect", "exp")
         self.assertEqual(done.returncode, 2)
-        self.assertRegex(done.stderr, r"^train.py: 'exp' is a part of 2 names \(.*; say more\n$")
+        self.assertRegex(
+            done.stderr, r"^train.py: 'exp' is a part of 2 names \(.*; say more\n$"
+        )
         done = self.command("inspect", "/")
-        sentence = "'/' is not in a run directory: no status.json above it"
+        sentence = "'/' is not in a run directory; give one, or a name"
         self.assertEqual(done.stderr, f"train.py: {sentence}\n")
 
     def test_an_unknown_option(self) -> None:
@@ -1938,7 +2066,9 @@ class Inspecting(RunCase):
     def test_damaged_and_foreign_directories(self) -> None:
         damages = [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b"{}", b'{"git": 3}']
         damages += [b'{"status": [1], "exception": 4, "duration_seconds": "x"}']
-        damages.append(b'{"capture": {"a": 1}, "python": 7, "platform": [], "command": {}}')
+        damages.append(
+            b'{"capture": {"a": 1}, "python": 7, "platform": [], "command": {}}'
+        )
         for name in ("status.json", "metadata.json", "config.yaml", "notes.jsonl"):
             for data in damages:
                 with self.subTest(name=name, data=data):
@@ -1951,16 +2081,16 @@ class Inspecting(RunCase):
 
     def setUp(self) -> None:
         super().setUp()
-        self.enterContextOrPush(contextlib.redirect_stdout(None))
-
-    def enterContextOrPush(self, context: contextlib.AbstractContextManager) -> None:  # type: ignore
-        context.__enter__()
-        self.addCleanup(context.__exit__, None, None, None)
+        silence = contextlib.redirect_stdout(None)
+        silence.__enter__()
+        self.addCleanup(silence.__exit__, None, None, None)
 
     def test_a_reader_that_goes_away(self) -> None:
         self.in_context("pass")
         path = self.write_script("sys.exit(main(sys.argv[1:]))")
-        command = f"{shlex.quote(PYTHON)} {shlex.quote(str(path))} inspect latest | true"
+        command = (
+            f"{shlex.quote(PYTHON)} {shlex.quote(str(path))} inspect latest | true"
+        )
         done = subprocess.run(
             ["sh", "-c", command], env=self.environment(), stderr=subprocess.PIPE
         )

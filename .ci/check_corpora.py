@@ -7,7 +7,7 @@
 
 DIR/secrets.jsonl.gz has rows of name, value, secret, where (env, arg, value, url or
 config), tier, should_redact and keep; each is written by the tool to a directory, and
-every byte of what it wrote is searched. The files of configs must come back as they are.
+every byte of what it wrote is searched. The configs must come back as they are.
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ def check_secrets(path: Path) -> tuple[int, int]:
         limit = LIMITS.get(key, 0.0)
         failed += share < limit
         kind = "replaced" if key[1] else "kept"
-        print(f"{key[0]:8} {kind:8} {right[key]}/{total[key]} = {share:.1%}, {limit:.0%}")
+        print(
+            f"{key[0]:8} {kind:8} {right[key]}/{total[key]} = {share:.1%}, {limit:.0%}"
+        )
     return len(total) - failed, failed
 
 
@@ -95,7 +97,9 @@ def check_configs(path: Path) -> tuple[int, int]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Redaction on the corpora.")
-    parser.add_argument("--corpora", type=Path, default=ROOT.parent / "shared" / "corpora")
+    parser.add_argument(
+        "--corpora", type=Path, default=ROOT.parent / "shared" / "corpora"
+    )
     corpora = parser.parse_args().corpora
     passed = failed = skipped = 0
     for name, check in (

@@ -51,6 +51,10 @@ def bare_python(folder: Path) -> str:
 class Faults(unittest.TestCase):
     """No single fault costs more than it must."""
 
+    home: Path
+    python: str
+    points: list[tuple[str, int]]
+
     @classmethod
     def setUpClass(cls) -> None:
         if shutil.which("strace") is None:
@@ -73,8 +77,7 @@ class Faults(unittest.TestCase):
             cwd=cwd,
             env=env,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            capture_output=True,
             timeout=120,
         )
         return done.returncode, done.stdout.decode(), done.stderr.decode()
@@ -109,7 +112,9 @@ class Faults(unittest.TestCase):
         step = len(self.points) / wanted
         return [self.points[int(i * step)] for i in range(int(wanted))]
 
-    def inject(self, fault: str, call: str, number: int) -> tuple[Path, tuple[int, str, str]]:
+    def inject(
+        self, fault: str, call: str, number: int
+    ) -> tuple[Path, tuple[int, str, str]]:
         cwd = Path(tempfile.mkdtemp(dir=self.home))
         inject = f"inject={call}:{fault}:when={number}"
         options = ["-e", f"trace={call}", "-e", inject]
@@ -127,8 +132,10 @@ class Faults(unittest.TestCase):
             self.assertTrue(path.read_text().endswith("\n"))
         for run_dir in (cwd / "results" / "exp").glob("*"):
             command = [self.python, str(ROOT / "run_utils.py"), "inspect", str(run_dir)]
-            inspected = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-            known = any((run_dir / name).exists() for name in ("status.json", "metadata.json"))
+            inspected = subprocess.run(command, capture_output=True)
+            known = any(
+                (run_dir / name).exists() for name in ("status.json", "metadata.json")
+            )
             self.assertEqual(inspected.returncode, 0 if known else 2, inspected.stderr)
 
     def test_kill_at_every_call(self) -> None:
@@ -188,8 +195,7 @@ class AFullDisk(unittest.TestCase):
             cwd=self.home,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            capture_output=True,
             timeout=120,
         )
         if b"unshare" in done.stderr or b"mount" in done.stderr:
@@ -205,7 +211,9 @@ class AFullDisk(unittest.TestCase):
 
     def test_it_is_full_before_the_run(self) -> None:
         fill = "import contextlib\nwith contextlib.suppress(OSError):\n"
-        fill += "    file = open('full', 'wb', 0)\n    while file.write(bytes(512)): pass\n"
+        fill += (
+            "    file = open('full', 'wb', 0)\n    while file.write(bytes(512)): pass\n"
+        )
         script = fill + "import run_utils, sys\nsys.exit(run_utils.main(sys.argv[1:] or"
         script += " ['run', '--base-dir', 'results/x', '--', 'echo', 'hi']))\n"
         done = self.on_small_disk(script)

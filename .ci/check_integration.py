@@ -48,8 +48,7 @@ class Case(unittest.TestCase):
             cwd=self.tmp,
             env=env,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            capture_output=True,
             encoding="utf-8",
             timeout=300,
         )
@@ -58,7 +57,9 @@ class Case(unittest.TestCase):
         return [path.parent for path in sorted(self.tmp.rglob("status.json"))]
 
     def logs(self) -> str:
-        return "".join(p.read_text("utf-8") for p in sorted(self.tmp.rglob("logs/*.log")))
+        return "".join(
+            p.read_text("utf-8") for p in sorted(self.tmp.rglob("logs/*.log"))
+        )
 
 
 class UnderPytest(Case):
@@ -95,8 +96,12 @@ class InIPython(Case):
     def test_ipython(self) -> None:
         if importlib.util.find_spec("IPython") is None:
             self.skipTest("IPython is not installed")
-        code = "from run_utils import run_context\nwith run_context('results/e') as d:\n"
-        (self.tmp / "cell.ipy").write_text(code + "    print('from a cell')\n    !echo shell\n")
+        code = (
+            "from run_utils import run_context\nwith run_context('results/e') as d:\n"
+        )
+        (self.tmp / "cell.ipy").write_text(
+            code + "    print('from a cell')\n    !echo shell\n"
+        )
         done = self.python("-m", "IPython", "--no-banner", "cell.ipy")
         self.assertIn("from a cell", done.stdout, done.stderr)
         self.assertIn("from a cell", self.logs())
@@ -131,7 +136,7 @@ class InIPython(Case):
 
 
 class WithTorch(Case):
-    """DataLoader workers run as ever; torch is neither imported nor initialised by us."""
+    """DataLoader workers run as ever; torch is not imported or initialised by us."""
 
     libraries = ("torch",)
 

@@ -12,8 +12,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = next(d for d in (HERE, *HERE.parents) if (d / "run_utils.py").exists())
 sys.path.insert(0, str(ROOT))
 
-import run_utils
-from test_run_utils import CountingRunner
+import run_utils  # noqa: E402
+from test_run_utils import CountingRunner  # noqa: E402
 
 
 class LibraryTestCase(unittest.TestCase):

@@ -24,17 +24,132 @@ HERE = Path(__file__).resolve().parent
 ROOT = next(d for d in (HERE, *HERE.parents) if (d / "run_utils.py").exists())
 sys.path.insert(0, str(ROOT))
 
-import run_utils
+import run_utils  # noqa: E402
 
-WORDS = (
-    "y N yes No on OFF true False null ~ None nan .nan inf .inf -.INF 1e3 1E5 1e-3 08 "
-    "09 010 0o17 0x1F 0x1p-3 0b11 1_000 12:30 12:30:45 190:20:30.15 2024-01-01 = << "
-    "2001-12-14t21:59:43.10-05:00 2024-01-01T00:00:00Z . .. ... --- -- - ? : , # & * ! "
-    "| > % @ ` ' \" [ ] { } [] {} a: a:b :a a,b a#b #a &a *a !a !!str %YAML -a --lr ?a "
-    "a? |- |2 >+ .5 5. +.5 -.5 1. +1 -1 +0 e3 1.e5 1e400 0 00 _1 1_ 0_ 0x 0xG 1__0 ./x "
-    "../x .x ~/x ~x /x //x cuda:0 s3://b/k C:\\x a=b a=1,b=2 Qwen/Qwen3-8B lr 1e-4 \\n "
-    "\\x41 \\ud83d <cycle> \\ \\\\ a\\ '' \"\""
-).split()
+WORDS = [
+    "y",
+    "N",
+    "yes",
+    "No",
+    "on",
+    "OFF",
+    "true",
+    "False",
+    "null",
+    "~",
+    "None",
+    "nan",
+    ".nan",
+    "inf",
+    ".inf",
+    "-.INF",
+    "1e3",
+    "1E5",
+    "1e-3",
+    "08",
+    "09",
+    "010",
+    "0o17",
+    "0x1F",
+    "0x1p-3",
+    "0b11",
+    "1_000",
+    "12:30",
+    "12:30:45",
+    "190:20:30.15",
+    "2024-01-01",
+    "=",
+    "<<",
+    "2001-12-14t21:59:43.10-05:00",
+    "2024-01-01T00:00:00Z",
+    ".",
+    "..",
+    "...",
+    "---",
+    "--",
+    "-",
+    "?",
+    ":",
+    ",",
+    "#",
+    "&",
+    "*",
+    "!",
+    "|",
+    ">",
+    "%",
+    "@",
+    "`",
+    "'",
+    '"',
+    "[",
+    "]",
+    "{",
+    "}",
+    "[]",
+    "{}",
+    "a:",
+    "a:b",
+    ":a",
+    "a,b",
+    "a#b",
+    "#a",
+    "&a",
+    "*a",
+    "!a",
+    "!!str",
+    "%YAML",
+    "-a",
+    "--lr",
+    "?a",
+    "a?",
+    "|-",
+    "|2",
+    ">+",
+    ".5",
+    "5.",
+    "+.5",
+    "-.5",
+    "1.",
+    "+1",
+    "-1",
+    "+0",
+    "e3",
+    "1.e5",
+    "1e400",
+    "0",
+    "00",
+    "_1",
+    "1_",
+    "0_",
+    "0x",
+    "0xG",
+    "1__0",
+    "./x",
+    "../x",
+    ".x",
+    "~/x",
+    "~x",
+    "/x",
+    "//x",
+    "cuda:0",
+    "s3://b/k",
+    "C:\\x",
+    "a=b",
+    "a=1,b=2",
+    "Qwen/Qwen3-8B",
+    "lr",
+    "1e-4",
+    "\\n",
+    "\\x41",
+    "\\ud83d",
+    "<cycle>",
+    "\\",
+    "\\\\",
+    "a\\",
+    "''",
+    '""',
+]
 MARKS = (
     "\x00\x01\x07\x08\t\n\x0b\x0c\r\x1b\x1f \x7f\x80\x85\x9b\xa0\xad\u061c\u200b\u200d"
     "\u200e\u2028\u2029\u202e\u2066\u2069\u3000\ufb50\ufdd0\ufeff\ufff9\ufffd\ufffe"
@@ -102,7 +217,7 @@ def same(left: object, right: object) -> bool:
         return len(left) == len(right) and all(map(same, left, right))
     if isinstance(left, float):
         return left.hex() == right.hex()  # type: ignore[attr-defined]
-    return left == right
+    return bool(left == right)
 
 
 NODE = """
@@ -114,7 +229,7 @@ function same(value, wanted) {  // numbers come as {"#": "text"}
     return Array.isArray(value) && value.length === wanted.length &&
       wanted.every((item, i) => same(value[i], item));
   if (wanted === null || typeof wanted !== "object") return value === wanted;
-  if ("#" in wanted) {  // parseInt() may round long digits by another rule than Number()
+  if ("#" in wanted) {  // parseInt() may round long digits otherwise than Number()
     const number = special(wanted["#"]);
     const long = Math.abs(number) > 2 ** 53 && !wanted["#"].includes("e");
     return Object.is(value, number) || (long && Math.abs(value / number - 1) < 1e-14);
