@@ -81,7 +81,8 @@ __all__ = [
     "write_config_yaml",
 ]
 __version__ = "1.0.0"
-__vendored__ = None  # set by vendor.sh
+# vendor.sh writes here which version and git blob a copy is.
+__vendored__ = None
 SCHEMA_VERSION = 1  # of the files in a run directory; keys are added, never renamed
 
 # === Settings ===
@@ -1345,8 +1346,8 @@ _MARKED = re.compile(
     r"|[a-z]*seck)(?=[-_.])"
 )
 _HASH = re.compile(
-    r"(?i)(sha\d*|md5|commit|rev|git|hash|digest|blob|run|job|exp|ckpt|model|id|v\d*|img"
-    r"|env|step|layer|snapshot|checkpoint|version|data|cache|tmp|build|node|pod|ver)"
+    r"(?i)(sha\d*|md5|commit|rev|git|hash|digest|blob|run|job|exp|ckpt|model|id|v\d*"
+    r"|img|env|step|layer|snapshot|checkpoint|version|data|cache|tmp|build|node|ver)"
 )
 
 
@@ -2164,9 +2165,11 @@ def _spawn_recorder(
     replies, replies_end = map(_above_stderr, os.pipe())
     ends = [commands_end, replies_end]
     request["watch"] = None
-    with contextlib.suppress(AttributeError, OSError):  # Linux: tells of our death
-        request["watch"] = _above_stderr(os.pidfd_open(os.getpid()))
-        ends.append(request["watch"])
+    pidfd_open = getattr(os, "pidfd_open", None)  # Linux: tells of our death
+    with contextlib.suppress(OSError):
+        if pidfd_open is not None:
+            request["watch"] = _above_stderr(pidfd_open(os.getpid()))
+            ends.append(request["watch"])
     request["forwards"] = [(forward.log, forward.target) for forward in forwards]
     folder, name = os.path.split(os.path.abspath(__file__))
     if name == "__init__.py":

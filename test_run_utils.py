@@ -302,16 +302,22 @@ class ARunDirectory(RunCase):
         self.in_context("os.chdir('/')")
         self.assertEqual(self.json("status.json")["status"], "success")
 
+    @unittest.skipUnless(hasattr(os, "fork"), "needs fork")
     def test_64_processes_in_one_second_get_64_directories(self) -> None:
-        code = "from run_utils import start_run; print(start_run('results/exp', 'exp'))"
-        command = [PYTHON, "-c", code]
-        children = [
-            subprocess.Popen(command, env=self.environment(), stdout=subprocess.PIPE)
-            for _ in range(64)
-        ]
-        paths = {child.communicate()[0] for child in children}
-        self.assertEqual(len(paths), 64)
-        self.assertEqual(len(self.run_dirs()), 64)
+        read, write = os.pipe()  # closing it starts them all at once
+        children = []
+        for _ in range(64):
+            pid = os.fork()
+            if pid == 0:
+                os.close(write)
+                os.read(read, 1)
+                run_utils.start_run("results/exp", "exp")
+                os._exit(0)
+            children.append(pid)
+        os.close(write)
+        ends = {os.waitpid(pid, 0)[1] for pid in children}
+        os.close(read)
+        self.assertEqual((ends, len(self.run_dirs())), ({0}, 64))
         self.assertEqual(len(self.index()), 64)
 
 
@@ -771,8 +777,8 @@ class SavedFiles(RunCase):
 
         thread = threading.Thread(target=read)
         thread.start()
-        for number in range(300):
-            run_utils._write_json(path, {"n": number, "text": "x" * 20000})
+        for number in range(100):
+            run_utils._write_json(path, {"n": number, "text": "xy " * 5000})
         stop.set()
         thread.join()
         self.assertEqual(seen, sorted(seen))
@@ -856,6 +862,339 @@ class Lineage(RunCase):
     def test_what_is_in_no_run_is_ignored(self) -> None:
         run_utils.mark_artifact_used(self.tmp / "nothing", self.tmp)
         self.assertEqual(os.listdir(), [])
+
+
+class ProvenanceCase(unittest.TestCase):
+    """A home, stub programs in front on PATH, and git repositories to make."""
+
+    def setUp(self) -> None:
+        self.tmp = Path(os.path.realpath(tempfile.mkdtemp(prefix="run_utils-test-")))
+        self.addCleanup(shutil.rmtree, self.tmp, ignore_errors=True)
+        (self.tmp / "bin").mkdir()
+        (self.tmp / ".gitconfig").write_text(
+            "[user]\nname=n\nemail=e@x\n[init]\ndefaultBranch=main\n"
+            '[protocol "file"]\nallow=always\n[commit]\ngpgSign=false\n'
+        )
+        env = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
+        env.update(HOME=str(self.tmp), XDG_CONFIG_HOME=str(self.tmp))
+        self.patch(mock.patch.dict(os.environ, env, clear=True))
+
+    def patch(self, patcher: Any) -> None:
+        patcher.start()
+        self.addCleanup(patcher.stop)
+
+    def limit(self, **constants: float) -> None:
+        for name, value in constants.items():
+            self.patch(mock.patch.object(run_utils, name, value))
+
+    def stub(self, name: str, text: str) -> str:
+        """Put a shell script on PATH, which then is nothing else."""
+        path = self.tmp / "bin" / name
+        path.write_text("#!/bin/sh\nPATH=/usr/bin:/bin\n" + text)
+        path.chmod(0o755)
+        os.environ["PATH"] = str(self.tmp / "bin")
+        return str(path)
+
+    def git(self, *words: str, cwd: Path | None = None) -> str:
+        command = ["git", *words]
+        done = subprocess.run(command, cwd=cwd or self.repo, capture_output=True)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        return done.stdout.decode().strip()
+
+    def new_repo(self, name: str = "repo", *options: str) -> Path:
+        if GIT is None:
+            self.skipTest("git is not installed")
+        self.repo = self.tmp / name
+        self.repo.mkdir()
+        self.git("init", "-q", *options)
+        (self.repo / "a.txt").write_text("one\n")
+        self.git("add", "-A")
+        self.git("commit", "-qm", "first")
+        return self.repo
+
+
+class ForeignPrograms(ProvenanceCase):
+    """A foreign program costs at most its time and its bytes, and leaves nothing."""
+
+    def test_what_it_prints(self) -> None:
+        output = run_utils._run([self.stub("p", "echo out; echo err >&2")])
+        found = output.returncode, output.text, output.problem
+        self.assertEqual(found, (0, "out\n", None))
+
+    def test_problems_are_sentences(self) -> None:
+        self.limit(PROGRAM_BYTES=1000, PROGRAM_SECONDS=0.5)
+        for text, sentence in {
+            "echo no such thing >&2; exit 3": "p ended with status 3: no such thing",
+            "sleep 60": "p did not end within 0.5 s",
+            "while :; do echo flood; done": "p printed more than 1000 bytes",
+        }.items():
+            self.assertEqual(run_utils._run([self.stub("p", text)]).problem, sentence)
+        problem = run_utils._run(["/no/such/program"]).problem
+        self.assertRegex(str(problem), "^program cannot be started: .*No such file")
+
+    def test_a_grandchild_that_holds_the_pipe_is_not_waited_for(self) -> None:
+        output = run_utils._run([self.stub("p", "sleep 60 & echo done")])
+        self.assertEqual((output.text, output.problem), ("done\n", None))
+
+    def test_its_children_die_with_it(self) -> None:
+        self.limit(PROGRAM_SECONDS=0.3)
+        marker = self.tmp / "marker"
+        self.assertIsNotNone(
+            run_utils._run(
+                [self.stub("p", f"(sleep 1; touch {marker}) & sleep 60")]
+            ).problem
+        )
+        time.sleep(1.2)
+        self.assertFalse(marker.exists())
+
+
+class GitFacts(ProvenanceCase):
+    """Commit, branch, changes and remote are told in every state of a repository."""
+
+    def facts(self, where: Path | None = None, exclude: str = "") -> dict[str, Any]:
+        facts, problem = run_utils._git(str(where or self.repo), exclude)
+        self.assertIsNone(problem)
+        return facts
+
+    def test_a_clean_repository(self) -> None:
+        repo = self.new_repo()
+        self.git("remote", "add", "origin", "https://example.org/x.git")
+        (repo / "sub").mkdir()
+        facts = self.facts(repo / "sub")
+        commit = self.git("rev-parse", "HEAD")
+        self.assertEqual(facts["commit_full"], commit)
+        self.assertTrue(commit.startswith(facts["commit_short"]))
+        self.assertEqual(run_utils._git_head(str(repo)), facts["commit_short"])
+        found = [facts[key] for key in ("branch", "is_dirty", "unpushed", "root")]
+        self.assertEqual(found, ["main", False, 1, str(repo)])
+        self.assertEqual(facts["remote_origin_url"], "https://example.org/x.git")
+
+    def test_what_makes_it_dirty(self) -> None:
+        repo = self.new_repo()
+        for change in ("echo x >> a.txt", "echo x > new", "rm a.txt", "chmod +x a.txt"):
+            subprocess.run(["sh", "-c", change], cwd=repo, check=True)
+            self.assertTrue(self.facts()["is_dirty"], change)
+            self.git("reset", "-q", "--hard")
+            self.git("clean", "-qfd")
+        (repo / ".gitignore").write_text("*.log\n")
+        self.git("add", "-A")
+        self.git("commit", "-qm", "ignore")
+        (repo / "x.log").write_text("ignored")
+        self.assertFalse(self.facts()["is_dirty"])
+
+    def test_the_results_tree_does_not_count(self) -> None:
+        repo = self.new_repo()
+        (repo / "results").mkdir()
+        (repo / "results" / "r.json").write_text("{}")
+        self.assertTrue(self.facts()["is_dirty"])
+        self.assertFalse(self.facts(exclude=str(repo / "results"))["is_dirty"])
+
+    def test_detached_unborn_worktree_and_shallow(self) -> None:
+        repo = self.new_repo()
+        self.git("worktree", "add", "-q", "-b", "side", str(self.tmp / "tree"))
+        self.assertEqual(self.facts(self.tmp / "tree")["branch"], "side")
+        self.git(
+            "clone", "-q", "--depth=1", f"file://{repo}", str(self.tmp / "shallow")
+        )
+        facts = self.facts(self.tmp / "shallow")
+        self.assertEqual((facts["is_shallow"], facts["unpushed"]), (True, 0))
+        self.git("checkout", "-q", "--detach")
+        facts = self.facts()
+        self.assertEqual((facts["branch"], facts["is_dirty"]), (None, False))
+        self.git("init", "-q", str(self.tmp / "unborn"))
+        facts = self.facts(self.tmp / "unborn")
+        self.assertEqual((facts["branch"], facts["commit_full"]), ("main", None))
+        self.assertIsNone(run_utils._git_head(str(self.tmp / "unborn")))
+
+    def test_a_dirty_submodule_makes_it_dirty(self) -> None:
+        inner = self.new_repo("inner")
+        repo = self.new_repo()
+        self.git("submodule", "--quiet", "add", str(inner), "sub")
+        self.git("commit", "-qm", "submodule")
+        self.assertFalse(self.facts()["is_dirty"])
+        (repo / "sub" / "a.txt").write_text("changed\n")
+        self.assertTrue(self.facts()["is_dirty"])
+        self.assertEqual(self.facts(repo / "sub")["root"], str(repo / "sub"))
+
+    def test_git_variables_of_the_caller_do_not_count(self) -> None:
+        repo = self.new_repo()
+        os.environ.update(GIT_DIR="/nonexistent", GIT_INDEX_FILE="/nonexistent")
+        self.assertEqual(self.facts()["root"], str(repo))
+
+    def test_none_bare_and_foreign_repositories(self) -> None:
+        self.new_repo()
+        facts, problem = run_utils._git(str(self.tmp))
+        self.assertEqual(set(facts.values()), {None})
+        self.assertIn("not a git repository", str(problem))
+        self.git("clone", "-q", "--bare", str(self.repo), str(self.tmp / "bare"))
+        facts, _ = run_utils._git(str(self.tmp / "bare"))
+        self.assertEqual((facts["is_dirty"], facts["root"]), (None, None))
+        self.patch(mock.patch.object(run_utils, "_git_run", self.as_a_stranger))
+        facts, problem = run_utils._git(str(self.repo))
+        self.assertIsNone(facts["commit_full"])
+        self.assertIn("safe.directory", str(problem))
+
+    def as_a_stranger(self, directory: str, *words: str, **_: Any) -> Any:
+        env = {**os.environ, "GIT_TEST_ASSUME_DIFFERENT_OWNER": "1"}
+        return run_utils._run(["git", *words], cwd=directory, env=env)
+
+    def test_a_lock_is_no_obstacle_and_nothing_is_written(self) -> None:
+        repo = self.new_repo()
+        (repo / ".git" / "index.lock").touch()
+        (repo / "a.txt").write_text("two\n")
+        before = [(p, p.stat().st_mtime_ns) for p in sorted((repo / ".git").rglob("*"))]
+        self.assertTrue(self.facts()["is_dirty"])
+        after = [(p, p.stat().st_mtime_ns) for p in sorted((repo / ".git").rglob("*"))]
+        self.assertEqual(before, after)
+
+    def test_a_git_that_fails_hangs_or_lies(self) -> None:
+        self.limit(PROGRAM_SECONDS=0.3, HEAD_SECONDS=0.3)
+        for text in ("exit 128", "sleep 60", "echo garbage", "printf '\\377\\000'"):
+            self.stub("git", text)
+            facts, problem = run_utils._git(str(self.tmp))
+            self.assertEqual((set(facts.values()), bool(problem)), ({None}, True), text)
+            self.assertIsNone(run_utils._git_head(str(self.tmp)))
+
+    def test_nothing_that_git_could_start_is_run(self) -> None:
+        repo = self.new_repo()
+        trip = self.tmp / "tripped"
+        wire = self.tmp / "wire"
+        wire.write_text(f"#!/bin/sh\necho $0 >> {trip}\ncat\n")
+        wire.chmod(0o755)
+        for key in ("core.fsmonitor", "core.pager", "diff.external", "diff.x.textconv"):
+            self.git("config", key, str(wire))
+        for key in ("filter.x.clean", "filter.x.process", "filter.x.smudge"):
+            self.git("config", key, str(wire))
+        shutil.copy(wire, repo / ".git" / "hooks" / "post-index-change")
+        (repo / ".gitattributes").write_text("* filter=x diff=x\n")
+        (repo / "a.txt").write_text("two\n")
+        trip.unlink(missing_ok=True)
+        run_utils._git(str(repo))
+        run_utils._git_head(str(repo))
+        self.assertFalse(trip.exists(), trip.exists() and trip.read_text())
+        subprocess.run(["git", "status"], cwd=repo, capture_output=True)
+        self.assertTrue(trip.exists(), "the wire does not trip for an ordinary git")
+
+
+class ScriptElsewhere(RunCase):
+    """The repository is that of the script, not that of the working directory."""
+
+    @unittest.skipIf(GIT is None, "git is not installed")
+    def test_the_commit_in_name_and_metadata(self) -> None:
+        (self.tmp / "code").mkdir()
+        self.write_script('with run_context("results/exp", "exp"): pass').rename(
+            self.tmp / "code" / "train.py"
+        )
+        identity = ["-c", "user.name=n", "-c", "user.email=e@x"]
+        for words in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "c"]):
+            subprocess.run(["git", *words], cwd=self.tmp / "code", check=True)
+        command = [PYTHON, "code/train.py"]
+        subprocess.run(command, cwd=self.tmp, env=self.environment(), check=True)
+        git = self.json("metadata.json")["git"]
+        self.assertEqual(git["root"], str(self.tmp / "code"))
+        self.assertFalse(git["is_dirty"])
+        self.assertTrue(self.run_dir().name.endswith("-" + git["commit_short"]))
+
+
+class Packages(ProvenanceCase):
+    """The packages are what `pip freeze` says, or else what the metadata says."""
+
+    def test_pip_of_the_interpreter_is_asked(self) -> None:
+        python = self.stub(
+            "python", "echo 'b==2'; echo '-e git+https://x.org/r@1#egg=r'"
+        )
+        lines, problem = run_utils._packages(python, [])
+        self.assertEqual(lines, ["b==2", "-e git+https://x.org/r@1#egg=r"])
+        self.assertIsNone(problem)
+
+    def test_without_pip_the_metadata_is_read(self) -> None:
+        direct = {
+            "plain": None,
+            "wheel": {"url": "https://x.org/w.whl", "archive_info": {}},
+            "vcs": {
+                "url": "https://x.org/r",
+                "vcs_info": {"vcs": "git", "commit_id": "1a"},
+            },
+            "local": {"url": "file:///src/local", "dir_info": {"editable": True}},
+        }
+        for name, url in direct.items():
+            folder = self.tmp / "site" / f"{name}-1.0.dist-info"
+            folder.mkdir(parents=True)
+            (folder / "METADATA").write_text(f"Name: {name}\nVersion: 1.0\n")
+            if url:
+                (folder / "direct_url.json").write_text(json.dumps(url))
+        (self.tmp / "site" / "torn-1.0.dist-info").mkdir()
+        python = self.stub("python", "echo 'No module named pip' >&2; exit 1")
+        lines, problem = run_utils._packages(python, [str(self.tmp / "site")])
+        self.assertIsNone(problem)
+        vcs, wheel = "vcs @ git+https://x.org/r@1a", "wheel @ https://x.org/w.whl"
+        self.assertEqual(lines, ["-e /src/local", "plain==1.0", vcs, wheel])
+
+    def test_another_program_without_packages(self) -> None:
+        self.limit(PIP_SECONDS=0.3)
+        lines, problem = run_utils._packages(self.stub("python", "sleep 60"), [])
+        self.assertEqual((lines, problem), (None, "python did not end within 0.3 s"))
+
+
+class Cuda(ProvenanceCase):
+    """GPUs are what nvidia-smi says; torch is read only where it is loaded already."""
+
+    def test_two_gpus(self) -> None:
+        self.stub(
+            "nvidia-smi",
+            'case "$1" in --query*) echo "0, NVIDIA H100, 81559, GPU-8a1b, 550.54";'
+            ' echo "1, NVIDIA H100, 81559, GPU-9c2d, 550.54";;'
+            ' *) echo "| NVIDIA-SMI 550.54   CUDA Version: 12.4 |";; esac',
+        )
+        facts, problem = run_utils._cuda()
+        found = [facts[key] for key in ("available", "version", "device_count")]
+        self.assertEqual((found, problem), ([True, "12.4", 2], None))
+        self.assertEqual(facts["driver_version"], "550.54")
+        self.assertEqual(facts["devices"][1]["uuid"], "GPU-9c2d")
+
+    def test_no_program_and_no_driver(self) -> None:
+        os.environ["PATH"] = str(self.tmp / "bin")
+        self.patch(mock.patch.object(run_utils, "NVIDIA_DRIVER", "/nonexistent"))
+        facts, problem = run_utils._cuda()
+        self.assertEqual((facts["available"], problem), (False, None))
+
+    def test_hanging_failing_and_garbage(self) -> None:
+        self.limit(PROGRAM_SECONDS=0.3)
+        for text in ("sleep 60", "exit 9", "echo what"):
+            self.stub("nvidia-smi", text)
+            facts, problem = run_utils._cuda()
+            self.assertIsNone(facts["available"], text)
+            self.assertTrue(problem, text)
+
+    def test_torch_is_read_only_from_what_is_loaded(self) -> None:
+        self.assertIsNone(run_utils._loaded_cuda()["torch_cuda_version"])
+        torch = types.SimpleNamespace(cuda="12.1")
+        self.patch(mock.patch.dict(sys.modules, {"torch.version": torch}))
+        self.assertEqual(run_utils._loaded_cuda()["torch_cuda_version"], "12.1")
+
+
+class Machine(ProvenanceCase):
+    """What the machine says is told without starting a program."""
+
+    def test_platform_agrees_with_the_standard_library(self) -> None:
+        import platform
+
+        facts = run_utils._platform()
+        self.assertEqual(facts["system"], platform.system())
+        self.assertEqual(facts["machine"], platform.machine())
+        self.assertEqual(facts["cpu_count"], os.cpu_count())
+
+    @unittest.skipIf(os.name != "posix", "user ids are POSIX")
+    def test_a_user_without_a_name(self) -> None:
+        for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+            os.environ.pop(name, None)
+        with mock.patch("pwd.getpwuid", side_effect=KeyError):
+            self.assertEqual(run_utils._user(), f"uid:{os.getuid()}")
+
+    def test_launchers(self) -> None:
+        env = {"SLURM_JOB_ID": "7", "RANK": "0", "WORLD_SIZE": "2", "HOME": "/"}
+        found = run_utils._launcher(env)
+        self.assertEqual(found, {"RANK": "0", "SLURM_JOB_ID": "7", "WORLD_SIZE": "2"})
 
 
 RANDOM = "a1B2c3D4e5F6g7H8i9J0"  # looks like a key; as a whole and in pieces harmless

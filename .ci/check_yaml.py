@@ -216,7 +216,7 @@ def same(left: object, right: object) -> bool:
     if isinstance(left, list) and isinstance(right, list):
         return len(left) == len(right) and all(map(same, left, right))
     if isinstance(left, float):
-        return left.hex() == right.hex()  # type: ignore[attr-defined]
+        return isinstance(right, float) and left.hex() == right.hex()
     return bool(left == right)
 
 
