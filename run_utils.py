@@ -62,7 +62,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
     from types import TracebackType
-    from typing import Any
+    from typing import Any, Union
+
+    StrPath = Union[str, os.PathLike[str]]
 
 __all__ = [
     "DEFAULT_SUBDIRS",
@@ -129,15 +131,15 @@ YAML_WIDTH = 80  # a list up to this width is one line, a longer key is "? key"
 
 
 def run_context(
-    base_dir: str | os.PathLike[str],
+    base_dir: StrPath,
     run_prefix: str | None = None,
     config_args: Any = None,
     config_filename: str = "config.yaml",
     create_subdirs: bool = True,
     subdirs: Sequence[str] | None = None,
     *,
-    run_dir: str | os.PathLike[str] | None = None,
-    resume: str | os.PathLike[str] | None = None,
+    run_dir: StrPath | None = None,
+    resume: StrPath | None = None,
     notes: str | None = None,
     tags: Sequence[str] = (),
     capture_output: bool = True,
@@ -289,7 +291,7 @@ class _Recording:
             self._finish_recorder(run_dir)
         with _tolerating("logs/"):
             self.capture.close(_last_words(error, ending))
-        _close_metrics(str(run_dir))
+        _close_metrics(run_dir)
         _set_active(self, inside=False)
 
     def _finish_recorder(self, run_dir: Path) -> None:
@@ -302,7 +304,7 @@ class _Recording:
 
 
 def start_run(
-    base_dir: str | os.PathLike[str],
+    base_dir: StrPath,
     run_prefix: str | None = None,
     include_git_hash: bool = True,
     create_subdirs: bool = True,
@@ -328,9 +330,7 @@ def start_run(
 
 
 def ensure_run_dir(
-    run_dir: str | os.PathLike[str],
-    create_subdirs: bool = True,
-    subdirs: Sequence[str] | None = None,
+    run_dir: StrPath, create_subdirs: bool = True, subdirs: Sequence[str] | None = None
 ) -> Path:
     """Create `run_dir` and its folders where they are missing; return it as a Path."""
     path = Path(run_dir)
@@ -340,10 +340,7 @@ def ensure_run_dir(
 
 
 def write_config_yaml(
-    run_dir: str | os.PathLike[str],
-    command: str,
-    args: Any,
-    filename: str = "config.yaml",
+    run_dir: StrPath, command: str, args: Any, filename: str = "config.yaml"
 ) -> Path:
     """Write `args` and `command` to a YAML file in `run_dir`; return its Path.
 
@@ -352,12 +349,13 @@ def write_config_yaml(
     file is ``{command: ..., args: ...}``. Secrets are replaced by ``<REDACTED>``.
     """
     path = Path(run_dir) / _check_filename(filename)
-    _write_config(path, command, _plain(args))
+    with _tolerating(filename):
+        _write_config(path, command, _plain(args))
     return path
 
 
 def capture_metadata(
-    run_dir: str | os.PathLike[str],
+    run_dir: StrPath,
     extra: Mapping[str, Any] | None = None,
     filename: str = "metadata.json",
 ) -> Path:
@@ -369,21 +367,22 @@ def capture_metadata(
     """
     path = Path(run_dir) / _check_filename(filename)
     recording = _active_for(path.parent)
-    if recording is None or recording.recorder is None:
-        directory = _code_directory()
-        _write_json(path, _immediate_metadata(_argv(), directory, None))
-        request = _capture_request(path.parent, directory, recording)
-        _complete_metadata(path.parent, request, filename)
-    else:
-        recording.recorder.ask("wait", "captured")
-    facts = _read_json(path.parent / "metadata.json") if recording else None
-    facts = facts or _read_json(path) or {}
-    _write_json(path, {**facts, **(_plain(extra) if extra else {})})
+    source = path if recording is None else path.parent / "metadata.json"
+    with _tolerating(filename):
+        if recording is None:
+            directory = _code_directory()
+            _write_json(path, _immediate_metadata(_argv(), directory, None))
+            request = _capture_request(path.parent, directory, None)
+            _complete_metadata(path.parent, request, filename)
+        elif recording.recorder is not None:
+            recording.recorder.ask("wait", "captured")
+        facts = _read_json(source) or {}
+        _write_json(path, {**facts, **(_plain(extra) if extra else {})})
     return path
 
 
 def mark_status(
-    run_dir: str | os.PathLike[str],
+    run_dir: StrPath,
     status: str,
     exit_reason: str | None = None,
     extra: Mapping[str, Any] | None = None,
@@ -397,7 +396,8 @@ def mark_status(
     facts: dict[str, Any] = {**(_read_json(path) or {}), "status": status}
     facts.update({"exit_reason": exit_reason, "timestamp_utc": _utc()})
     facts.update(_plain(extra) if extra else {})
-    _write_json(path, facts, durable=True)
+    with _tolerating("status.json"):
+        _write_json(path, facts, durable=True)
     if status != "running" and _active_for(path.parent) is None:
         with _tolerating("the index"):
             root = _results_root(path.parent.absolute().parent)
@@ -407,8 +407,8 @@ def mark_status(
 
 
 def mark_artifact_used(
-    artifact_path: str | os.PathLike[str],
-    consumer_run_dir: str | os.PathLike[str] | None = None,
+    artifact_path: StrPath,
+    consumer_run_dir: StrPath | None = None,
     reason: str | None = None,
 ) -> None:
     """Record that a file of an earlier run is used by this one; never fail.
@@ -423,11 +423,12 @@ def mark_artifact_used(
         _record_use(Path(artifact_path), consumer, reason)
 
 
-def save_json(path: str | os.PathLike[str], obj: Any) -> Path:
+def save_json(path: StrPath, obj: Any) -> Path:
     """Write any Python object to `path` as strict JSON, whole or not at all.
 
     Converted like a config: numpy and torch scalars are numbers, large arrays become
     a summary, NaN and infinities the strings "NaN", "Infinity" and "-Infinity".
+    Not redacted: the data is yours. Raises OSError where it cannot be written.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -436,9 +437,7 @@ def save_json(path: str | os.PathLike[str], obj: Any) -> Path:
 
 
 def log_metrics(
-    run_dir: str | os.PathLike[str],
-    values: Mapping[str, Any],
-    step: int | None = None,
+    run_dir: StrPath, values: Mapping[str, Any], step: int | None = None
 ) -> None:
     """Append one line to metrics/metrics.jsonl, visible at once to other processes.
 
@@ -450,37 +449,42 @@ def log_metrics(
     try:
         if not _NUMBERS.issuperset(map(type, values.values())):
             raise ValueError("convert and redact first")
-        line = _encode_strictly(row)
+        text = _encode_strictly(row) + "\n"
     except ValueError:  # NaN, numpy scalars, strings, nested values
-        line = _format_json(_redact(_plain(row)), indent=None).rstrip("\n")
+        text = _format_json(_redact(_plain(row)), indent=None)
+    line = text.encode("ascii")
     try:
-        _append_metrics(os.fspath(run_dir), line.encode("ascii") + b"\n")
+        descriptor, inode = _metrics_files.get(run_dir) or _open_metrics(run_dir)
+        if os.fstat(descriptor).st_ino != inode:  # closed and reused by the program
+            descriptor, inode = _open_metrics(run_dir)
+        if os.write(descriptor, line) != len(line):
+            _close_metrics(run_dir)  # the next row ends the torn line
+            raise OSError("no space left for a whole line")
     except OSError as error:
+        _metrics_files.pop(run_dir, None)
         _warn(f"metrics.jsonl: {error}", once=True)
 
 
 _NUMBERS = frozenset((int, float, bool))
 _encode_strictly = json.JSONEncoder(allow_nan=False).encode
-_metrics_files: dict[str, tuple[int, tuple[int, int] | None]] = {}
+_metrics_files: dict[StrPath, tuple[int, int]] = {}  # descriptor and inode of a run
 
 
-def _append_metrics(run_dir: str, line: bytes) -> None:
-    """Append one line with one write(2); the descriptor stays open until the end."""
-    descriptor, identity = _metrics_files.get(run_dir, (-1, None))
-    if identity is None or _identity(descriptor) != identity:
-        path = Path(run_dir) / "metrics" / "metrics.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = _open_for_lines(path)
-        _metrics_files[run_dir] = descriptor, _identity(descriptor)
-    if os.write(descriptor, line) != len(line):
-        _close_metrics(run_dir)  # the next row repairs the torn line
-        raise OSError("no space left for a whole line")
+def _open_metrics(run_dir: StrPath) -> tuple[int, int]:
+    """Open metrics.jsonl; the descriptor stays open until the run ends."""
+    path = Path(run_dir) / "metrics" / "metrics.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = _open_for_lines(path)
+    _metrics_files[run_dir] = descriptor, os.fstat(descriptor).st_ino
+    return _metrics_files[run_dir]
 
 
-def _close_metrics(run_dir: str) -> None:
-    descriptor, identity = _metrics_files.pop(run_dir, (-1, None))
-    if identity is not None and _identity(descriptor) == identity:
-        os.close(descriptor)
+def _close_metrics(run_dir: StrPath) -> None:
+    for key in [key for key in _metrics_files if os.fspath(key) == os.fspath(run_dir)]:
+        descriptor, inode = _metrics_files.pop(key)
+        with contextlib.suppress(OSError):
+            if os.fstat(descriptor).st_ino == inode:
+                os.close(descriptor)
 
 
 # What run_context and start_run stand on, in the order they need it.
@@ -643,7 +647,7 @@ def _script_name() -> str:
     return script.parent.name if script.stem == "__main__" else script.stem
 
 
-def _resumable(base_dir: Path, resume: str | os.PathLike[str]) -> Path:
+def _resumable(base_dir: Path, resume: StrPath) -> Path:
     """Return the directory that `resume` names; refuse one that is still alive."""
     candidates = [Path(resume), base_dir / resume]
     if str(resume) == "latest":
@@ -686,7 +690,7 @@ def _running_status(options: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _absolute(path: str | os.PathLike[str], name: str) -> Path:
+def _absolute(path: StrPath, name: str) -> Path:
     """Return `path` made absolute now, so that a later chdir does not move it."""
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"{name} must be a path, not {path!r}")
@@ -984,7 +988,8 @@ def _packages(
     found: dict[str, str] = {}
     for distribution in distributions(path=list(places)):
         with contextlib.suppress(Exception):  # a dist-info that is empty or torn
-            name = distribution.metadata["Name"]
+            metadata: Any = distribution.metadata
+            name = metadata.get("Name")
             if name and name.lower() not in found:
                 found[name.lower()] = _requirement(name, distribution)
     return [found[name] for name in sorted(found)], None
@@ -1668,13 +1673,18 @@ def _format_yaml(value: Any) -> str:
         return "\n".join(_yaml_lines(tree)) + "\n"
 
 
-def _yaml_by_pyyaml(tree: Any) -> str:
+def _pyyaml() -> Any:
+    """Return PyYAML; a script named yaml.py must not run again."""
     from importlib import import_module, machinery
 
     found = machinery.PathFinder.find_spec("yaml")
     if not (found and found.submodule_search_locations):
-        raise ImportError("not PyYAML: a script named yaml.py must not run again")
-    yaml: Any = import_module("yaml")
+        raise ImportError("PyYAML is not installed")
+    return import_module("yaml")
+
+
+def _yaml_by_pyyaml(tree: Any) -> str:
+    yaml = _pyyaml()
     indent = yaml.SafeDumper.increase_indent
     overrides: dict[str, Any] = {
         "increase_indent": lambda self, flow=False, **_: indent(self, flow),
@@ -2551,7 +2561,9 @@ def _open_for_lines(path: Path) -> int:
     descriptor = _open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
     size = os.fstat(descriptor).st_size
     if size and os.pread(descriptor, 1, size - 1) != b"\n":
-        os.write(descriptor, b"\n")
+        time.sleep(0.002)  # it may only be in the middle of its write
+        if os.fstat(descriptor).st_size == size:
+            os.write(descriptor, b"\n")
     return descriptor
 
 
@@ -2560,7 +2572,7 @@ def _write_all(descriptor: int, data: bytes) -> None:
         data = data[os.write(descriptor, data) :]
 
 
-def _open(path: str | os.PathLike[str], flags: int) -> int:
+def _open(path: StrPath, flags: int) -> int:
     """Open a file close-on-exec, never as descriptor 0, 1 or 2."""
     return _above_stderr(os.open(path, flags | getattr(os, "O_CLOEXEC", 0), 0o666))
 
@@ -2671,7 +2683,7 @@ class Run(dict):  # type: ignore[type-arg]
         self.update(_flattened("metrics", self.metrics))
 
 
-def load_run(path: str | os.PathLike[str]) -> Run:
+def load_run(path: StrPath) -> Run:
     """Return the run that `path` is, or is inside of.
 
     Raises ValueError when there is no run directory at or above `path`.
@@ -2682,7 +2694,7 @@ def load_run(path: str | os.PathLike[str]) -> Run:
     return Run(found)
 
 
-def find_runs(root: str | os.PathLike[str] = "results") -> list[Run]:
+def find_runs(root: StrPath = "results") -> list[Run]:
     """Return all runs below `root`, newest first."""
     return [Run(path) for path in _walk_runs(Path(root).absolute())]
 
@@ -2747,9 +2759,7 @@ def _still_running(run_dir: Path, facts: Mapping[str, Any]) -> bool | None:
 def _read_config(run_dir: Path) -> dict[str, Any]:
     """Return config.yaml, or without PyYAML the same from metadata.json."""
     with contextlib.suppress(Exception):
-        import yaml
-
-        value = yaml.safe_load(_read_bytes(run_dir / "config.yaml"))
+        value = _pyyaml().safe_load(_read_bytes(run_dir / "config.yaml"))
         return value if isinstance(value, dict) else {}
     return _mapping(_read_json(run_dir / "metadata.json"), "config")
 
@@ -2826,8 +2836,9 @@ def _cmd_run(args: argparse.Namespace) -> int:
     if shutil.which(words[0]) is None:
         raise ValueError(f"{words[0]!r} is not a program on PATH; nothing was recorded")
     config = {**_read_options(args.config), **_flags(words)}
-    script = next(filter(os.path.isfile, words[1:]), words[0])
-    recording = run_context(args.base_dir, args.prefix or Path(script).stem, config)
+    script = Path(next(filter(os.path.isfile, words[1:]), words[0])).stem
+    module = words[words.index("-m") + 1] if "-m" in words[1:-1] else script
+    recording = run_context(args.base_dir, args.prefix or module, config)
     recording.argv = words
     terminal = all(map(os.isatty, (0, 1, 2)))
     with recording as run_dir:
@@ -2848,12 +2859,8 @@ def _read_options(name: str | None) -> dict[str, Any]:
         return {}
     try:
         text = _read_bytes(Path(name))
-        if text.lstrip()[:1] == b"{":
-            value = json.loads(text)
-        else:
-            import yaml
-
-            value = yaml.safe_load(text)
+        is_json = text.lstrip()[:1] == b"{"
+        value = json.loads(text) if is_json else _pyyaml().safe_load(text)
     except ImportError:
         raise ValueError(f"--config {name!r}: PyYAML is missing; give JSON") from None
     except Exception as error:  # yaml.YAMLError cannot be named without PyYAML

@@ -47,6 +47,7 @@ sys.path.insert(0, str(HERE))
 import run_utils  # noqa: E402
 
 SOURCE = HERE / "run_utils.py"
+READ_JSON = "JSON.parse(require('fs').readFileSync(0))"  # for node
 GIT = shutil.which("git")
 LINUX = sys.platform == "linux"
 
@@ -232,6 +233,17 @@ class ARunDirectory(RunCase):
         self.assertEqual(metadata["working_dir"], str(self.tmp))
         self.assertEqual(metadata["argv"][-2:], ["--lr", "0.1"])
         self.assertIn("pip_freeze", metadata["capture"])
+
+    def test_hostile_bytes_are_strict_json(self) -> None:
+        hostile = os.fsdecode(b"\xff\xfe")
+        self.in_context("pass", hostile, "\u2028\x1b", env={"HOSTILE": hostile})
+        metadata = self.json("metadata.json")
+        self.assertEqual(metadata["env"]["HOSTILE"], "\\udcff\\udcfe")
+        self.assertEqual(metadata["argv"][-1], "\u2028\x1b")
+        for program in (["jq", "."], ["node", "-e", READ_JSON]):
+            if shutil.which(program[0]):
+                text = (self.run_dir() / "metadata.json").read_bytes()
+                subprocess.run(program, input=text, check=True, capture_output=True)
 
     def test_metadata_is_there_from_the_first_line_of_the_body(self) -> None:
         done = self.in_context("print((run_dir / 'metadata.json').exists())")
@@ -2117,25 +2129,19 @@ class Deaths(RunCase):
         self.assertEqual((done.returncode, done.stdout), (3, "replaced\n"))
         self.assertEqual(self.wait_for_status("failed")["exit_reason"], "killed")
 
-    def recorder_pid(self, body: str) -> str:
-        return f"""
-        import subprocess
-        MARK = os.environ["MARK"].encode()
-        found = subprocess.run(["pgrep", "-f", "[-]-recorder"], stdout=subprocess.PIPE)
-        mine = [int(pid) for pid in found.stdout.split()
-                if str(run_dir) != "" and os.readlink(f"/proc/{{int(pid)}}/cwd") == "/"
-                and MARK in open(f"/proc/{{int(pid)}}/environ", "rb").read()]
-        {body}
-        """
-
-    @unittest.skipUnless(LINUX and shutil.which("pgrep"), "needs /proc and pgrep")
     def test_a_killed_recorder_costs_one_line(self) -> None:
-        body = self.recorder_pid("[os.kill(pid, 9) for pid in mine]; print(len(mine))")
-        mark = f"mark-{os.urandom(8).hex()}"
-        done = self.in_context(body, env={"MARK": mark})
-        self.assertEqual((done.returncode, done.stdout), (0, "1\n"))
+        body = """
+        import run_utils
+        recorder = run_utils._active[0].recorder
+        recorder.ask("drain", "drained")  # its first answer tells its pid
+        os.kill(recorder.pid, 9)
+        print("still here")
+        """
+        done = self.in_context(body)
+        self.assertEqual((done.returncode, done.stdout), (0, "still here\n"))
         line = "run_utils: the recorder is gone; finishing its work here\n"
         self.assertEqual(done.stderr, line)
+        self.assertEqual(self.log("stdout"), "still here\n")
         self.assertEqual(self.json("status.json")["status"], "success")
         self.assertIsInstance(self.json("metadata.json")["pip_freeze"], list)
 
@@ -2305,6 +2311,11 @@ class TheRunCommand(RunCase):
         self.assertEqual((config["lr"], config["fp16"], config["seed"]), (0.1, True, 3))
         self.assertEqual(self.json("status.json")["exit_code"], 5)
         self.assertTrue(str(self.json("metadata.json")["command"]).endswith("seed=3"))
+
+    def test_a_module_gives_its_name(self) -> None:
+        done = self.record(PYTHON, "-m", "json.tool", "--help")
+        self.assertEqual(done.returncode, 0)
+        self.assertTrue(self.run_dir().name.startswith("json.tool-"))
 
     def test_any_language_and_a_second_double_dash(self) -> None:
         done = self.record("sh", "-c", 'echo "$@"', "sh", "--", "a b")
