@@ -1128,7 +1128,7 @@ class _Output:
         poller = select.poll()
         for descriptor in streams:
             poller.register(descriptor, select.POLLIN)
-        while streams:
+        while streams or child.poll() is None:
             ended = child.poll() is not None
             ready = poller.poll(0 if ended else 50)
             for descriptor, _ in ready:
@@ -1169,7 +1169,8 @@ def _run(
     try:
         output.read(child, timeout or PROGRAM_SECONDS)
         if output.problem is not None:
-            os.killpg(child.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the kernel
             output.returncode = child.wait(0.5)
     except OSError as error:
@@ -1180,7 +1181,8 @@ def _run(
                 pipe.close()
     if output.returncode and not output.problem:
         lines = output.printed[2].decode("utf-8", "replace").strip().splitlines()
-        said = f": {lines[-1][:200]}" if lines else ""
+        fatal = [line for line in lines if line.startswith("fatal:")] or lines[-1:]
+        said = f": {fatal[0][:200]}" if fatal else ""
         output.problem = f"{output.program} ended with status {output.returncode}{said}"
     return output
 

@@ -76,9 +76,8 @@ class RunCase(unittest.TestCase):
     def setUp(self) -> None:
         self.tmp = Path(os.path.realpath(tempfile.mkdtemp(prefix="run_utils-test-")))
         self.addCleanup(self.remove, self.tmp)
-        before = os.getcwd()
         os.chdir(self.tmp)
-        self.addCleanup(os.chdir, before)
+        self.addCleanup(os.chdir, "/")  # where we were may be gone
 
     def remove(self, folder: Path) -> None:
         """Remove a folder in which a recorder may still be at work for a moment."""
@@ -193,6 +192,37 @@ class TheFileItself(unittest.TestCase):
         import doctest
 
         self.assertEqual(doctest.testmod(run_utils).failed, 0)
+
+
+class TheReadme(RunCase):
+    """What the README shows works as pasted."""
+
+    README = HERE / "README.md"
+
+    def blocks(self, language: str) -> list[str]:
+        if not self.README.exists():
+            self.skipTest("there is no README.md beside the tests")
+        text = self.README.read_text("utf-8")
+        return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
+
+    def test_the_example(self) -> None:
+        example, reading = self.blocks("python")
+        done = self.script(example + reading)
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        run = run_utils.load_run(self.run_dir())
+        self.assertEqual((run["config.lr"], run["metrics.step"]), (0.1, 2))
+
+    @unittest.skipUnless(shutil.which("sh"), "needs a shell")
+    def test_the_shell_lines(self) -> None:
+        lines = self.blocks("sh")[0].splitlines()
+        shutil.copy(SOURCE, self.tmp)
+        path = os.path.dirname(PYTHON) + os.pathsep + os.environ["PATH"]
+        env = {**self.environment({"PATH": path}), "PYTHONPATH": ""}
+        shell = ["sh", "-ec", "\n".join(lines[:2])]
+        done = subprocess.run(shell, env=env, capture_output=True, encoding="utf-8")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertTrue(done.stdout.startswith("hello\nrun       "), done.stdout)
+        self.assertIn("lr: 0.1", done.stdout)
 
 
 class ARunDirectory(RunCase):
@@ -939,6 +969,7 @@ class ForeignPrograms(ProvenanceCase):
             "echo no such thing >&2; exit 3": "p ended with status 3: no such thing",
             "sleep 60": "p did not end within 0.5 s",
             "while :; do echo flood; done": "p printed more than 1000 bytes",
+            "exec >&- 2>&-; sleep 60": "p did not end within 0.5 s",
         }.items():
             self.assertEqual(run_utils._run([self.stub("p", text)]).problem, sentence)
         problem = run_utils._run(["/no/such/program"]).problem
@@ -1044,7 +1075,7 @@ class GitFacts(ProvenanceCase):
         self.patch(mock.patch.object(run_utils, "_git_run", self.as_a_stranger))
         facts, problem = run_utils._git(str(self.repo))
         self.assertIsNone(facts["commit_full"])
-        self.assertIn("safe.directory", str(problem))
+        self.assertIn("dubious ownership", str(problem))
 
     def as_a_stranger(self, directory: str, *words: str, **_: Any) -> Any:
         env = {**os.environ, "GIT_TEST_ASSUME_DIFFERENT_OWNER": "1"}
@@ -1950,6 +1981,28 @@ class CapturedDescriptors(RunCase):
         self.assertEqual(self.wait_for_status("success")["exit_code"], 0)
         self.assertEqual(len(self.log("stdout").split()), 20000)
 
+    def test_a_slow_reader_does_not_slow_the_body(self) -> None:
+        body = """
+        with run_context("results/exp", "exp"):
+            os.write(1, b"x" * 2_000_000)
+            open("body-is-done", "w").close()
+        """
+        child = subprocess.Popen(
+            [PYTHON, str(self.write_script(body))],
+            env=self.environment(),
+            stdout=subprocess.PIPE,
+        )
+        assert child.stdout is not None
+        for _ in range(1000):
+            if (self.tmp / "body-is-done").exists():
+                break
+            time.sleep(0.01)
+        self.assertTrue((self.tmp / "body-is-done").exists())
+        self.assertIsNone(child.poll())
+        self.assertEqual(len(child.stdout.read()), 2_000_000)
+        child.stdout.close()
+        self.assertEqual(child.wait(), 0)
+
     def test_a_write_that_holds_the_GIL_does_not_hang(self) -> None:
         body = """
         import ctypes
@@ -2213,6 +2266,15 @@ class WithoutARecorder(RunCase):
     def test_frozen(self) -> None:
         body = 'sys.frozen = True\nwith run_context("results/exp"): print("x")'
         self.check("a frozen program", self.script(body))
+
+    def test_no_more_processes(self) -> None:
+        body = """
+        import subprocess
+        def fail(*args, **kwargs): raise BlockingIOError(11, "no more processes")
+        subprocess.run = subprocess.Popen = fail
+        with run_context("results/exp"): print("x")
+        """
+        self.check("[Errno 11] no more processes", self.script(body))
 
     def test_a_zip_file(self) -> None:
         import zipfile
