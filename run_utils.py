@@ -630,7 +630,9 @@ def _safe_name(text: str) -> str:
     """
     import unicodedata
 
+    encoding = sys.getfilesystemencoding()  # ASCII, where LC_ALL=C is taken literally
     text = unicodedata.normalize("NFC", text)
+    text = text.encode(encoding, "replace").decode(encoding)
     text = "".join(c if c.isalnum() or c in "._+=@-" else "_" for c in text)
     name = text.encode("utf-8", "replace")[:MAX_PREFIX_BYTES].decode("utf-8", "ignore")
     name = name.lstrip(".-").rstrip(".")
@@ -973,7 +975,8 @@ def _packages(
     tells of packages that were installed from a URL, a repository or a folder).
     """
     problem = None
-    if executable is not None:
+    folders = [os.path.join(place, "pip") for place in places]
+    if executable is not None and (not folders or any(map(os.path.isdir, folders))):
         pip = [executable, "-m", "pip", "--disable-pip-version-check", "freeze"]
         env = {k: v for k, v in os.environ.items() if not k.startswith("PIP_")}
         output = _run(pip, env=env, timeout=PIP_SECONDS)

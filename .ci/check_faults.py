@@ -6,7 +6,7 @@
 Under `strace -f -e inject=CALL:signal=KILL:when=k` every file of the run must be whole
 or absent, the readers must work, and so must the next run. With CALL:error=ENOSPC and
 EIO instead, the exit status and output of the experiment must be what they would have
-been. Thinned to RUN_UTILS_FAULTS runs (default 160); RUN_UTILS_FAULTS=0 does them all.
+been. Thinned to RUN_UTILS_FAULTS runs (default 100); RUN_UTILS_FAULTS=0 does them all.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Faults(unittest.TestCase):
         return sorted(points)
 
     def thinned(self, share: float) -> list[tuple[str, int]]:
-        wanted = int(os.environ.get("RUN_UTILS_FAULTS", "160")) * share
+        wanted = int(os.environ.get("RUN_UTILS_FAULTS", "100")) * share
         if wanted <= 0 or wanted >= len(self.points):
             return self.points
         step = len(self.points) / wanted
