@@ -33,7 +33,7 @@ from run_utils import run_context, log_metrics
 with run_context("results/exp", "exp", {"lr": 0.1}) as run_dir:
     print("inside", flush=True)
     log_metrics(run_dir, {"loss": 1.0}, step=1)
-    print("more")
+    print("more", flush=True)  # as os._exit would lose it without us, too
     print("error", file=sys.stderr)
 os._exit(3)
 """
