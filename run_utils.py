@@ -1131,9 +1131,11 @@ class _Output:
         poller = select.poll()
         for descriptor in streams:
             poller.register(descriptor, select.POLLIN)
-        while streams or child.poll() is None:
+        ended = False
+        while streams or not ended:
             ended = child.poll() is not None
-            ready = poller.poll(0 if ended else 50)
+            # Its end is not announced: right after its streams it is due at once.
+            ready = poller.poll(0 if ended else 50 if streams else 1)
             for descriptor, _ in ready:
                 data = os.read(descriptor, 65536)
                 self.printed[streams[descriptor]] += data
