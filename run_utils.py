@@ -90,33 +90,32 @@ SCHEMA_VERSION = 1  # of the files in a run directory; keys are added, never ren
 # === Settings ===
 # Everything you may want to change. Times are in seconds, sizes in bytes.
 
-FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)
-RUN_HELP = "a path, anything in a run, a part of a name, or latest"
 DEFAULT_SUBDIRS = ["logs", "plots", "artifacts", "samples", "metrics"]
-RECORD_FILES = ["config.yaml", "metadata.json", "status.json", "git.patch"]
 INDEX_FILE = os.path.join("index", "runs_index.jsonl")
+FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)
 HEARTBEAT_SECONDS = 10  # how often the recorder touches status.json
 LOST_AFTER_SECONDS = 60  # a run of another host whose heartbeat is older is "lost"
 EXIT_WAIT_SECONDS = 60  # how long leaving the block waits for the captures
-FORWARD_BYTES = 65536  # how much output is forwarded at a time
+HEAD_SECONDS = 2.0  # what the short hash may take, which entry waits for
+PROGRAM_SECONDS = 10.0  # what git or nvidia-smi may take
+PIP_SECONDS = 60.0  # what `pip freeze` may take, slow on network disks
+PROGRAM_BYTES = 20_000_000  # a program that prints more is stopped
+FORWARD_BYTES = 65_536  # how much output is forwarded at a time
 LAST_OUTPUT_LINES = 20  # of the log, in the status.json of a killed run
 MAX_SAME_NAME = 1000  # runs of one name: name, name-2, name-3, ...
 MAX_PREFIX_BYTES = 180  # of the run's name, which must stay within 255
 MAX_MESSAGE = 4096  # characters of an exception's message
 MAX_TRACEBACK = 40_000  # characters
 MAX_READ = 50_000_000  # a larger JSON file is not read
-PROGRAM_SECONDS = 10.0  # what git or nvidia-smi may take
-HEAD_SECONDS = 2.0  # what the short hash may take, which entry waits for
-PIP_SECONDS = 60.0  # what `pip freeze` may take, slow on network disks
-PROGRAM_BYTES = 20_000_000  # a program that prints more is stopped
 MAX_LISTED = 200  # changed files named in metadata.json
-MIN_SECRET = 8  # a shorter value is replaced under its own name only
-MAX_REDACTED = 32_768  # characters of a text that are kept and searched
 MAX_WALK = 6  # folders between a results root and a run
 MAX_SHOWN = 40  # lines of config that inspect shows
+MIN_SECRET = 8  # a shorter value is replaced under its own name only
+MAX_REDACTED = 32_768  # characters of a text that are kept and searched
 
-MAX_DEPTH = 64  # levels of nesting; a marker stands for what lies deeper
-MAX_ITEMS = 10_000  # items of one list or mapping; the rest is counted, not written
+# Limits of a config: a marker stands for what lies beyond.
+MAX_DEPTH = 64  # levels of nesting
+MAX_ITEMS = 10_000  # items of one list or mapping
 MAX_NODES = 100_000  # values of one document, all levels together
 MAX_ARRAY = 100  # items of an array, tensor or range; a larger one is summarised
 MAX_TEXT = 100_000  # characters of one string
@@ -131,17 +130,10 @@ YAML_WIDTH = 80  # a list up to this width is one line, a longer key is "? key"
 
 
 def run_context(
-    base_dir: StrPath,
-    run_prefix: str | None = None,
-    config_args: Any = None,
-    config_filename: str = "config.yaml",
-    create_subdirs: bool = True,
-    subdirs: Sequence[str] | None = None,
-    *,
-    run_dir: StrPath | None = None,
-    resume: StrPath | None = None,
-    notes: str | None = None,
-    tags: Sequence[str] = (),
+    base_dir: StrPath, run_prefix: str | None = None, config_args: Any = None,
+    config_filename: str = "config.yaml", create_subdirs: bool = True,
+    subdirs: Sequence[str] | None = None, *, run_dir: StrPath | None = None,
+    resume: StrPath | None = None, notes: str | None = None, tags: Sequence[str] = (),
     capture_output: bool = True,
 ) -> _Recording:
     """Record what happens inside the ``with`` block, and how it ends.
@@ -165,22 +157,14 @@ def run_context(
     if isinstance(tags, str):
         raise TypeError(f"tags must be a list of strings, not {tags!r}; use [{tags!r}]")
     if run_dir is not None and resume is not None:
-        raise ValueError(
-            f"run_dir={str(run_dir)!r} and resume={str(resume)!r} exclude each other;"
-            " resume= already names the directory"
-        )
-    _check_filename(config_filename)
+        both = f"run_dir={str(run_dir)!r} and resume={str(resume)!r}"
+        raise ValueError(f"{both} exclude each other; resume= names the directory")
     return _Recording(
-        base_dir=_absolute(base_dir, "base_dir"),
-        run_prefix=run_prefix,
-        config_args=config_args,
-        config_filename=config_filename,
+        base_dir=_absolute(base_dir, "base_dir"), run_prefix=run_prefix,
+        config_args=config_args, config_filename=_checked_filename(config_filename),
         subdirs=_checked_subdirs(create_subdirs, subdirs),
         run_dir=None if run_dir is None else _absolute(run_dir, "run_dir"),
-        resume=resume,
-        notes=notes,
-        tags=list(tags),
-        capture_output=capture_output,
+        resume=resume, notes=notes, tags=list(tags), capture_output=capture_output,
     )
 
 
@@ -214,20 +198,19 @@ class _Recording:
 
         waits = inspect.iscoroutinefunction(function)
         iterates = inspect.isgeneratorfunction(function)
-        wrapper = wait if waits else iterate if iterates else call
-        return functools.wraps(function)(wrapper)
+        return functools.wraps(function)(
+            wait if waits else iterate if iterates else call
+        )
 
     def __enter__(self) -> Path:
         if self.run_dir is not None:
-            raise RuntimeError(
-                f"this run_context already recorded {str(self.run_dir)!r};"
-                " call run_context(...) again for another run"
-            )
+            used = f"this run_context already recorded {str(self.run_dir)!r}"
+            raise RuntimeError(f"{used}; call run_context(...) again for another run")
         self.pid, self.thread = os.getpid(), threading.get_ident()
         self.begun = time.monotonic()
-        config = _plain(self.options["config_args"])
-        argv = self.argv or _argv()
-        _learn_secrets(dict(os.environ), argv, config)
+        config, argv = _plain(self.options["config_args"]), self.argv or _argv()
+        for source in (dict(os.environ), {"argv": argv}, config):
+            _redact(source)  # learns the secrets before anything is written
         directory = _code_directory(self.argv)
         self.run_dir = run_dir = _open_run(self.options, directory)
         self.results_root = _results_root(self.options["base_dir"])
@@ -246,11 +229,11 @@ class _Recording:
         options = self.options
         others = [run for run in _active if run.thread != self.thread]
         _set_active(self, inside=True)
+        document = _config_document(shlex.join(argv), config)
         with _tolerating("config.yaml"):
-            path = run_dir / options["config_filename"]
-            _write_config(path, shlex.join(argv), config)
+            _write_yaml(run_dir / options["config_filename"], document)
         with _tolerating("metadata.json"):
-            metadata = _immediate_metadata(argv, directory, config)
+            metadata = _immediate_metadata(argv, directory, document)
             _write_json(run_dir / "metadata.json", metadata)
         self.row = _index_row(run_dir, self.results_root)
         with _tolerating("the index"):
@@ -263,7 +246,7 @@ class _Recording:
         if options["capture_output"] and not any(r.capture.streams for r in others):
             with _tolerating("logs/"):
                 self.capture.open()
-        request = _capture_request(run_dir, directory, self)
+        request = _capture_request(run_dir, directory, self.row, self.argv, self.begun)
         self.recorder = _Recorder.start(request, self.capture.forwards)
         with _tolerating("output capture"):
             self.capture.start(self.recorder)
@@ -271,9 +254,7 @@ class _Recording:
             _complete_metadata(run_dir, request)
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
+        self, kind: type[BaseException] | None, error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
         run_dir = self.run_dir
@@ -288,44 +269,35 @@ class _Recording:
         with _tolerating("the index"):
             _append_index(self.row, "end", ending["status"], ending["exit_reason"])
         with _tolerating("the recorder"):
-            self._finish_recorder(run_dir)
+            if self.recorder is not None and not self.recorder.finish():
+                _warn("the recorder is gone; finishing its work here")
+                for forward in self.capture.forwards:
+                    forward.drain()
+                _complete_metadata(run_dir, self.recorder.request)
         with _tolerating("logs/"):
             self.capture.close(_last_words(error, ending))
         _close_metrics(run_dir)
         _set_active(self, inside=False)
 
-    def _finish_recorder(self, run_dir: Path) -> None:
-        """Wait until everything is on disk; do it here if the recorder is gone."""
-        if self.recorder is not None and not self.recorder.finish():
-            _warn("the recorder is gone; finishing its work here")
-            for forward in self.capture.forwards:
-                forward.drain()
-            _complete_metadata(run_dir, self.recorder.request)
-
 
 def start_run(
-    base_dir: StrPath,
-    run_prefix: str | None = None,
-    include_git_hash: bool = True,
-    create_subdirs: bool = True,
-    subdirs: Sequence[str] | None = None,
+    base_dir: StrPath, run_prefix: str | None = None, include_git_hash: bool = True,
+    create_subdirs: bool = True, subdirs: Sequence[str] | None = None,
 ) -> Path:
     """Create a run directory with status.json ("running") and return its Path.
 
     For scripts that cannot use `run_context`: call `write_config_yaml`,
-    `capture_metadata` and, at the end, `mark_status` yourself.
-    Raises ValueError or OSError when no directory can be made.
+    `capture_metadata` and at the end `mark_status` yourself. Arguments and errors are
+    those of `run_context`.
     """
-    options: dict[str, Any] = {
-        "base_dir": _absolute(base_dir, "base_dir"),
-        "run_prefix": run_prefix,
-        "subdirs": _checked_subdirs(create_subdirs, subdirs),
+    options = {
+        "base_dir": _absolute(base_dir, "base_dir"), "run_prefix": run_prefix,
         "include_git_hash": include_git_hash,
+        "subdirs": _checked_subdirs(create_subdirs, subdirs),
     }
     run_dir = _open_run(options, _code_directory())
     with _tolerating("the index"):
-        root = _results_root(options["base_dir"])
-        _append_index(_index_row(run_dir, root), "start", "running")
+        _append_index(_index_row(run_dir), "start", "running")
     return run_dir
 
 
@@ -348,15 +320,14 @@ def write_config_yaml(
     `command` added. When it has another `command` already, or is not a mapping, the
     file is ``{command: ..., args: ...}``. Secrets are replaced by ``<REDACTED>``.
     """
-    path = Path(run_dir) / _check_filename(filename)
+    path = Path(run_dir) / _checked_filename(filename)
     with _tolerating(filename):
-        _write_config(path, command, _plain(args))
+        _write_yaml(path, _config_document(command, _plain(args)))
     return path
 
 
 def capture_metadata(
-    run_dir: StrPath,
-    extra: Mapping[str, Any] | None = None,
+    run_dir: StrPath, extra: Mapping[str, Any] | None = None,
     filename: str = "metadata.json",
 ) -> Path:
     """Write everything that is known of code and machine; return the file's Path.
@@ -365,26 +336,23 @@ def capture_metadata(
     second or so). `extra` is added at the top level, where it wins. Inside a
     `run_context` the record that the recorder completes is the base.
     """
-    path = Path(run_dir) / _check_filename(filename)
-    recording = _active_for(path.parent)
+    path = Path(run_dir) / _checked_filename(filename)
+    recording, folder = _active_for(path.parent), path.parent.absolute()
     source = path if recording is None else path.parent / "metadata.json"
     with _tolerating(filename):
         if recording is None:
             directory = _code_directory()
             _write_json(path, _immediate_metadata(_argv(), directory, None))
-            request = _capture_request(path.parent, directory, None)
-            _complete_metadata(path.parent, request, filename)
+            request = _capture_request(folder, directory, _index_row(folder))
+            _complete_metadata(folder, request, filename)
         elif recording.recorder is not None:
             recording.recorder.ask("wait", "captured")
-        facts = _read_json(source) or {}
-        _write_json(path, {**facts, **(_plain(extra) if extra else {})})
+        _write_json(path, {**(_read_json(source) or {}), **(_plain(extra) or {})})
     return path
 
 
 def mark_status(
-    run_dir: StrPath,
-    status: str,
-    exit_reason: str | None = None,
+    run_dir: StrPath, status: str, exit_reason: str | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write `status` to status.json, and an "end" line to the index; return its Path.
@@ -395,20 +363,17 @@ def mark_status(
     path = Path(run_dir) / "status.json"
     facts: dict[str, Any] = {**(_read_json(path) or {}), "status": status}
     facts.update({"exit_reason": exit_reason, "timestamp_utc": _utc()})
-    facts.update(_plain(extra) if extra else {})
     with _tolerating("status.json"):
-        _write_json(path, facts, durable=True)
+        _write_json(path, {**facts, **(_plain(extra) or {})}, durable=True)
     if status != "running" and _active_for(path.parent) is None:
         with _tolerating("the index"):
-            root = _results_root(path.parent.absolute().parent)
-            row = _index_row(path.parent.absolute(), root)
+            row = _index_row(path.parent.absolute())
             _append_index(row, "end", status, exit_reason)
     return path
 
 
 def mark_artifact_used(
-    artifact_path: StrPath,
-    consumer_run_dir: StrPath | None = None,
+    artifact_path: StrPath, consumer_run_dir: StrPath | None = None,
     reason: str | None = None,
 ) -> None:
     """Record that a file of an earlier run is used by this one; never fail.
@@ -586,9 +551,11 @@ def _open_run(options: Mapping[str, Any], directory: str) -> Path:
     chosen: Path | None = options.get("run_dir")
     if options.get("resume") is not None:
         chosen = _resumable(base_dir, options["resume"])
-    with_hash = chosen is None and options.get("include_git_hash", True)
-    name = _run_name(options["run_prefix"], _git_head(directory) if with_hash else None)
-    run_dir = chosen or base_dir
+    prefix, run_dir = options["run_prefix"], chosen or base_dir
+    prefix = _safe_name(_script_name() if prefix is None else str(prefix))
+    named = chosen is None and options.get("include_git_hash", True)
+    commit = _git_head(directory) if named else None
+    name = "-".join(filter(None, [prefix, time.strftime("%Y%m%d-%H%M%S"), commit]))
     try:
         _twice(run_dir.mkdir, parents=True, exist_ok=True)
         if chosen is None:
@@ -616,10 +583,14 @@ def _make_run_dir(base_dir: Path, name: str) -> Path:
     raise FileExistsError(f"{name!r} and {MAX_SAME_NAME - 1} numbered names are taken")
 
 
-def _run_name(prefix: str | None, commit: str | None) -> str:
-    """Return ``<prefix>-<YYYYMMDD-HHMMSS>-<hash>``, safe and within 255 bytes."""
-    prefix = _safe_name(_script_name() if prefix is None else str(prefix))
-    return "-".join(filter(None, [prefix, time.strftime("%Y%m%d-%H%M%S"), commit]))
+def _twice(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call `function`; once more if the file system failed for a moment."""
+    try:
+        return function(*args, **kwargs)
+    except (FileExistsError, PermissionError, NotADirectoryError):
+        raise
+    except OSError:
+        return function(*args, **kwargs)
 
 
 def _safe_name(text: str) -> str:
@@ -664,7 +635,8 @@ def _resumable(base_dir: Path, resume: StrPath) -> Path:
 
 def _archive_attempt(run_dir: Path) -> None:
     """Move the record that is in `run_dir` to attempts/<n>/, if there is one."""
-    record = [run_dir / name for name in RECORD_FILES if (run_dir / name).exists()]
+    names = ("config.yaml", "metadata.json", "status.json", "git.patch")
+    record = [run_dir / name for name in names if (run_dir / name).exists()]
     if record:
         (run_dir / "attempts").mkdir(exist_ok=True)
         numbers = [int(p.name) for p in run_dir.glob("attempts/*") if p.name.isdigit()]
@@ -717,7 +689,7 @@ def _checked_subdirs(create: bool, subdirs: Sequence[str] | None) -> list[str]:
     return names
 
 
-def _check_filename(name: str) -> str:
+def _checked_filename(name: str) -> str:
     """Refuse a file name that would leave the run directory."""
     if name in ("", ".", "..") or os.path.basename(name) != name:
         raise ValueError(f"file name {name!r} has a folder in it; give a bare name")
@@ -733,16 +705,6 @@ def _unwritable(path: Path, error: OSError) -> OSError:
         return NotADirectoryError(f"{start}: {why}")
     why = f"{error.strerror or error}; choose a base_dir that is writable and has space"
     return type(error)(f"{start}: {why}")
-
-
-def _twice(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call `function`; once more if the file system failed for a moment."""
-    try:
-        return function(*args, **kwargs)
-    except (FileExistsError, PermissionError, NotADirectoryError):
-        raise
-    except OSError:
-        return function(*args, **kwargs)
 
 
 def _argv() -> list[str]:
@@ -769,14 +731,11 @@ def _working_dir() -> str | None:
         return None
 
 
-def _write_config(path: Path, command: str, args: Any) -> None:
-    """Write the redacted config document of plain `args`."""
-    document = _redact(_config_document(command, args))
-    _write_file(path, _format_yaml(document).encode("utf-8"))
-
-
-def _immediate_metadata(argv: list[str], directory: str, config: Any) -> dict[str, Any]:
+def _immediate_metadata(
+    argv: list[str], directory: str, document: dict[str, Any] | None
+) -> dict[str, Any]:
     """Return metadata.json with everything that takes no time; the rest is null."""
+    versions = {"version": __version__, "vendored": __vendored__}
     return {
         "timestamp_utc": _utc(),
         "command": shlex.join(argv),
@@ -792,44 +751,34 @@ def _immediate_metadata(argv: list[str], directory: str, config: Any) -> dict[st
         "env": dict(os.environ),
         "inputs": [],
         "launcher": _launcher(os.environ),
-        "run_utils": {
-            "version": __version__,
-            "vendored": __vendored__,
-            "schema_version": SCHEMA_VERSION,
-        },
-        "config": _config_document(shlex.join(argv), config),  # if PyYAML is missing
+        "run_utils": {**versions, "schema_version": SCHEMA_VERSION},
+        "config": document,  # for readers without PyYAML
         "capture": {},
     }
 
 
 def _capture_request(
-    run_dir: Path, directory: str, recording: _Recording | None
+    run_dir: Path, directory: str, row: dict[str, Any],
+    argv: Sequence[str] | None = None, begun: float | None = None,
 ) -> dict[str, Any]:
     """Return what the recorder cannot find out by itself."""
-    root = recording.results_root if recording else _results_root(run_dir.parent)
-    argv = recording.argv if recording else None
     here = _working_dir() or "/"
+    python = None if argv is None and _no_interpreter() else (argv or [sys.executable])
+    is_python = python and _PYTHON.match(os.path.basename(python[0]))
     return {
         "run_dir": str(run_dir),
         "directory": directory,
-        "row": recording.row if recording else _index_row(run_dir, root),
-        "executable": _interpreter(argv),
+        "row": row,
+        "executable": python[0] if python and is_python else None,
         "sys_path": [] if argv else [os.path.join(here, place) for place in sys.path],
         "pid": os.getpid(),
         "process": _process_identity(os.getpid()),
-        "begun": recording.begun if recording else time.monotonic(),
+        "begun": time.monotonic() if begun is None else begun,
         "secrets": sorted(_known_secrets),
     }
 
 
 _PYTHON = re.compile(r"(python|pypy)[\d.]*(\.exe)?$", re.I)
-
-
-def _interpreter(argv: Sequence[str] | None) -> str | None:
-    """Return the Python whose packages the run sees; None for another program."""
-    if argv is None:
-        return None if _no_interpreter() else sys.executable
-    return argv[0] if _PYTHON.match(os.path.basename(argv[0])) else None
 
 
 def _no_interpreter() -> str | None:
@@ -845,42 +794,33 @@ def _complete_metadata(
 ) -> None:
     """Ask what is slow to answer, and add each answer to metadata.json."""
     directory, exclude = request["directory"], request["row"]["results_root"]
-    executable, places = request["executable"], request["sys_path"]
     collectors: dict[str, Callable[[], tuple[Any, str | None]]] = {
         "git": lambda: _git(directory, exclude),
         "cuda": _cuda,
-        "pip_freeze": lambda: _packages(executable, places),
+        "pip_freeze": lambda: _packages(request["executable"], request["sys_path"]),
     }
     for name, collect in collectors.items():
-        started = time.monotonic()
-        facts: Any = None
+        started, facts = time.monotonic(), None
         try:
             facts, problem = collect()
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
         seconds = round(time.monotonic() - started, 3)
-        outcome = {"ok": problem is None, "seconds": seconds, "problem": problem}
         with _tolerating(filename):
-            _add_capture(run_dir / filename, name, facts, outcome)
-
-
-def _add_capture(path: Path, name: str, facts: Any, outcome: dict[str, Any]) -> None:
-    """Merge one answer into metadata.json; what is already known is not lost."""
-    metadata = _read_json(path) or {}
-    known = {k: v for k, v in _mapping(metadata, name).items() if v is not None}
-    if facts is not None:
-        metadata[name] = {**facts, **known} if isinstance(facts, dict) else facts
-    metadata.setdefault("capture", {})[name] = outcome
-    _write_json(path, metadata)
+            metadata = _read_json(run_dir / filename) or {}
+            if isinstance(facts, dict):  # what is already known is not lost
+                known = _mapping(metadata, name).items()
+                facts = {**facts, **{k: v for k, v in known if v is not None}}
+            metadata[name] = metadata.get(name) if facts is None else facts
+            metadata.setdefault("capture", {})[name] = {
+                "ok": problem is None, "seconds": seconds, "problem": problem
+            }
+            _write_json(run_dir / filename, metadata)
 
 
 # === Provenance ===
 # Foreign programs may hang, flood, lie or be missing: a collector keeps its limits,
 # changes nothing, and gives (facts, None or the reason why it does not know).
-
-
-GIT_FACTS = ["commit_short", "commit_full", "branch", "is_dirty", "remote_origin_url"]
-GIT_FACTS += ["root", "is_shallow", "unpushed", "untracked", "changed"]
 
 
 def _git_head(directory: str) -> str | None:
@@ -899,59 +839,49 @@ def _git(directory: str, exclude: str = "") -> tuple[dict[str, Any], str | None]
     """
     facts: dict[str, Any] = dict.fromkeys(GIT_FACTS)
     # true\nfalse\n/work/tree\n: the last line is missing in a bare repository
-    where = _git_run(
-        directory,
-        *("rev-parse", "--is-inside-work-tree", "--is-shallow-repository"),
-        "--show-toplevel",
-    )
+    asked = ("--is-inside-work-tree", "--is-shallow-repository", "--show-toplevel")
+    where = _git_run(directory, "rev-parse", *asked)
     inside, shallow, root = [*where.text.split("\n"), "", "", ""][:3]
     if inside not in ("true", "false"):
         return facts, where.problem or "git did not answer what it was asked"
     facts.update(is_shallow=shallow == "true", root=root or None)
     head = _git_run(directory, "rev-parse", "--verify", "HEAD").text.strip()
     if re.fullmatch(r"[0-9a-f]{40,64}", head):
+        facts.update(commit_full=head, commit_short=_git_head(directory))
         count = _git_run(directory, "rev-list", "--count", "HEAD", "--not", "--remotes")
-        unpushed = int(count.text) if count.text.strip().isdigit() else None
-        commit = {"commit_full": head, "commit_short": _git_head(directory)}
-        facts.update(commit, unpushed=unpushed)
+        facts["unpushed"] = int(count.text) if count.text.strip().isdigit() else None
+    branch = _git_run(directory, "symbolic-ref", "--short", "-q", "HEAD")
+    facts["branch"] = branch.text.strip() or None
     listed = _git_run(directory, "config", "--list", "-z")
     # remote.origin.url\nhttps://example.org/x.git\0filter.lfs.clean\ngit-lfs clean\0
     pairs = (item.partition("\n") for item in listed.text.split("\0"))
     config = {name: value for name, _, value in pairs}
     facts["remote_origin_url"] = config.get("remote.origin.url")
-    branch = _git_run(directory, "symbolic-ref", "--short", "-q", "HEAD")
-    facts["branch"] = branch.text.strip() or None
-    if inside != "true":
+    if inside == "false":
         return facts, listed.problem
-    changes, problem = _git_changes(root, config, exclude)
-    return {**facts, **changes}, problem
-
-
-def _git_changes(
-    root: str, config: Mapping[str, str], exclude: str
-) -> tuple[dict[str, Any], str | None]:
-    """Return which files differ from the commit, without running any filter."""
-    names = {key.rpartition(".")[0] for key in config if key.startswith("filter.")}
-    if any("=" in name for name in names):
-        return {}, "a git filter has a name that cannot be switched off"
-    off = [f"{n}.{s}" for n in names for s in ("clean=", "process=", "required=false")]
-    switches = [word for setting in off for word in ("-c", setting)]
+    filters = {key.rpartition(".")[0] for key in config if key.startswith("filter.")}
+    if any("=" in name for name in filters):
+        return facts, "a git filter has a name that cannot be switched off"
+    off = ("clean=", "process=", "required=false")
+    switches = [word for name in filters for o in off for word in ("-c", f"{name}.{o}")]
     pathspec = [":/"]
-    inside = os.path.relpath(os.path.realpath(exclude or root), os.path.realpath(root))
-    if inside.split(os.sep)[0] not in (os.curdir, os.pardir):
-        pathspec.append(f":(exclude,top,literal){inside}")
-    status = _git_run(
-        *(root, *switches, "status", "--porcelain=v2", "-z", "--no-renames"),
-        *("--untracked-files=all", "--", *pathspec),
-    )
-    # ? untracked name\0     1 .M N... <modes and ids> name\0     u UU N... name\0
-    records = status.text.split("\0")[:-1]
-    untracked = [record[2:] for record in records if record[0] == "?"]
-    changed = [record.split(" ", 8)[-1] for record in records if record[0] != "?"]
-    if status.problem:
-        return {}, status.problem
-    shown = {"untracked": untracked[:MAX_LISTED], "changed": changed[:MAX_LISTED]}
-    return {"is_dirty": bool(records), **shown}, None
+    tree = os.path.relpath(os.path.realpath(exclude or root), os.path.realpath(root))
+    if tree.split(os.sep)[0] not in (os.curdir, os.pardir):
+        pathspec.append(f":(exclude,top,literal){tree}")
+    options = ("--porcelain=v2", "-z", "--no-renames", "--untracked-files=all", "--")
+    status = _git_run(root, *switches, "status", *options, *pathspec)
+    if not status.problem:
+        # ? untracked name\0     1 .M N... <modes and ids> name\0     u UU N... name\0
+        records = status.text.split("\0")[:-1]
+        untracked = [record[2:] for record in records if record[0] == "?"]
+        changed = [record.split(" ", 8)[-1] for record in records if record[0] != "?"]
+        facts.update(is_dirty=bool(records), untracked=untracked[:MAX_LISTED])
+        facts["changed"] = changed[:MAX_LISTED]
+    return facts, status.problem
+
+
+GIT_FACTS = ["commit_short", "commit_full", "branch", "is_dirty", "remote_origin_url"]
+GIT_FACTS += ["root", "is_shallow", "unpushed", "untracked", "changed"]
 
 
 def _git_run(directory: str, *words: str, timeout: float | None = None) -> _Output:
@@ -974,7 +904,7 @@ def _packages(
     Where there is no pip, they are read from the metadata below `places` (PEP 610
     tells of packages that were installed from a URL, a repository or a folder).
     """
-    problem = None
+    problem, found = None, {}
     folders = [os.path.join(place, "pip") for place in places]
     if executable is not None and (not folders or any(map(os.path.isdir, folders))):
         pip = [executable, "-m", "pip", "--disable-pip-version-check", "freeze"]
@@ -988,7 +918,6 @@ def _packages(
         return None, problem
     from importlib.metadata import distributions
 
-    found: dict[str, str] = {}
     for distribution in distributions(path=list(places)):
         with contextlib.suppress(Exception):  # a dist-info that is empty or torn
             metadata: Any = distribution.metadata
@@ -1000,14 +929,11 @@ def _packages(
 
 def _requirement(name: str, distribution: Any) -> str:
     """Return "name==1.0", "name @ git+URL@commit" or "-e folder"."""
-    text = distribution.read_text("direct_url.json")
-    direct = json.loads(text) if text else {}
-    url = direct.get("url", "")
+    direct = json.loads(distribution.read_text("direct_url.json") or "{}")
+    url, vcs = str(direct.get("url", "")), direct.get("vcs_info", {})
     if direct.get("dir_info", {}).get("editable"):
         return f"-e {url.replace('file://', '', 1)}"
-    vcs = direct.get("vcs_info", {})
-    if vcs:
-        return f"{name} @ {vcs.get('vcs')}+{url}@{vcs.get('commit_id')}"
+    url = f"{vcs.get('vcs')}+{url}@{vcs.get('commit_id')}" if vcs else url
     return f"{name} @ {url}" if url else f"{name}=={distribution.version}"
 
 
@@ -1125,13 +1051,12 @@ class _Output:
 
         A grandchild that keeps the pipe open is not waited for.
         """
-        assert child.stdout is not None and child.stderr is not None
-        streams = {child.stdout.fileno(): 1, child.stderr.fileno(): 2}
-        deadline = time.monotonic() + timeout
+        pipes: list[Any] = [child.stdout, child.stderr]
+        streams = {pipe.fileno(): n + 1 for n, pipe in enumerate(pipes)}
+        deadline, ended = time.monotonic() + timeout, False
         poller = select.poll()
         for descriptor in streams:
             poller.register(descriptor, select.POLLIN)
-        ended = False
         while streams or not ended:
             ended = child.poll() is not None
             # Its end is not announced: right after its streams it is due at once.
@@ -1151,23 +1076,15 @@ class _Output:
 
 
 def _run(
-    argv: Sequence[str],
-    cwd: str | None = None,
-    env: Mapping[str, str] | None = None,
+    argv: Sequence[str], cwd: str | None = None, env: Mapping[str, str] | None = None,
     timeout: float | None = None,
 ) -> _Output:
     """Start a foreign program, the only way here; kill it at its limits."""
     output = _Output(argv[0])
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    pipes.update(stdin=subprocess.DEVNULL, start_new_session=True)
     try:
-        child = subprocess.Popen(
-            argv,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            cwd=cwd,
-            env=env,
-            start_new_session=True,
-        )
+        child = subprocess.Popen(argv, cwd=cwd, env=env, **pipes)
     except (OSError, ValueError) as error:
         output.problem = f"{output.program} cannot be started: {error}"
         return output
@@ -1181,9 +1098,8 @@ def _run(
     except OSError as error:
         output.problem = f"{output.program}: {error}"
     finally:
-        for pipe in (child.stdout, child.stderr):
-            if pipe is not None:
-                pipe.close()
+        for pipe in filter(None, (child.stdout, child.stderr)):
+            pipe.close()
     if output.returncode and not output.problem:
         lines = output.printed[2].decode("utf-8", "replace").strip().splitlines()
         fatal = [line for line in lines if line.startswith("fatal:")] or lines[-1:]
@@ -1200,42 +1116,22 @@ REDACTED = "<REDACTED>"
 _known_secrets: set[str] = set()  # every value found secret by this process
 
 
-def _learn_secrets(*values: Any) -> None:
-    """Find the secrets in environment, argv and config before anything is written."""
-    for value in values:
-        is_argv = isinstance(value, list) and all(isinstance(v, str) for v in value)
-        _redact_argv(value) if is_argv else _redact(value)
-
-
 def _redact(value: Any, name: str = "") -> Any:
     """Return plain data of the same shape without secrets; `name` is its key."""
-    if isinstance(value, str):
-        return _redact_named(name, value)
     if isinstance(value, dict):
         return {_redact_text(k): _redact(v, k) for k, v in value.items()}
     if isinstance(value, list):
         if name == "argv":
             return _redact_argv(value)
         return [_redact(item, name) for item in value]
-    return value
-
-
-def _redact_named(name: str, value: str) -> str:
-    """Return the marker for a secret, else the text without the secrets in it."""
-    if name == "command":
-        return _redact_command(value)
+    if not isinstance(value, str):
+        return value
+    if name == "command":  # a shell command is redacted as the list that it is
+        with contextlib.suppress(ValueError):
+            argv = shlex.split(value)
+            if shlex.join(argv) == value:
+                return shlex.join(_redact_argv(argv))
     return _secret(value) if _is_secret(name, value) else _redact_text(value)
-
-
-def _redact_command(command: str) -> str:
-    """Redact a shell command as the list of words that it is."""
-    try:
-        words = shlex.split(command)
-    except ValueError:
-        return _redact_text(command)
-    return shlex.join(_redact_argv(words)) if shlex.join(words) == command else (
-        _redact_text(command)
-    )
 
 
 def _redact_argv(argv: Sequence[str]) -> list[str]:
@@ -1246,7 +1142,7 @@ def _redact_argv(argv: Sequence[str]) -> list[str]:
         if flag and not word.startswith("-") and _is_secret(flag, word):
             words.append(_secret(word))
         elif option:
-            words.append(f"{option[1]}={_redact_named(option[1], option[2])}")
+            words.append(f"{option[1]}={_redact(option[2], option[1])}")
         else:
             words.append(_redact_text(word))
         flag = word if re.match(r"--?[A-Za-z0-9]", word) and not option else ""
@@ -1296,23 +1192,17 @@ _STRONG = re.compile(
 )
 # Words that do so at the end, and what makes a `key` secret.
 _WEAK = _words("pass pw pwd pat sas psk auth authorization bearer cookie jwt")
-_KEY_OF = _words(
-    "api access private secret signing encryption master license account storage"
-    " application app deploy fernet auth service subscription ssh shared admin client"
-    " consumer session root webhook"
-)
+_KEY_OF = _words("""api access private secret signing encryption master license account storage
+    application app deploy fernet auth service subscription ssh shared admin client
+    consumer session root webhook""")
 # Words at the end of a name whose value only tells something about a secret.
-_ABOUT = _words(
-    "id ids name file path dir folder url uri host type types len length size count"
-    " limit num ttl expiry enabled disabled required policy version algorithm backend"
-    " provider manager field column columns prefix suffix pattern format mode level"
-    " rate seconds timeout budget index dim dtype class free"
-)
+_ABOUT = _words("""id ids name file path dir folder url uri host type types len length size
+    count limit num ttl expiry enabled disabled required policy version algorithm
+    backend provider manager field column columns prefix suffix pattern format mode
+    level rate seconds timeout budget index dim dtype class free""")
 # The tokens of language models.
-_ROLES = _words(
-    "pad eos bos unk mask sep cls image video audio stop start end special eot sot"
-    " prefix middle suffix max min per num next first last think tool"
-)
+_ROLES = _words("""pad eos bos unk mask sep cls image video audio stop start end special eot
+    sot prefix middle suffix max min per num next first last think tool""")
 
 
 def _is_secret(name: str, value: str) -> bool:
@@ -1415,51 +1305,33 @@ def _redact_token(match: re.Match[str]) -> str:
 
 
 # Shapes that are a token by themselves: AWS, Google, JWT, Slack, Hugging Face, Twilio,
-# SendGrid, Telegram, Discord, Facebook, Databricks, Mailgun, OpenAI, Octopus, age.
+# SendGrid, Telegram, Discord, Facebook, Databricks, Mailgun, OpenAI, Stripe, GitLab.
 _SHAPES = (
     r"(?:AKIA|ASIA|ABIA|ACCA|A3T[A-Z0-9])[A-Z0-9]{16}|AIza[\w-]{30,}|ya29\.[\w-]{20,}"
     r"|eyJ[\w-]{8,2000}(?:\.[\w-]{2,4000}){1,2}|eyJ[A-Za-z0-9+/_-]{60,8000}={0,2}"
     r"|xox[a-z]-[\w-]{10,}|hf_[A-Za-z0-9]{30,}|SG\.[\w.-]{20,}|S[Kk][0-9a-fA-F]{32}"
     r"|\d{8,10}:[\w-]{35}|[\w-]{23,28}\.[\w-]{6,7}\.[\w-]{27,}|EAA[A-Za-z0-9]{60,}"
     r"|dapi[0-9a-f]{32}(?:-\d)?|key-[0-9a-f]{32}|GOCSPX-[\w-]{20,}|sk-[A-Za-z0-9]{20,}"
-    r"|API-[A-Z0-9]{26}|AGE-SECRET-KEY-1[A-Z0-9]{40,}"
+    r"|API-[A-Z0-9]{26}|AGE-SECRET-KEY-1[A-Z0-9]{40,}|[sr]k_(?:live|test)_\w{16,}"
+    r"|gl[a-z]{2,6}-[A-Z0-9][\w-]{19,}"
 )
 _NAMED = r"[A-Za-z_][\w.-]{0,80})[\"']{0,2} {0,2}[:=] {0,2}[\"']{0,2})"
 _TEXT_RULES: list[tuple[str, Any, Any]] = [  # applied where the first is in the text
-    (
-        "PRIVATE KEY",
-        re.compile(
-            r"()-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----.*?(?:-----END [^-]*-----|\Z)",
-            re.S,
-        ),
-        _redact_rest,
-    ),
-    (
-        "://",
-        re.compile(r"(\b[a-zA-Z][\w+.-]{1,20}://)([^\s/@:]{0,200})(:[^\s/@]{1,500})?@"),
-        _redact_userinfo,
-    ),
-    ("=", re.compile(r"([?&;]([\w.-]{1,60})=)([^&\s#'\"<>]{4,})"), _redact_assignment),
-    ("/", re.compile(r"(/(?:services|webhooks?)/)[\w/-]{24,}"), _redact_rest),
-    (
-        "",
-        re.compile(r"(?i)(\b(?:bearer|basic|token) +)(?=[^\s]*\d)[\w.~+/=-]{12,}"),
-        _redact_rest,
-    ),
-    (
-        "",
-        re.compile(rf"(?<![\w.-])(({_NAMED}([^\s\"',;&}}]{{6,}})"),
-        _redact_assignment,
-    ),
-    ("", re.compile(rf"()(?<![\w/.+-])(?:{_SHAPES})(?![\w])"), _redact_rest),
-    (
-        "",
-        re.compile(
-            r"(?<![\w/.+@:~-])[A-Za-z][\w.~=-]{19,600}(?![\w/])"
-        ),
-        _redact_token,
-    ),
-]
+    (hint, re.compile(pattern), replace)
+    for hint, pattern, replace in (
+        ("PRIVATE KEY", r"(?s)()-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----.*?"
+         r"(?:-----END [^-]*-----|\Z)", _redact_rest),
+        ("://", r"(\b[a-zA-Z][\w+.-]{1,20}://)([^\s/@:]{0,200})(:[^\s/@]{1,500})?@",
+         _redact_userinfo),
+        ("=", r"([?&;]([\w.-]{1,60})=)([^&\s#'\"<>]{4,})", _redact_assignment),
+        ("/", r"(/(?:services|webhooks?)/)[\w/-]{24,}", _redact_rest),
+        ("", r"(?i)(\b(?:bearer|basic|token) +)(?=[^\s]*\d)[\w.~+/=-]{12,}",
+         _redact_rest),
+        ("", rf"(?<![\w.-])(({_NAMED}([^\s\"',;&}}]{{6,}})", _redact_assignment),
+        ("", rf"()(?<![\w/.+-])(?:{_SHAPES})(?![\w])", _redact_rest),
+        ("", r"(?<![\w/.+@:~-])[A-Za-z][\w.~=-]{19,600}(?![\w/])", _redact_token),
+    )
+]  # fmt: skip
 
 
 # === Config and YAML ===
@@ -1509,9 +1381,8 @@ class _Conversion:
             return text
         if issubclass(kind, int):
             bits, value = int.bit_length(value), int.__int__(value)
-            if bits > MAX_INT_BITS:
-                return f"<int of {bits} bits, {hex(value)[:40]}...>"
-            return value
+            fits = bits <= MAX_INT_BITS
+            return value if fits else f"<int of {bits} bits, {hex(value)[:40]}...>"
         if issubclass(kind, float):
             return float.__float__(value)
         if id(value) in self.parents:
@@ -1530,7 +1401,11 @@ class _Conversion:
         for name in map(_type_name, kind.__mro__):
             if name in _NATURAL:
                 return self.plain(_NATURAL[name](value))
-        fields = _field_names(kind)
+        fields = getattr(kind, "_fields", None) if issubclass(kind, tuple) else None
+        if hasattr(kind, "__dataclass_fields__"):
+            fields = [field.name for field in sys.modules["dataclasses"].fields(kind)]
+        elif hasattr(kind, "__attrs_attrs__"):
+            fields = [attribute.name for attribute in kind.__attrs_attrs__]
         if fields is not None:
             return self.mapping(fields, lambda name: getattr(value, name))
         is_array = hasattr(kind, "tolist") or hasattr(kind, "iloc")
@@ -1597,14 +1472,6 @@ class _Conversion:
         return f"<{_type_name(kind)} shape={shape}{facts}>"
 
 
-def _field_names(kind: Any) -> Any:
-    if hasattr(kind, "__dataclass_fields__"):
-        return [field.name for field in sys.modules["dataclasses"].fields(kind)]
-    if hasattr(kind, "__attrs_attrs__"):
-        return [attribute.name for attribute in kind.__attrs_attrs__]
-    return getattr(kind, "_fields", None) if issubclass(kind, tuple) else None
-
-
 def _clean(text: str, limit: int) -> str:
     if not text.isascii():  # a lone surrogate has no UTF-8 form
         text = text.encode("utf-8", "backslashreplace").decode("utf-8")
@@ -1624,17 +1491,9 @@ def _type_name(kind: Any) -> str:
     return type.__repr__(kind)[8:-2]  # "<class 'numpy.ndarray'>"
 
 
-def _qualified_name(value: Any) -> str:
-    return f"{value.__module__}.{value.__qualname__}"
-
-
 def _bytes_text(value: Any) -> str:
     more = f"... <{len(value)} bytes>" if len(value) > MAX_REPR else ""
     return repr(bytes(value[:MAX_REPR])) + more
-
-
-def _pydantic_fields(model: Any) -> dict[str, Any]:
-    return {**vars(model), **(getattr(model, "__pydantic_extra__", None) or {})}
 
 
 def _omegaconf_container(value: Any) -> Any:
@@ -1656,12 +1515,14 @@ _NATURAL: dict[str, Any] = {  # by the name of the type or of one of its bases
         ("datetime.date datetime.time", lambda date: date.isoformat()),
         ("datetime.timedelta", lambda delta: f"PT{delta.total_seconds():f}S"),
         ("enum.Enum", lambda e: e.value if type(e.value) is str else e.name or str(e)),
-        ("function method builtin_function_or_method", _qualified_name),
+        ("function method builtin_function_or_method",
+         lambda function: f"{function.__module__}.{function.__qualname__}"),
         ("type", _type_name),
         ("module", lambda module: module.__name__),
         ("omegaconf.basecontainer.BaseContainer", _omegaconf_container),
         ("ml_collections.config_dict.config_dict.FieldReference", lambda r: r.get()),
-        ("pydantic.main.BaseModel", _pydantic_fields),
+        ("pydantic.main.BaseModel",
+         lambda m: {**vars(m), **(getattr(m, "__pydantic_extra__", None) or {})}),
     )
     for name in names.split()
 }
@@ -1770,20 +1631,12 @@ def _format_json(value: Any, indent: int | None = 2) -> str:
 
     NaN and infinities, which JSON lacks, become "NaN", "Infinity", "-Infinity".
     """
-    try:
-        strict = (
-            json.JSONEncoder(allow_nan=False, indent=indent) if indent else _JSON_LINE
-        )
-        text = strict.encode(value)
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
+        text = json.dumps(value, allow_nan=False, indent=indent)
         if "\\ud" not in text:  # jq refuses a lone surrogate
             return text + "\n"
-    except (ValueError, TypeError, RecursionError):
-        pass
     plain = json.dumps(_plain(value, whole=True))
     return json.dumps(json.loads(plain, parse_constant=str), indent=indent) + "\n"
-
-
-_JSON_LINE = json.JSONEncoder(allow_nan=False)  # making one takes as long as a row
 
 
 # === Output ===
@@ -2034,8 +1887,6 @@ class _Forward:
     dies, the other goes on where it stopped.
     """
 
-    thread: threading.Thread  # of the recorder: a reader may be as slow as it likes
-
     def __init__(self, log: int, target: int) -> None:
         self.log, self.target = log, target
         self.stop_at: int | None = None  # the offset where forwarding ends
@@ -2092,8 +1943,9 @@ class _Recorder:
     """The experiment's end of the recorder: two pipes and no process of its own."""
 
     def __init__(self, request: dict[str, Any], commands: int, replies: int) -> None:
-        self.request, self.commands, self.replies = request, commands, replies
-        self.identities = _identity(commands), _identity(replies)
+        self.request = request
+        self.commands, self.replies = commands, replies
+        self.identities = [(end, _identity(end)) for end in (commands, replies)]
         self.received = b""
         self.gone = False
         self.pid: int | None = None
@@ -2103,7 +1955,11 @@ class _Recorder:
         request: dict[str, Any], forwards: Sequence[_Forward]
     ) -> _Recorder | None:
         """Start the recorder; return None, and say why, where that cannot be done."""
-        problem = _no_recorder_here()
+        problem = _no_interpreter()
+        if os.name != "posix":
+            problem = "not a POSIX system"
+        elif not os.path.isfile(globals().get("__file__") or ""):
+            problem = "run_utils is not a plain file"
         if problem is None:
             try:
                 return _spawn_recorder(request, forwards)
@@ -2115,26 +1971,25 @@ class _Recorder:
             _write_json(path, {**(_read_json(path) or {}), "heartbeat_seconds": None})
         return None
 
-    def ask(self, word: str, answer: str, seconds: float | None = None) -> bool:
+    def ask(self, word: str, answer: str) -> bool:
         """Send a command and wait for its answer; False if the recorder is gone."""
         try:
-            if _identity(self.commands) != self.identities[0]:
-                return False
+            if _identity(self.commands) != self.identities[0][1]:
+                return False  # the program closed it, and opened something else
             os.write(self.commands, word.encode() + b"\n")
         except OSError:
             return False
-        return self._wait_for(answer, seconds)
+        return self._wait_for(answer)
 
-    def _wait_for(self, answer: str, seconds: float | None = None) -> bool:
-        wanted = answer.encode() + b"\n"
-        deadline = time.monotonic() + (seconds or 1e9)
+    def _wait_for(self, answer: str, seconds: float = 1e6) -> bool:
+        wanted, deadline = answer.encode() + b"\n", time.monotonic() + seconds
         poller = select.poll()
         poller.register(self.replies, select.POLLIN)
         while wanted not in self.received:
             left = deadline - time.monotonic()
             if self.gone or left <= 0:
                 return False
-            if poller.poll(min(left, 1e6) * 1000):
+            if poller.poll(left * 1000):
                 data = os.read(self.replies, 65536)
                 self.received += data
                 self.gone = not data
@@ -2155,62 +2010,42 @@ class _Recorder:
                     os.waitpid(self.pid, 0)
             return not self.gone
         finally:
-            ends = zip((self.commands, self.replies), self.identities)
-            for descriptor, opened in ends:
+            for descriptor, opened in self.identities:
                 if _identity(descriptor) == opened:
                     os.close(descriptor)
 
 
-def _no_recorder_here() -> str | None:
-    """Return why no recorder can be started from this process, or None."""
-    if os.name != "posix":
-        return "not a POSIX system"
-    if not os.path.isfile(globals().get("__file__") or ""):
-        return "run_utils is not a plain file"
-    return _no_interpreter()
-
-
-def _spawn_recorder(
-    request: dict[str, Any], forwards: Sequence[_Forward]
-) -> _Recorder:
+def _spawn_recorder(request: dict[str, Any], forwards: Sequence[_Forward]) -> _Recorder:
     """Start the recorder as nobody's child, so that os.wait() never meets it.
 
     A shell puts it into the background and is gone; what the shell ignores, the
-    recorder ignores from its first moment.
+    recorder ignores from its first moment. It runs as a module, so that its compiled
+    code is used, from the last place on the path, so that no neighbour of ours takes
+    the place of a module of the standard library.
     """
     commands_end, commands = map(_above_stderr, os.pipe())
     replies, replies_end = map(_above_stderr, os.pipe())
     ends = [commands_end, replies_end]
-    request["watch"] = None
-    pidfd_open = getattr(os, "pidfd_open", None)  # Linux: tells of our death
-    with contextlib.suppress(OSError):
-        if pidfd_open is not None:
-            request["watch"] = _above_stderr(pidfd_open(os.getpid()))
-            ends.append(request["watch"])
+    with contextlib.suppress(OSError, AttributeError):  # Linux: tells of our death
+        ends.append(_above_stderr(os.pidfd_open(os.getpid())))
+    request["watch"] = ends[2] if len(ends) == 3 else None
     request["forwards"] = [(forward.log, forward.target) for forward in forwards]
     folder, name = os.path.split(os.path.abspath(__file__))
     if name == "__init__.py":
         folder, name = os.path.split(folder)
-    # As a module, so that its compiled code is used; last on the path, so that no
-    # neighbour of ours takes the place of a module of the standard library.
     code = "import sys; sys.path.append(sys.argv[1]); m = __import__(sys.argv[2])"
-    python = [sys.executable, "-E", "-S"]
-    python += ["-B"] if sys.dont_write_bytecode else []
+    python = [sys.executable, "-E", "-S", *["-B"] * sys.dont_write_bytecode]
     if sys.pycache_prefix:
         python += ["-X", f"pycache_prefix={sys.pycache_prefix}"]
     python += ["-c", f"{code}; sys.exit(m.main(sys.argv[3:]))", folder]
-    python += [name.partition(".")[0], "--recorder"]
+    python += [name.partition(".")[0], "--recorder", *map(str, ends[:2])]
     shell = ["/bin/sh", "-c", 'trap "" HUP INT QUIT TERM; "$@" &', "run_utils"]
+    passed = [*ends, *(fd for pair in request["forwards"] for fd in pair)]
+    quiet: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
     recorder = _Recorder(request, commands, replies)
     try:
         started = subprocess.run(
-            [*shell, *python, str(commands_end), str(replies_end)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            pass_fds=[*ends, *(fd for pair in request["forwards"] for fd in pair)],
-            cwd="/",
-            start_new_session=True,
+            [*shell, *python], pass_fds=passed, cwd="/", start_new_session=True, **quiet
         )
     finally:
         for descriptor in ends:
@@ -2223,7 +2058,7 @@ def _spawn_recorder(
 
 def _recorder_main(commands: int, replies: int) -> int:
     """Be the recorder: `run_utils.py --recorder COMMANDS REPLIES`."""
-    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
+    for number in FORWARDED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     line = bytearray()
     while not line.endswith(b"\n"):  # by bytes: the next command may follow at once
@@ -2243,55 +2078,53 @@ class _RecorderProcess:
         self.request, self.commands, self.replies = request, commands, replies
         self.run_dir = Path(request["run_dir"])
         self.forwards = [_Forward(*pair) for pair in request["forwards"]]
-        for forward in self.forwards:
-            forward.thread = threading.Thread(target=forward.run, daemon=True)
-            forward.thread.start()
-        work = _complete_metadata, (self.run_dir, request)
-        self.captures = threading.Thread(target=work[0], args=work[1], daemon=True)
+        loops = [forward.run for forward in self.forwards]
+        self.threads = [threading.Thread(target=run, daemon=True) for run in loops]
+        work: Any = {"target": _complete_metadata, "args": (self.run_dir, request)}
+        self.captures = threading.Thread(**work, daemon=True)
         self.oom_kills = _oom_kills()
-        self.waiting = False  # the parent waits for the captures
 
     def run(self) -> int:
         """Serve the parent until its block ends or it dies."""
         self._reply(f"pid {os.getpid()}")
-        self.captures.start()
-        watch, beat = self.request["watch"], 0.0
+        for thread in [*self.threads, self.captures]:
+            thread.start()
+        watch, beat, waiting = self.request["watch"], 0.0, False
         poller = select.poll()
-        poller.register(self.commands, select.POLLIN)
-        if watch is not None:
-            poller.register(watch, select.POLLIN)
+        for descriptor in filter(None, (self.commands, watch)):
+            poller.register(descriptor, select.POLLIN)
         while True:
             ready = [descriptor for descriptor, _ in poller.poll(250)]
             if self.commands in ready:
                 words = os.read(self.commands, 4096).split()
                 if b"end" in words:
                     return self._finish()
+                if b"drain" in words:
+                    self._drain()
+                    self._reply("drained")
                 if not words:  # the parent called exec, or closed what it has open
                     poller.unregister(self.commands)
-                self._answer(words)
-            if watch in ready or (watch is None and not self._parent_lives()):
+                waiting = waiting or b"wait" in words
+            ticks = self.request["process"]["start_ticks"]
+            alive = watch is not None or _is_alive(self.request["pid"], ticks)
+            if watch in ready or not alive:
                 self._record_death()
                 return self._finish()
-            if self.waiting and not self.captures.is_alive():
-                self.waiting = False
+            if waiting and not self.captures.is_alive():
+                waiting = False
                 self._reply("captured")
             if time.monotonic() >= beat:
                 beat = time.monotonic() + HEARTBEAT_SECONDS
                 with contextlib.suppress(OSError):
                     os.utime(self.run_dir / "status.json")
 
-    def _answer(self, words: Sequence[bytes]) -> None:
-        self.waiting = self.waiting or b"wait" in words
-        if b"drain" in words:
-            ends = [os.fstat(forward.log).st_size for forward in self.forwards]
-            for forward, end in zip(self.forwards, ends):
-                forward.wake.set()
-                while forward.position() < end:
-                    time.sleep(0.002)
-            self._reply("drained")
-
-    def _parent_lives(self) -> bool:
-        return _is_alive(self.request["pid"], self.request["process"]["start_ticks"])
+    def _drain(self) -> None:
+        """Wait until all that is in the logs by now is forwarded."""
+        ends = [os.fstat(forward.log).st_size for forward in self.forwards]
+        for forward, end in zip(self.forwards, ends):
+            forward.wake.set()
+            while forward.position() < end:
+                time.sleep(0.002)
 
     def _record_death(self) -> None:
         """Write the end that the parent could not write, unless it just had."""
@@ -2299,11 +2132,11 @@ class _RecorderProcess:
             status = _read_json(self.run_dir / "status.json") or {}
             if isinstance(status.get("exit_code"), int):
                 return
-            ending = _killed(self.request, self.oom_kills)
             seconds = round(time.monotonic() - self.request["begun"], 3)
-            ending["duration_seconds"] = seconds
+            ending = _killed(self.request, self.oom_kills)
+            ending.update(duration_seconds=seconds, timestamp_utc=_utc())
             ending["last_output"] = _last_output(self.run_dir)
-            facts = {**status, **ending, "timestamp_utc": _utc()}
+            facts = {**status, **ending}
             _write_json(self.run_dir / "status.json", facts, durable=True)
         with _tolerating("the index"):
             _append_index(self.request["row"], "end", "failed", "killed")
@@ -2313,8 +2146,8 @@ class _RecorderProcess:
         for forward in self.forwards:
             forward.stop_at = os.fstat(forward.log).st_size
             forward.wake.set()
-        for forward in self.forwards:
-            forward.thread.join()
+        for forward, thread in zip(self.forwards, self.threads):
+            thread.join()
             os.close(forward.target)
         self._reply("drained")
         self.captures.join()
@@ -2330,17 +2163,21 @@ def _killed(request: dict[str, Any], oom_kills: int | None) -> dict[str, Any]:
     """Return how the parent died, as far as the kernel tells, for status.json."""
     wait_status = _wait_status(request["pid"], request["watch"])
     problem = "the process ended without leaving the run_context block"
-    if wait_status is None:
-        return _outcome("failed", "killed", None, signal=None, problem=problem)
-    code = _exit_of(wait_status)
-    if code >= 0:
-        problem += f" (exit status {code})"
+    code = None if wait_status is None else _exit_of(wait_status)
+    if code is None or code >= 0:
+        problem += "" if code is None else f" (exit status {code})"
         return _outcome("failed", "killed", code, signal=None, problem=problem)
-    name = _signal_name(-code)
-    if -code == signal.SIGKILL and (_oom_kills() or 0) > (oom_kills or 0):
-        name += ", out of memory"  # the kernel counts what it kills for that
-    about = {"signal": _signal_name(-code), "problem": f"killed by {name}"}
-    return _outcome("failed", "killed", 128 - code, **about)
+    # The kernel counts what it kills for want of memory.
+    starved = -code == signal.SIGKILL and (_oom_kills() or 0) > (oom_kills or 0)
+    return _killed_by(-code, ", out of memory" if starved else "")
+
+
+def _killed_by(number: int, why: str = "") -> dict[str, Any]:
+    """Return the keys of status.json for a process that a signal ended."""
+    known = {int(item): item.name for item in signal.Signals}
+    name = known.get(number, f"signal {number}")
+    about = {"signal": name, "problem": f"killed by {name}{why}"}
+    return _outcome("failed", "killed", 128 + number, **about)
 
 
 def _exit_of(wait_status: int) -> int:
@@ -2348,13 +2185,6 @@ def _exit_of(wait_status: int) -> int:
     if os.WIFSIGNALED(wait_status):
         return -os.WTERMSIG(wait_status)
     return os.WEXITSTATUS(wait_status)
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
 
 
 def _wait_status(pid: int, pidfd: int | None) -> int | None:
@@ -2382,11 +2212,10 @@ def _wait_status(pid: int, pidfd: int | None) -> int | None:
 
 def _proc_stat(pid: int) -> list[str] | None:
     """Return the fields of /proc/<pid>/stat from the third, the state, on."""
-    try:
+    with contextlib.suppress(OSError):
         text = Path(f"/proc/{pid}/stat").read_bytes()
-    except OSError:
-        return None
-    return text.rpartition(b")")[2].decode("ascii").split()  # the name may hold a ")"
+        return text.rpartition(b")")[2].decode("ascii").split()  # names may hold a ")"
+    return None
 
 
 def _oom_kills() -> int | None:
@@ -2450,8 +2279,9 @@ def _results_root(base_dir: Path) -> Path:
     return [*indexed, *(path for path in above if path.name == "results"), base_dir][0]
 
 
-def _index_row(run_dir: Path, root: Path) -> dict[str, Any]:
+def _index_row(run_dir: Path, root: Path | None = None) -> dict[str, Any]:
     """Return what the lines of one run in the index have in common."""
+    root = root or _results_root(run_dir.parent)
     metadata = _read_json(run_dir / "metadata.json") or {}
     return {
         "event": None,
@@ -2499,8 +2329,7 @@ def _record_use(artifact: Path, consumer: str | None, reason: str | None) -> Non
     with contextlib.suppress(OSError):  # the producer's tree may be read-only
         (producer / "artifacts").mkdir(exist_ok=True)
         _append_line(producer / "artifacts" / "USED_BY.jsonl", who)
-        row = _index_row(producer, _results_root(producer.parent))
-        _append_index(row, "artifact_used", None, **about)
+        _append_index(_index_row(producer), "artifact_used", None, **about)
 
 
 def _add_input(run_dir: Path, artifact: Path, producer: Path) -> None:
@@ -2532,6 +2361,11 @@ def _add_input(run_dir: Path, artifact: Path, producer: Path) -> None:
 def _write_json(path: Path, value: Any, durable: bool = False) -> None:
     """Write plain data as redacted, strict JSON."""
     _write_file(path, _format_json(_redact(value)).encode("ascii"), durable)
+
+
+def _write_yaml(path: Path, value: Any) -> None:
+    """Write plain data as redacted YAML."""
+    _write_file(path, _format_yaml(_redact(value)).encode("utf-8"))
 
 
 def _write_file(path: Path, data: bytes, durable: bool = False) -> None:
@@ -2568,7 +2402,7 @@ def _open_for_lines(path: Path) -> int:
     descriptor = _open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
     size = os.fstat(descriptor).st_size
     if size and os.pread(descriptor, 1, size - 1) != b"\n":
-        time.sleep(0.002)  # it may only be in the middle of its write
+        time.sleep(0.01)  # it may only be in the middle of its write
         if os.fstat(descriptor).st_size == size:
             os.write(descriptor, b"\n")
     return descriptor
@@ -2810,6 +2644,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+RUN_HELP = "a path, anything in a run, a part of a name, or latest"
+
+
 def _parser() -> argparse.ArgumentParser:
     import argparse
 
@@ -2853,9 +2690,7 @@ def _cmd_run(args: argparse.Namespace) -> int:
         status, reason = ("failed", "system_exit") if code else ("success", "normal")
         recording.ending = _outcome(status, reason, code)
         if code < 0:
-            about = {"signal": _signal_name(-code)}
-            about["problem"] = f"killed by {about['signal']}"
-            recording.ending = _outcome("failed", "killed", 128 - code, **about)
+            recording.ending = _killed_by(-code)
     print(f"run_utils: recorded in {_printable(str(run_dir))}", file=sys.stderr)
     return 128 - code if code < 0 else code
 
@@ -2908,7 +2743,7 @@ def _scalar(text: str) -> Any:
 
 def _run_attached(words: Sequence[str]) -> int:
     """Run a command on our streams; return its status, -n when signal n ended it."""
-    child: subprocess.Popen[bytes] | None = None
+    children: list[subprocess.Popen[bytes]] = []
     early: list[int] = []
     typed: tuple[int, ...] = ()  # what the terminal sends to the command as well
     with contextlib.suppress(OSError), open("/dev/tty", "rb") as terminal:
@@ -2916,16 +2751,16 @@ def _run_attached(words: Sequence[str]) -> int:
             typed = (signal.SIGINT, signal.SIGQUIT)
 
     def forward(number: int, frame: object) -> None:
-        if child is None:
+        if not children:
             early.append(number)
         elif number not in typed:
-            child.send_signal(number)
+            children[0].send_signal(number)
 
     with _handling(FORWARDED_SIGNALS, forward):
-        child = subprocess.Popen(words)
+        children.append(subprocess.Popen(words))
         for number in early:
-            child.send_signal(number)
-        return child.wait()
+            children[0].send_signal(number)
+        return children[0].wait()
 
 
 def _run_on_terminal(words: Sequence[str]) -> int:
@@ -2934,21 +2769,20 @@ def _run_on_terminal(words: Sequence[str]) -> int:
     import pty
     import termios
 
-    inner = -1
+    inner: list[int] = []  # our end of the pseudo-terminal, known at the first output
 
     def resize(*_: object) -> None:
-        if inner >= 0:
+        for descriptor in inner:
             size = fcntl.ioctl(0, termios.TIOCGWINSZ, bytes(8))
-            fcntl.ioctl(inner, termios.TIOCSWINSZ, size)
+            fcntl.ioctl(descriptor, termios.TIOCSWINSZ, size)
 
     def forward(number: int, frame: object) -> None:
-        if inner >= 0:
-            os.killpg(os.tcgetpgrp(inner), number)
+        for descriptor in inner:
+            os.killpg(os.tcgetpgrp(descriptor), number)
 
     def read(descriptor: int) -> bytes:
-        nonlocal inner
-        if inner < 0:
-            inner = descriptor
+        if not inner:
+            inner.append(descriptor)
             resize()
         shown = os.read(descriptor, FORWARD_BYTES)
         if isinstance(sys.stdout, _Tee):
@@ -3011,36 +2845,39 @@ def _find_run(text: str) -> Path:
             raise ValueError(f"{text!r} is not in a run directory; give one, or a name")
         return found
     root = Path("results" if os.path.isdir("results") else "").absolute()
-    runs = [run for run in _walk_runs(root) if text in ("latest", run.name)]
-    runs = runs or [run for run in _walk_runs(root) if text in run.name]
+    walked = _walk_runs(root)
+    runs = [run for run in walked if text in ("latest", run.name)]
+    runs = runs or [run for run in walked if text in run.name]
     if not runs:
         raise ValueError(f"no run {text!r} below {str(root)!r}")
     if len(runs) > 1 and text != "latest":
-        names = ", ".join(run.name for run in runs[:3])
-        many = f"a part of {len(runs)} names ({names}, ...)"
-        raise ValueError(f"{text!r} is {many}; say more")
+        many = f"{len(runs)} names ({', '.join(run.name for run in runs[:3])}, ...)"
+        raise ValueError(f"{text!r} is a part of {many}; say more")
     return runs[0]
 
 
 def _format_inspect(facts: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     """Yield the paragraphs of `inspect`: a name and lines."""
     status, metadata = facts["status"], facts["metadata"]
-    git, python = _mapping(metadata, "git"), _mapping(metadata, "python")
     known = {key: metadata.get(key, "?") for key in ("user", "hostname", "working_dir")}
     packages = metadata.get("pip_freeze")
     count = len(packages) if isinstance(packages, list) else "no list of"
-    version = str(python.get("version", "?")).split(" ")[0]
+    version = str(_mapping(metadata, "python").get("version", "?")).split(" ")[0]
     machine = _mapping(metadata, "platform").get("platform", "?")
     config = {k: v for k, v in facts["config"].items() if k != "command"}
     captures = _mapping(metadata, "capture")
     problems = {name: _mapping(captures, name).get("problem") for name in captures}
     problems.update({} if metadata else {"metadata.json": "missing or not readable"})
+    reason, code = status.get("exit_reason"), status.get("exit_code")
+    seconds = status.get("duration_seconds")
+    took = f", after {seconds:.6g} s" if isinstance(seconds, (int, float)) else ""
+    ended = str(status.get("status", "?")) + (f" ({reason})" if reason else "")
+    who = "{user} on {hostname} in {working_dir}".format(**known)
     yield "run", [facts["run_dir"]]
-    yield "status", [_format_status(status)]
+    yield "status", [ended + ("" if code is None else f", exit code {code}") + took]
     yield "why", _format_why(status)
     yield "command", [str(metadata.get("command", "?"))]
-    yield "code", [_format_code(git)]
-    who = "{user} on {hostname} in {working_dir}".format(**known)
+    yield "code", [_format_code(_mapping(metadata, "git"))]
     yield "started", [f"{status.get('started_utc', '?')} by {who}"]
     yield "python", [f"{version} on {machine}; {count} packages"]
     yield "config", _format_yaml(config).splitlines()[:MAX_SHOWN] if config else []
@@ -3048,15 +2885,6 @@ def _format_inspect(facts: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]
         yield name, [f"{key}: {value}" for key, value in facts[name].items()]
     yield "notes", [f"{n.get('text', '')} {n.get('tags', '')}" for n in facts["notes"]]
     yield "problems", [f"{name}: {text}" for name, text in problems.items() if text]
-
-
-def _format_status(status: Mapping[str, Any]) -> str:
-    """Return "failed (exception), exit code 1, after 12 s"."""
-    reason, code = status.get("exit_reason"), status.get("exit_code")
-    seconds = status.get("duration_seconds")
-    took = f", after {seconds:.6g} s" if isinstance(seconds, (int, float)) else ""
-    text = str(status.get("status", "?")) + (f" ({reason})" if reason else "")
-    return text + ("" if code is None else f", exit code {code}") + took
 
 
 def _format_why(status: Mapping[str, Any]) -> list[str]:
@@ -3076,8 +2904,7 @@ def _format_code(git: Mapping[str, Any]) -> str:
     parts = [f"{git['commit_short']} on {git.get('branch') or 'no branch'}"]
     parts.append("uncommitted changes" if git.get("is_dirty") else "")
     parts.append(f"{git['unpushed']} commits not pushed" if git.get("unpushed") else "")
-    parts.append(str(git.get("remote_origin_url") or ""))
-    return ", ".join(filter(None, parts))
+    return ", ".join(filter(None, [*parts, str(git.get("remote_origin_url") or "")]))
 
 
 def _metric_ranges(run_dir: Path) -> dict[str, str]:
@@ -3095,11 +2922,10 @@ def _outputs(run_dir: Path) -> dict[str, str]:
     """Return for each folder how many files and bytes the run left in it."""
     found = {}
     for folder in sorted(path for path in run_dir.iterdir() if path.is_dir()):
-        tree = list(os.walk(folder))
-        walked = [Path(top, name) for top, _, names in tree for name in names]
-        size = sum(path.lstat().st_size for path in walked)
-        many = f"{len(walked)} file{'s' * (len(walked) != 1)}, {size:,} bytes"
-        found[folder.name] = many if walked else "empty"
+        files = [Path(top, name) for top, _, names in os.walk(folder) for name in names]
+        size = sum(path.lstat().st_size for path in files)
+        many = f"{len(files)} file{'s' * (len(files) != 1)}, {size:,} bytes"
+        found[folder.name] = many if files else "empty"
     return found
 
 
@@ -3118,12 +2944,11 @@ def _differences_from_now(metadata: Mapping[str, Any]) -> dict[str, str]:
 
 def _printable(text: str) -> str:
     """Escape what could steer a terminal, hide text, or not be printed at all."""
-    text = re.sub(
+    hidden = (
         r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f"
-        r"\ufeff\ud800-\udfff]",
-        lambda match: match[0].encode("unicode_escape").decode("ascii"),
-        text,
+        r"\ufeff\ud800-\udfff]"
     )
+    text = re.sub(hidden, lambda m: m[0].encode("unicode_escape").decode("ascii"), text)
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
 

@@ -151,7 +151,7 @@ class RunCase(unittest.TestCase):
 
     def index(self) -> list[dict[str, Any]]:
         lines = (self.tmp / "results/index/runs_index.jsonl").read_text("ascii")
-        return [json.loads(line) for line in lines.splitlines()]
+        return [json.loads(line) for line in lines.splitlines() if line]
 
     def wait_for_status(self, status: str) -> dict[str, Any]:
         """Return status.json once it says `status`; fail after a long while."""
