@@ -67,21 +67,10 @@ if TYPE_CHECKING:
     StrPath = Union[str, os.PathLike[str]]
 
 __all__ = [
-    "DEFAULT_SUBDIRS",
-    "Run",
-    "capture_metadata",
-    "ensure_run_dir",
-    "find_runs",
-    "load_run",
-    "log_metrics",
-    "main",
-    "mark_artifact_used",
-    "mark_status",
-    "run_context",
-    "save_json",
-    "start_run",
-    "write_config_yaml",
-]
+    "DEFAULT_SUBDIRS", "Run", "capture_metadata", "ensure_run_dir", "find_runs",
+    "load_run", "log_metrics", "main", "mark_artifact_used", "mark_status",
+    "run_context", "save_json", "start_run", "write_config_yaml",
+]  # fmt: skip
 __version__ = "1.0.0"
 # vendor.sh writes here which version and git blob a copy is.
 __vendored__ = None
@@ -151,8 +140,7 @@ def run_context(
     attempts/<n>/. `notes` and `tags` become a line of notes.jsonl.
 
     Also a decorator, for functions, coroutines and generators: each call is a run.
-    Raises TypeError, ValueError or OSError before anything is recorded when the
-    arguments are wrong or no directory can be made.
+    Raises TypeError, ValueError or OSError before anything is recorded.
     """
     if isinstance(tags, str):
         raise TypeError(f"tags must be a list of strings, not {tags!r}; use [{tags!r}]")
@@ -198,9 +186,8 @@ class _Recording:
 
         waits = inspect.iscoroutinefunction(function)
         iterates = inspect.isgeneratorfunction(function)
-        return functools.wraps(function)(
-            wait if waits else iterate if iterates else call
-        )
+        wrapper = wait if waits else iterate if iterates else call
+        return functools.wraps(function)(wrapper)
 
     def __enter__(self) -> Path:
         if self.run_dir is not None:
@@ -240,9 +227,7 @@ class _Recording:
             _append_index(self.row, "start", "running")
         if options["notes"] or options["tags"]:
             with _tolerating("notes.jsonl"):
-                note = {"timestamp_utc": _utc(), "user": _user()}
-                note.update(text=options["notes"] or "", tags=options["tags"])
-                _append_line(run_dir / "notes.jsonl", note)
+                _append_note(run_dir, options["notes"] or "", options["tags"])
         if options["capture_output"] and not any(r.capture.streams for r in others):
             with _tolerating("logs/"):
                 self.capture.open()
@@ -287,14 +272,12 @@ def start_run(
     """Create a run directory with status.json ("running") and return its Path.
 
     For scripts that cannot use `run_context`: call `write_config_yaml`,
-    `capture_metadata` and at the end `mark_status` yourself. Arguments and errors are
-    those of `run_context`.
+    `capture_metadata` and at the end `mark_status` yourself. Raises as it does.
     """
-    options = {
-        "base_dir": _absolute(base_dir, "base_dir"), "run_prefix": run_prefix,
-        "include_git_hash": include_git_hash,
-        "subdirs": _checked_subdirs(create_subdirs, subdirs),
-    }
+    options: dict[str, Any] = {"run_prefix": run_prefix}
+    options["base_dir"] = _absolute(base_dir, "base_dir")
+    options["subdirs"] = _checked_subdirs(create_subdirs, subdirs)
+    options["include_git_hash"] = include_git_hash
     run_dir = _open_run(options, _code_directory())
     with _tolerating("the index"):
         _append_index(_index_row(run_dir), "start", "running")
@@ -469,9 +452,9 @@ def _ending(error: BaseException | None) -> dict[str, Any]:
 
 
 def _outcome(
-    status: str, reason: str, code: int | None, exception: Any = None, **more: Any
+    status: str, why: str | None, code: int | None, exception: Any = None, **more: Any
 ) -> dict[str, Any]:
-    facts = {"status": status, "exit_reason": reason, "exit_code": code}
+    facts = {"status": status, "exit_reason": why, "exit_code": code}
     return {**facts, "exception": exception, **more}
 
 
@@ -498,10 +481,10 @@ def _exception(error: BaseException) -> dict[str, Any]:
 
 def _last_words(error: BaseException | None, ending: Mapping[str, Any]) -> str:
     """Return what Python will print of `error` after the block, for the log."""
-    exception = ending.get("exception") or {}
-    if isinstance(error, SystemExit):
-        return "" if isinstance(error.code, int) else exception.get("message", "")
-    return str(exception.get("traceback", ""))
+    if isinstance(error, SystemExit) and isinstance(error.code, int):
+        return ""
+    shown = "message" if isinstance(error, SystemExit) else "traceback"
+    return str((ending.get("exception") or {}).get(shown, ""))
 
 
 def _finish_status(run_dir: Path, ending: dict[str, Any]) -> dict[str, Any]:
@@ -551,10 +534,10 @@ def _open_run(options: Mapping[str, Any], directory: str) -> Path:
     chosen: Path | None = options.get("run_dir")
     if options.get("resume") is not None:
         chosen = _resumable(base_dir, options["resume"])
-    prefix, run_dir = options["run_prefix"], chosen or base_dir
+    run_dir, prefix = chosen or base_dir, options["run_prefix"]
     prefix = _safe_name(_script_name() if prefix is None else str(prefix))
-    named = chosen is None and options.get("include_git_hash", True)
-    commit = _git_head(directory) if named else None
+    with_hash = chosen is None and options.get("include_git_hash", True)
+    commit = _git_head(directory) if with_hash else None
     name = "-".join(filter(None, [prefix, time.strftime("%Y%m%d-%H%M%S"), commit]))
     try:
         _twice(run_dir.mkdir, parents=True, exist_ok=True)
@@ -565,7 +548,7 @@ def _open_run(options: Mapping[str, Any], directory: str) -> Path:
         _twice(ensure_run_dir, run_dir, subdirs=options["subdirs"])
         _twice(_write_json, run_dir / "status.json", _running_status(options))
     except OSError as error:
-        if run_dir != base_dir and chosen is None:
+        if run_dir not in (base_dir, chosen):
             for folder in [*map(run_dir.joinpath, options["subdirs"]), run_dir]:
                 with contextlib.suppress(OSError):  # not empty: something was written
                     folder.rmdir()
@@ -638,10 +621,9 @@ def _archive_attempt(run_dir: Path) -> None:
     names = ("config.yaml", "metadata.json", "status.json", "git.patch")
     record = [run_dir / name for name in names if (run_dir / name).exists()]
     if record:
-        (run_dir / "attempts").mkdir(exist_ok=True)
         numbers = [int(p.name) for p in run_dir.glob("attempts/*") if p.name.isdigit()]
         attempt = run_dir / "attempts" / str(max(numbers, default=0) + 1)
-        attempt.mkdir()
+        attempt.mkdir(parents=True)
         for path in record:
             os.replace(path, attempt / path.name)
 
@@ -650,13 +632,10 @@ def _running_status(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return status.json as it is until the run ends."""
     now = _utc()
     return {
-        "status": "running",
-        "exit_reason": None,
+        **_outcome("running", None, None),
         "timestamp_utc": now,
         "started_utc": now,
         "duration_seconds": None,
-        "exit_code": None,
-        "exception": None,
         "pid": os.getpid(),
         "hostname": _hostname(),
         "process": _process_identity(os.getpid()),
@@ -674,8 +653,8 @@ def _absolute(path: StrPath, name: str) -> Path:
     try:
         return Path(os.path.abspath(text))
     except FileNotFoundError:
-        sentence = f"{name} {text!r} is relative, but the working directory is gone"
-        raise FileNotFoundError(f"{sentence}; give an absolute path") from None
+        gone = f"{name} {text!r} is relative, but the working directory is gone"
+        raise FileNotFoundError(f"{gone}; give an absolute path") from None
 
 
 def _checked_subdirs(create: bool, subdirs: Sequence[str] | None) -> list[str]:
@@ -719,9 +698,8 @@ def _argv() -> list[str]:
 def _code_directory(argv: Sequence[str] | None = None) -> str:
     """Return the directory of the code that runs: that of the script, else the cwd."""
     words = getattr(sys, "argv", [])[:1] if argv is None else argv[1:]
-    script = next(filter(os.path.isfile, words), None)
-    here = _working_dir() or "/"
-    return os.path.dirname(os.path.join(here, script)) if script else here
+    script = next(filter(os.path.isfile, words), "")
+    return os.path.dirname(os.path.join(_working_dir() or "/", script))
 
 
 def _working_dir() -> str | None:
@@ -793,11 +771,11 @@ def _complete_metadata(
     run_dir: Path, request: Mapping[str, Any], filename: str = "metadata.json"
 ) -> None:
     """Ask what is slow to answer, and add each answer to metadata.json."""
-    directory, exclude = request["directory"], request["row"]["results_root"]
+    exclude, places = request["row"]["results_root"], request["sys_path"]
     collectors: dict[str, Callable[[], tuple[Any, str | None]]] = {
-        "git": lambda: _git(directory, exclude),
+        "git": lambda: _git(request["directory"], exclude),
         "cuda": _cuda,
-        "pip_freeze": lambda: _packages(request["executable"], request["sys_path"]),
+        "pip_freeze": lambda: _packages(request["executable"], places),
     }
     for name, collect in collectors.items():
         started, facts = time.monotonic(), None
@@ -1191,17 +1169,21 @@ _STRONG = re.compile(
     r".*(password|passwd|passphrase|passcode|credentials?|apikey|token|secrets?)"
 )
 # Words that do so at the end, and what makes a `key` secret.
-_WEAK = _words("pass pw pwd pat sas psk auth authorization bearer cookie jwt")
-_KEY_OF = _words("""api access private secret signing encryption master license account storage
+_WEAK = _words(
+    "pass pw pwd pat sas psk auth authorization bearer cookie jwt")
+_KEY_OF = _words(
+    """api access private secret signing encryption master license account storage
     application app deploy fernet auth service subscription ssh shared admin client
     consumer session root webhook""")
 # Words at the end of a name whose value only tells something about a secret.
-_ABOUT = _words("""id ids name file path dir folder url uri host type types len length size
+_ABOUT = _words(
+    """id ids name file path dir folder url uri host type types len length size
     count limit num ttl expiry enabled disabled required policy version algorithm
     backend provider manager field column columns prefix suffix pattern format mode
     level rate seconds timeout budget index dim dtype class free""")
 # The tokens of language models.
-_ROLES = _words("""pad eos bos unk mask sep cls image video audio stop start end special eot
+_ROLES = _words(
+    """pad eos bos unk mask sep cls image video audio stop start end special eot
     sot prefix middle suffix max min per num next first last think tool""")
 
 
@@ -2310,6 +2292,11 @@ def _append_index(
     path.parent.mkdir(exist_ok=True)
     facts = {"event": event, "timestamp_utc": _utc(), "status": status}
     _append_line(path, {**row, **facts, "exit_reason": why, **more})
+
+
+def _append_note(run_dir: Path, text: str, tags: Sequence[str]) -> None:
+    note = {"timestamp_utc": _utc(), "user": _user(), "text": text, "tags": tags}
+    _append_line(run_dir / "notes.jsonl", note)
 
 
 def _record_use(artifact: Path, consumer: str | None, reason: str | None) -> None:
