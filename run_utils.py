@@ -1630,8 +1630,7 @@ class _Capture:
     """The output of one run: the streams that are captured and their logs."""
 
     def __init__(self, run_dir: Path, prefix: str = "") -> None:
-        self.run_dir = run_dir
-        self.prefix = prefix  # "rank3." for the logs of another rank
+        self.run_dir, self.prefix = run_dir, prefix  # "rank3." for another rank's logs
         self.streams: list[_Stream] = []
         self.forwards: list[_Forward] = []
         self.recorder: _Recorder | None = None
@@ -1658,7 +1657,7 @@ class _Capture:
         """Redirect; without a recorder to forward, everything goes through a tee."""
         self.recorder = recorder
         if any(stream.direct for stream in self.streams):
-            _flush_c_streams(only_if_loaded=True)
+            _flush_c_streams()
         for stream in self.streams:
             stream.direct = stream.direct and recorder is not None
             stream.start()
@@ -1677,12 +1676,10 @@ class _Capture:
         if last_words and self.streams:
             text = _redact_text(last_words).encode("utf-8", "backslashreplace")
             os.write(self.streams[-1].log, text)
-        for descriptor in [s.log for s in self.streams] + [
-            s.saved for s in self.streams if s.saved_is_ours()
-        ]:
+        opened = [stream.log for stream in self.streams]
+        opened += [stream.saved for stream in self.streams if stream.saved_is_ours()]
+        for descriptor in opened + [forward.log for forward in self.forwards]:
             os.close(descriptor)
-        for forward in self.forwards:
-            os.close(forward.log)
         self.streams, self.forwards = [], []
 
 
@@ -1696,13 +1693,12 @@ class _Stream:
         self.log = self.saved = -1
         self.tee: _Tee | None = None
         self.place: object = None  # equal for two streams that go to one place
-        if self.original is None:
-            return
-        self.place = self
-        with contextlib.suppress(AttributeError, OSError, ValueError):
-            if self.original.fileno() == descriptor:
-                self.place = _identity(descriptor)
-                self.direct = not os.isatty(descriptor)
+        if self.original is not None:
+            self.place = self
+            with contextlib.suppress(AttributeError, OSError, ValueError):
+                if self.original.fileno() == descriptor:
+                    self.place = _identity(descriptor)
+                    self.direct = not os.isatty(descriptor)
 
     def open(self, path: Path) -> None:
         """Open the log and keep a copy of the descriptor."""
@@ -1728,22 +1724,23 @@ class _Stream:
                 stream.flush()
 
     def stop(self) -> None:
+        """Put the stream back, or let the run that took it over do so later."""
         if self.tee is not None:
             self.tee.run_utils_log = None  # whoever still holds it writes through it
+            stream = self.original
+            while isinstance(stream, _Tee) and stream.run_utils_log is None:
+                stream = stream.run_utils_original  # the tee of a run that is over
             if getattr(sys, self.name) is self.tee:
-                setattr(sys, self.name, _untee(self.original))
+                setattr(sys, self.name, stream)
         elif self.direct and self.saved_is_ours():
-            self._restore_descriptor()
-
-    def _restore_descriptor(self) -> None:
-        """Point the descriptor back, or let the run that took it over do so later."""
-        if _identity(self.descriptor) == _identity(self.log):
-            os.dup2(self.saved, self.descriptor)
-            return
-        for other in (s for r in _active for s in r.capture.streams):
-            if other.direct and other.saved_identity == _identity(self.log):
-                os.dup2(self.saved, other.saved, inheritable=False)
-                other.saved_identity = self.saved_identity
+            log = _identity(self.log)
+            if _identity(self.descriptor) == log:
+                os.dup2(self.saved, self.descriptor)
+                return
+            for other in (s for r in _active for s in r.capture.streams if s.direct):
+                if other.saved_identity == log:
+                    os.dup2(self.saved, other.saved, inheritable=False)
+                    other.saved_identity = self.saved_identity
 
     def saved_is_ours(self) -> bool:
         """Return whether nobody closed or reused our copy of the descriptor."""
@@ -1759,9 +1756,8 @@ class _Tee:
 
     def write(self, data: Any) -> Any:
         written = self.run_utils_original.write(data)
-        if isinstance(data, str):
-            data = data.encode("utf-8", "backslashreplace")
-        self.copy(data)
+        is_text = isinstance(data, str)
+        self.copy(data.encode("utf-8", "backslashreplace") if is_text else data)
         return written
 
     def copy(self, data: bytes) -> None:
@@ -1789,13 +1785,6 @@ class _Tee:
         return iter(self.run_utils_original)
 
 
-def _untee(stream: Any) -> Any:
-    """Return `stream` without the tees of runs that are over."""
-    while isinstance(stream, _Tee) and stream.run_utils_log is None:
-        stream = stream.run_utils_original
-    return stream
-
-
 class _LogFile(io.FileIO):
     """Descriptor 1 or 2 below sys.stdout: a log that is full never reaches print."""
 
@@ -1810,6 +1799,9 @@ class _LogFile(io.FileIO):
         return len(data)
 
 
+_replaced_files: list[io.FileIO] = []  # collecting one would close the descriptor
+
+
 def _guard(stream: Any) -> None:
     """Put a `_LogFile` below sys.stdout or sys.stderr.
 
@@ -1822,28 +1814,20 @@ def _guard(stream: Any) -> None:
         return
     below = _LogFile(raw.fileno(), "w", closefd=False)
     below.name = raw.name
-    _replaced_files.append(raw)  # collecting it would close the descriptor
+    _replaced_files.append(raw)
     if buffer is not raw:
         io.BufferedWriter.__init__(buffer, below)
-        return
-    stream.__init__(
-        below,
-        stream.encoding,
-        stream.errors,
-        line_buffering=stream.line_buffering,
-        write_through=True,
-    )
-
-
-_replaced_files: list[io.FileIO] = []
+    else:
+        ways = {"line_buffering": stream.line_buffering, "write_through": True}
+        stream.__init__(below, stream.encoding, stream.errors, **ways)
 
 
 def _give_way(descriptor: int, error: OSError) -> bool:
     """Let output go where it went before, since the log cannot be written."""
     for stream, capture in ((s, r.capture) for r in _active for s in r.capture.streams):
-        if stream.descriptor != descriptor or not stream.direct:
-            continue
-        if _identity(descriptor) == _identity(stream.log) and stream.saved_is_ours():
+        ours = stream.direct and stream.descriptor == descriptor
+        ours = ours and _identity(descriptor) == _identity(stream.log)
+        if ours and stream.saved_is_ours():
             if capture.recorder is not None:
                 capture.recorder.ask("drain", "drained")
             os.dup2(stream.saved, descriptor)
@@ -1852,14 +1836,18 @@ def _give_way(descriptor: int, error: OSError) -> bool:
     return False
 
 
-def _flush_c_streams(only_if_loaded: bool = False) -> None:
-    """Flush C's stdio buffers, so that a `puts` lands in the log of its own run."""
-    if only_if_loaded and "ctypes" not in sys.modules:
-        return
-    with contextlib.suppress(Exception):  # a Python built without ctypes
-        import ctypes
+def _flush_c_streams() -> None:
+    """Flush C's stdio buffers, so that a `puts` lands in the log of its own run.
 
-        ctypes.CDLL(None).fflush(None)
+    Nobody but ctypes and extension modules can call it; importing ctypes takes long.
+    """
+    files = [str(getattr(module, "__file__", "")) for module in [*sys.modules.values()]]
+    extensions = [f for f in files if f.endswith(".so") and "lib-dynload" not in f]
+    with contextlib.suppress(Exception):  # a Python built without ctypes
+        if extensions or "ctypes" in sys.modules:
+            import ctypes
+
+            ctypes.CDLL(None).fflush(None)
 
 
 class _Forward:
@@ -1901,7 +1889,7 @@ class _Forward:
 def _write_patiently(descriptor: int, data: bytes) -> bool:
     """Write all of `data`, however slow the reader; return False if it is gone."""
     failures = 0
-    while data:
+    while data and failures < 4:
         try:
             data = data[os.write(descriptor, data) :]
         except BlockingIOError:
@@ -1910,10 +1898,8 @@ def _write_patiently(descriptor: int, data: bytes) -> bool:
             return False
         except OSError:
             failures += 1
-            if failures > 3:
-                return False
             time.sleep(0.05)
-    return True
+    return not data
 
 
 # === Recorder ===
