@@ -2275,9 +2275,8 @@ class WithoutARecorder(RunCase):
         line = f"run_utils: no recorder ({reason}): its work is done in this process,"
         self.assertEqual(done.stderr, f"{line} slower\n")
         self.assertEqual(self.json("status.json")["status"], "success")
-        self.assertIn(
-            "pip_freeze", self.json("metadata.json")["capture"] or "pip_freeze"
-        )
+        capture = self.json("metadata.json")["capture"]
+        self.assertEqual(list(capture), ["git", "cuda", "pip_freeze"])
         self.assertEqual(self.log("stdout"), "x\n")
 
     def test_no_executable(self) -> None:
@@ -2296,6 +2295,13 @@ class WithoutARecorder(RunCase):
         with run_context("results/exp"): print("x")
         """
         self.check("[Errno 11] no more processes", self.script(body))
+
+    def test_a_process_limit(self) -> None:
+        limit = "import resource\nresource.setrlimit(resource.RLIMIT_NPROC, (1, 1))\n"
+        if self.script(limit + "os.fork()").returncode == 0:
+            self.skipTest("root has no process limit")
+        done = self.script(limit + 'with run_context("results/exp"): print("x")')
+        self.check("[Errno 11] Resource temporarily unavailable", done)
 
     def test_a_zip_file(self) -> None:
         import zipfile
