@@ -2250,22 +2250,14 @@ def _results_root(base_dir: Path) -> Path:
 def _index_row(run_dir: Path, root: Path | None = None) -> dict[str, Any]:
     """Return what the lines of one run in the index have in common."""
     root = root or _results_root(run_dir.parent)
-    metadata = _read_json(run_dir / "metadata.json") or {}
+    git = _mapping(_read_json(run_dir / "metadata.json"), "git")
     return {
-        "event": None,
-        "timestamp_utc": None,
-        "run_dir": str(run_dir),
-        "run_basename": run_dir.name,
-        "experiment_name": run_dir.parent.name,
-        "env_name": run_dir.parent.parent.name,
-        "results_root": str(root),
-        "hostname": _hostname(),
-        "user": _user(),
-        "pid": os.getpid(),
-        "git_commit_short": _mapping(metadata, "git").get("commit_short"),
-        "script_name": _script_name(),
-        "status": None,
-        "exit_reason": None,
+        "event": None, "timestamp_utc": None, "run_dir": str(run_dir),
+        "run_basename": run_dir.name, "experiment_name": run_dir.parent.name,
+        "env_name": run_dir.parent.parent.name, "results_root": str(root),
+        "hostname": _hostname(), "user": _user(), "pid": os.getpid(),
+        "git_commit_short": git.get("commit_short"), "script_name": _script_name(),
+        "status": None, "exit_reason": None,
         "path": os.path.relpath(run_dir, root),  # holds when the tree is moved
     }
 
@@ -2291,17 +2283,17 @@ def _record_use(artifact: Path, consumer: str | None, reason: str | None) -> Non
     producer = _run_of(artifact)
     if producer is None:
         return
-    inside = artifact.is_relative_to(producer / "artifacts")
-    relative = os.path.relpath(artifact, producer / "artifacts" if inside else producer)
-    about = {"artifact_relpath": relative, "consumer_run_dir": consumer}
-    about["reason"] = reason
+    folder = producer / "artifacts"
+    inside = artifact.is_relative_to(folder)
+    path = os.path.relpath(artifact, folder if inside else producer)
+    about = {"artifact_relpath": path, "consumer_run_dir": consumer, "reason": reason}
     if consumer is not None and Path(consumer).absolute() != producer:
         with _tolerating("inputs of metadata.json"):
             _add_input(Path(consumer), artifact, producer)
     who = {"when": _utc(), **about, "host": _hostname(), "user": _user()}
     with contextlib.suppress(OSError):  # the producer's tree may be read-only
-        (producer / "artifacts").mkdir(exist_ok=True)
-        _append_line(producer / "artifacts" / "USED_BY.jsonl", who)
+        folder.mkdir(exist_ok=True)
+        _append_line(folder / "USED_BY.jsonl", who)
         _append_index(_index_row(producer), "artifact_used", None, **about)
 
 
@@ -2309,12 +2301,9 @@ def _add_input(run_dir: Path, artifact: Path, producer: Path) -> None:
     """Add a file of another run, as it is now, to `inputs` of metadata.json, once."""
     info = artifact.stat() if artifact.exists() else None
     entry = {
-        "key": "mark_artifact_used",
-        "run": producer.name,
-        "run_dir": str(producer),
+        "key": "mark_artifact_used", "run": producer.name, "run_dir": str(producer),
         "path": os.path.relpath(artifact, producer),
-        "size": info.st_size if info else None,
-        "mtime": _utc(info.st_mtime) if info else None,
+        "size": info and info.st_size, "mtime": info and _utc(info.st_mtime),
         "status": _status_now(producer).get("status"),
     }
     recording = _active_for(run_dir)
@@ -2328,7 +2317,8 @@ def _add_input(run_dir: Path, artifact: Path, producer: Path) -> None:
 
 # === Files ===
 # Whole files by a temporary name and os.replace, lines by one write(2) each; readable
-# by colleagues (0666 & ~umask); fsync only where a state changes.
+# by colleagues (0666 & ~umask); fsync only where a state changes. FileIO, as the
+# builtin open is gone when a generator is closed at shutdown.
 
 
 def _write_json(path: Path, value: Any, durable: bool = False) -> None:
@@ -2362,22 +2352,20 @@ def _write_file(path: Path, data: bytes, durable: bool = False) -> None:
 def _append_line(path: Path, row: Mapping[str, Any]) -> None:
     """Append one redacted line of JSON with a single write(2)."""
     line = _format_json(_redact(row), indent=None).encode("ascii")
-    descriptor = _open_for_lines(path)
-    try:
-        if os.write(descriptor, line) != len(line):
+    with io.FileIO(_open_for_lines(path), "a") as file:
+        if file.write(line) != len(line):
             raise OSError(f"only a part of a line fitted into {str(path)!r}")
-    finally:
-        os.close(descriptor)
 
 
 def _open_for_lines(path: Path) -> int:
     """Open a JSONL file for appending; end the torn line of an earlier writer."""
     descriptor = _open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
-    size = os.fstat(descriptor).st_size
-    if size and os.pread(descriptor, 1, size - 1) != b"\n":
-        time.sleep(0.01)  # it may only be in the middle of its write
-        if os.fstat(descriptor).st_size == size:
-            os.write(descriptor, b"\n")
+    with contextlib.suppress(OSError):
+        size = os.fstat(descriptor).st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":
+            time.sleep(0.01)  # it may only be in the middle of its write
+            if os.fstat(descriptor).st_size == size:
+                os.write(descriptor, b"\n")
     return descriptor
 
 
@@ -2395,30 +2383,26 @@ def _above_stderr(descriptor: int) -> int:
     """Move a descriptor out of the place of a closed stdin, stdout or stderr."""
     if descriptor > 2:
         return descriptor
-    import fcntl
-
     try:
-        return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 3)
+        return _above_stderr(os.dup(descriptor))
     finally:
         os.close(descriptor)
 
 
 def _identity(descriptor: int) -> tuple[int, int] | None:
     """Return device and inode of an open descriptor, None of a closed one."""
-    try:
+    with contextlib.suppress(OSError):
         info = os.fstat(descriptor)
-    except OSError:
-        return None
-    return info.st_dev, info.st_ino
+        return info.st_dev, info.st_ino
+    return None
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     """Return the mapping in a JSON file, or None for anything else."""
-    try:
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         value = json.loads(_read_bytes(path))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
+        return value if isinstance(value, dict) else None
+    return None
 
 
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -2432,18 +2416,13 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _read_bytes(path: Path) -> bytes:
-    """Return a regular file of sane size; a FIFO or device raises, and never blocks.
-
-    By os.open, since the builtin is gone when a generator is closed at shutdown.
-    """
-    descriptor = _open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    try:
-        info = os.fstat(descriptor)
+    """Return a regular file of sane size; a FIFO or device raises, and never blocks."""
+    at_once = getattr(os, "O_NONBLOCK", 0)
+    with io.FileIO(path, opener=lambda name, how: _open(name, how | at_once)) as file:
+        info = os.fstat(file.fileno())
         if not stat.S_ISREG(info.st_mode) or info.st_size > MAX_READ:
             raise OSError(f"{str(path)!r} is not a file of at most {MAX_READ} bytes")
-        return b"".join(iter(lambda: os.read(descriptor, 1 << 20), b""))
-    finally:
-        os.close(descriptor)
+        return file.readall()
 
 
 @contextlib.contextmanager
@@ -2486,7 +2465,10 @@ class Run(dict):  # type: ignore[type-arg]
         self.path = path
         self.metadata = _read_json(path / "metadata.json") or {}
         self.status = _status_now(path)
-        self.config = _read_config(path)
+        self.config = _mapping(self.metadata, "config")  # the same, without PyYAML
+        with contextlib.suppress(Exception):
+            value = _pyyaml().safe_load(_read_bytes(path / "config.yaml"))
+            self.config = value if isinstance(value, dict) else {}
         self.metrics: dict[str, Any] = {}
         for row in _read_lines(path / "metrics" / "metrics.jsonl"):
             self.metrics.update(row)
@@ -2539,43 +2521,31 @@ def _walk_runs(root: Path) -> list[Path]:
 
 def _started(run_dir: Path) -> tuple[str, str]:
     """Return a key that sorts runs by their start."""
-    status = _read_json(run_dir / "status.json") or {}
-    stamp = re.search(r"\d{8}-\d{6}", run_dir.name)
-    started = status.get("started_utc") or (stamp[0] if stamp else "")
-    return re.sub(r"\D", "", str(started)), run_dir.name
+    started = (_read_json(run_dir / "status.json") or {}).get("started_utc")
+    stamps = re.findall(r"\d{8}-\d{6}", run_dir.name)
+    return re.sub(r"\D", "", str(started or stamps[:1])), run_dir.name
 
 
 def _status_now(run_dir: Path) -> dict[str, Any]:
-    """Return status.json, with "lost" for a run that cannot be running any more."""
+    """Return status.json, with "lost" for a run that cannot be running any more.
+
+    Judged by the process itself on its own host, elsewhere by the heartbeat.
+    """
     facts = _read_json(run_dir / "status.json") or {"status": "?"}
     if facts.get("status") != "running":
         return facts
-    alive = _still_running(run_dir, facts)
-    status = "unknown" if alive is None else "running" if alive else "lost"
-    return {**facts, "status": status}
-
-
-def _still_running(run_dir: Path, facts: Mapping[str, Any]) -> bool | None:
-    """Judge by the process itself on its own host, elsewhere by the heartbeat."""
     then, here = _mapping(facts, "process"), _process_identity(os.getpid())
-    pid = facts.get("pid")
-    if then and isinstance(pid, int) and facts.get("hostname") == _hostname():
-        if then.get("boot_id") != here["boot_id"]:
-            return False  # the host was started anew since
-        if then.get("pid_namespace") == here["pid_namespace"]:
-            return _is_alive(pid, then.get("start_ticks"))
-    if facts.get("heartbeat_seconds") is None:
-        return None  # nobody beats: that says nothing
-    age = time.time() - os.stat(run_dir / "status.json").st_mtime
-    return abs(age) < LOST_AFTER_SECONDS
-
-
-def _read_config(run_dir: Path) -> dict[str, Any]:
-    """Return config.yaml, or without PyYAML the same from metadata.json."""
-    with contextlib.suppress(Exception):
-        value = _pyyaml().safe_load(_read_bytes(run_dir / "config.yaml"))
-        return value if isinstance(value, dict) else {}
-    return _mapping(_read_json(run_dir / "metadata.json"), "config")
+    pid = facts.get("pid") if then and facts.get("hostname") == _hostname() else None
+    alive, path = None, run_dir / "status.json"
+    if isinstance(pid, int) and then.get("boot_id") != here["boot_id"]:
+        alive = False  # the host was started anew since
+    elif isinstance(pid, int) and then.get("pid_namespace") == here["pid_namespace"]:
+        alive = _is_alive(pid, then.get("start_ticks"))
+    elif facts.get("heartbeat_seconds") is not None and path.exists():
+        alive = abs(time.time() - os.stat(path).st_mtime) < LOST_AFTER_SECONDS
+    status = {True: "running", False: "lost", None: "unknown"}[alive]
+    latest = _read_json(path) or facts  # it may have ended while we looked
+    return latest if latest.get("status") != "running" else {**facts, "status": status}
 
 
 def _mapping(facts: Any, key: str) -> dict[str, Any]:
@@ -2605,9 +2575,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     try:
         args = parser.parse_args(words)
-        status = int(args.command(args))
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        status: int = args.command(args)
+        print(end="", flush=True)
         return status
     except BrokenPipeError:  # `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -2615,9 +2584,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: {_printable(str(error))}", file=sys.stderr)
         return 2
-
-
-RUN_HELP = "a path, anything in a run, a part of a name, or latest"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -2631,18 +2597,18 @@ def _parser() -> argparse.ArgumentParser:
     version = f"run_utils {__version__}"
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    _add_run(commands)
-    _add_inspect(commands)
-    return parser
-
-
-def _add_run(commands: Any) -> None:
     run = commands.add_parser("run", help="record any command, in any language")
     run.add_argument("--base-dir", default="results/runs", metavar="DIR")
     run.add_argument("--prefix", metavar="NAME", help="default: the script's name")
     run.add_argument("--config", metavar="FILE", help="JSON or YAML to keep as config")
     run.add_argument("words", nargs="+", metavar="CMD", help="after --")
     run.set_defaults(command=_cmd_run)
+    inspect = commands.add_parser("inspect", help="show one run on one screen")
+    which = "a path, anything in a run, a part of a name, or latest"
+    inspect.add_argument("run", metavar="RUN", help=which)
+    inspect.add_argument("--json", action="store_true", help="for programs")
+    inspect.set_defaults(command=_cmd_inspect)
+    return parser
 
 
 def _cmd_run(args: argparse.Namespace) -> int:
@@ -2657,13 +2623,11 @@ def _cmd_run(args: argparse.Namespace) -> int:
     module = words[words.index("-m") + 1] if "-m" in words[1:-1] else script
     recording = run_context(args.base_dir, args.prefix or module, config)
     recording.argv = words
-    terminal = all(map(os.isatty, (0, 1, 2)))
+    run = _run_on_terminal if all(map(os.isatty, (0, 1, 2))) else _run_attached
     with recording as run_dir:
-        code = _run_on_terminal(words) if terminal else _run_attached(words)
-        status, reason = ("failed", "system_exit") if code else ("success", "normal")
-        recording.ending = _outcome(status, reason, code)
-        if code < 0:
-            recording.ending = _killed_by(-code)
+        code = run(words)
+        how = ("failed", "system_exit") if code else ("success", "normal")
+        recording.ending = _killed_by(-code) if code < 0 else _outcome(*how, code)
     print(f"run_utils: recorded in {_printable(str(run_dir))}", file=sys.stderr)
     return 128 - code if code < 0 else code
 
@@ -2696,22 +2660,19 @@ def _flags(words: Sequence[str]) -> dict[str, Any]:
     for word in words[1:]:
         option = re.fullmatch(r"(--|\+\+?|)([A-Za-z_][\w.-]*)(?:=(.*))?", word, re.S)
         if option and option[3] is not None:
-            config[option[2]], waiting = _scalar(option[3]), ""
+            config[option[2]], waiting = option[3], ""
         elif option and option[1] == "--":
-            config[option[2]], waiting = True, option[2]
+            config[option[2]], waiting = "true", option[2]
         elif waiting:
-            config[waiting], waiting = _scalar(word), ""
+            config[waiting], waiting = word, ""
+    for name, text in config.items():
+        if re.fullmatch(r"[-+]?\d{1,18}", text):
+            config[name] = int(text)
+        elif re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", text):
+            config[name] = float(text)
+        elif text.lower() in ("true", "false"):
+            config[name] = text.lower() == "true"
     return config
-
-
-def _scalar(text: str) -> Any:
-    """Return a number or boolean for the text of one, else the text."""
-    if re.fullmatch(r"(?i)true|false", text):
-        return text.lower() == "true"
-    if re.fullmatch(r"[-+]?\d{1,18}", text):
-        return int(text)
-    number = re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", text)
-    return float(text) if number else text
 
 
 def _run_attached(words: Sequence[str]) -> int:
@@ -2742,7 +2703,8 @@ def _run_on_terminal(words: Sequence[str]) -> int:
     import pty
     import termios
 
-    inner: list[int] = []  # our end of the pseudo-terminal, known at the first output
+    inner: list[int] = []  # our end of the pseudo-terminal
+    early: list[int] = []
 
     def resize(*_: object) -> None:
         for descriptor in inner:
@@ -2750,53 +2712,56 @@ def _run_on_terminal(words: Sequence[str]) -> int:
             fcntl.ioctl(descriptor, termios.TIOCSWINSZ, size)
 
     def forward(number: int, frame: object) -> None:
+        if not inner:
+            early.append(number)
         for descriptor in inner:
             os.killpg(os.tcgetpgrp(descriptor), number)
 
     def read(descriptor: int) -> bytes:
+        shown, marker = os.read(descriptor, FORWARD_BYTES), b""
         if not inner:
+            marker, shown = shown[:1], shown[1:]  # the first output tells us `inner`
             inner.append(descriptor)
             resize()
-        shown = os.read(descriptor, FORWARD_BYTES)
+            while early:
+                forward(early.pop(), None)
         if isinstance(sys.stdout, _Tee):
             sys.stdout.copy(shown)
-        return shown
+        return shown or marker
 
+    shell = ["/bin/sh", "-c", 'printf "\\0"; exec "$@"', "sh"]
     with _handling([signal.SIGWINCH], resize), _handling(FORWARDED_SIGNALS, forward):
-        return _exit_of(pty.spawn(list(words), read))
+        return _exit_of(pty.spawn([*shell, *words], read))
 
 
 @contextlib.contextmanager
 def _handling(numbers: Iterable[int], handler: Any) -> Iterator[None]:
     """Handle signals that are not ignored, and put back what was there."""
-    before = {number: signal.getsignal(number) for number in numbers}
-    try:
-        for number, old in before.items():
-            if old is not signal.SIG_IGN:
-                signal.signal(number, handler)
+    with contextlib.ExitStack() as stack:
+        for number in numbers:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                stack.callback(signal.signal, number, signal.signal(number, handler))
         yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
-
-
-def _add_inspect(commands: Any) -> None:
-    inspect = commands.add_parser("inspect", help="show one run on one screen")
-    inspect.add_argument("run", metavar="RUN", help=RUN_HELP)
-    inspect.add_argument("--json", action="store_true", help="for programs")
-    inspect.set_defaults(command=_cmd_inspect)
 
 
 def _cmd_inspect(args: argparse.Namespace) -> int:
     """Print what ran, how it ended, what it left, and what differs from now."""
     run = Run(_find_run(args.run))
+    series: dict[str, list[float]] = {}
+    for row in _read_lines(run.path / "metrics" / "metrics.jsonl"):
+        for key, value in row.items():
+            if isinstance(value, (int, float)) and key not in ("step", "time"):
+                series.setdefault(key, []).append(value)
+    text = "{:.6g} (lowest {:.6g}, highest {:.6g}, {} values)"
+    metrics = {k: text.format(v[-1], min(v), max(v), len(v)) for k, v in series.items()}
+    outputs = {}
+    for folder in sorted(filter(Path.is_dir, run.path.iterdir())):
+        sizes = [p.lstat().st_size for p in folder.rglob("*") if not p.is_dir()]
+        many = f"{len(sizes)} file{'s' * (len(sizes) != 1)}, {sum(sizes):,} bytes"
+        outputs[folder.name] = many if sizes else "empty"
     facts = {
-        "run_dir": str(run.path),
-        "status": run.status,
-        "config": run.config,
-        "metadata": run.metadata,
-        "metrics": _metric_ranges(run.path),
-        "outputs": _outputs(run.path),
+        "run_dir": str(run.path), "status": run.status, "config": run.config,
+        "metadata": run.metadata, "metrics": metrics, "outputs": outputs,
         "notes": list(_read_lines(run.path / "notes.jsonl")),
         "now": _differences_from_now(run.metadata),
     }
@@ -2832,7 +2797,7 @@ def _find_run(text: str) -> Path:
 def _format_inspect(facts: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     """Yield the paragraphs of `inspect`: a name and lines."""
     status, metadata = facts["status"], facts["metadata"]
-    known = {key: metadata.get(key, "?") for key in ("user", "hostname", "working_dir")}
+    known = {"user": "?", "hostname": "?", "working_dir": "?", **metadata}
     packages = metadata.get("pip_freeze")
     count = len(packages) if isinstance(packages, list) else "no list of"
     version = str(_mapping(metadata, "python").get("version", "?")).split(" ")[0]
@@ -2845,13 +2810,13 @@ def _format_inspect(facts: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]
     seconds = status.get("duration_seconds")
     took = f", after {seconds:.6g} s" if isinstance(seconds, (int, float)) else ""
     ended = str(status.get("status", "?")) + (f" ({reason})" if reason else "")
-    who = "{user} on {hostname} in {working_dir}".format(**known)
+    started = "{} by {user} on {hostname} in {working_dir}"
     yield "run", [facts["run_dir"]]
     yield "status", [ended + ("" if code is None else f", exit code {code}") + took]
     yield "why", _format_why(status)
     yield "command", [str(metadata.get("command", "?"))]
     yield "code", [_format_code(_mapping(metadata, "git"))]
-    yield "started", [f"{status.get('started_utc', '?')} by {who}"]
+    yield "started", [started.format(status.get("started_utc", "?"), **known)]
     yield "python", [f"{version} on {machine}; {count} packages"]
     yield "config", _format_yaml(config).splitlines()[:MAX_SHOWN] if config else []
     for name in ("metrics", "outputs", "now"):
@@ -2880,28 +2845,6 @@ def _format_code(git: Mapping[str, Any]) -> str:
     return ", ".join(filter(None, [*parts, str(git.get("remote_origin_url") or "")]))
 
 
-def _metric_ranges(run_dir: Path) -> dict[str, str]:
-    """Return for each metric its last, lowest and highest value."""
-    series: dict[str, list[float]] = {}
-    for row in _read_lines(run_dir / "metrics" / "metrics.jsonl"):
-        for key, value in row.items():
-            if isinstance(value, (int, float)) and key not in ("step", "time"):
-                series.setdefault(key, []).append(value)
-    text = "{:.6g} (lowest {:.6g}, highest {:.6g}, {} values)"
-    return {k: text.format(v[-1], min(v), max(v), len(v)) for k, v in series.items()}
-
-
-def _outputs(run_dir: Path) -> dict[str, str]:
-    """Return for each folder how many files and bytes the run left in it."""
-    found = {}
-    for folder in sorted(path for path in run_dir.iterdir() if path.is_dir()):
-        files = [Path(top, name) for top, _, names in os.walk(folder) for name in names]
-        size = sum(path.lstat().st_size for path in files)
-        many = f"{len(files)} file{'s' * (len(files) != 1)}, {size:,} bytes"
-        found[folder.name] = many if files else "empty"
-    return found
-
-
 def _differences_from_now(metadata: Mapping[str, Any]) -> dict[str, str]:
     """Return what of machine and code is not as it was: "then -> now"."""
     git = _mapping(metadata, "git")
@@ -2917,10 +2860,8 @@ def _differences_from_now(metadata: Mapping[str, Any]) -> dict[str, str]:
 
 def _printable(text: str) -> str:
     """Escape what could steer a terminal, hide text, or not be printed at all."""
-    hidden = (
-        r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f"
-        r"\ufeff\ud800-\udfff]"
-    )
+    hidden = r"\0-\x08\n-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f"
+    hidden = rf"[{hidden}\ufeff\ud800-\udfff]"
     text = re.sub(hidden, lambda m: m[0].encode("unicode_escape").decode("ascii"), text)
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)

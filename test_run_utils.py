@@ -2149,6 +2149,27 @@ class OnATerminal(RunCase):
         self.assertEqual(os.WEXITSTATUS(self.wait_status), 4)
         self.assertEqual(self.log("output").replace("\r\n", "\n"), "True True True\n")
 
+    def test_run_forwards_a_signal_to_a_command_that_said_nothing(self) -> None:
+        import pty
+
+        path = self.write_script("open('ready', 'w').close(); time.sleep(60)")
+        command = [PYTHON, str(SOURCE), "run", "--base-dir", "results/exp", "--"]
+        pid, master = pty.fork()
+        if pid == 0:
+            os.chdir(self.tmp)
+            os.execve(PYTHON, [*command, PYTHON, str(path)], self.environment())
+        while not (self.tmp / "ready").exists():
+            time.sleep(0.02)
+        os.kill(pid, signal.SIGTERM)
+        with contextlib.suppress(OSError):  # the terminal is gone with the program
+            while os.read(master, 65536):
+                pass
+        os.close(master)
+        self.assertEqual(os.WEXITSTATUS(os.waitpid(pid, 0)[1]), 128 + signal.SIGTERM)
+        status = self.json("status.json")
+        self.assertEqual((status["signal"], status["exit_code"]), ("SIGTERM", 143))
+        self.assertEqual(self.log("output"), "")
+
 
 @unittest.skipIf(os.name != "posix", "the recorder is POSIX")
 class Deaths(RunCase):
