@@ -214,8 +214,7 @@ class _Recording:
     ) -> None:
         """Write what must be there at once; leave the rest to the recorder."""
         options = self.options
-        others = [run for run in _active if run.thread != self.thread]
-        _set_active(self, inside=True)
+        before = _set_active(self, inside=True)
         document = _config_document(shlex.join(argv), config)
         with _tolerating("config.yaml"):
             _write_yaml(run_dir / options["config_filename"], document)
@@ -228,8 +227,9 @@ class _Recording:
         if options["notes"] or options["tags"]:
             with _tolerating("notes.jsonl"):
                 _append_note(run_dir, options["notes"] or "", options["tags"])
-        if options["capture_output"] and not any(r.capture.streams for r in others):
-            with _tolerating("logs/"):
+        captured = [run.thread for run in before if run.options["capture_output"]]
+        if options["capture_output"] and {self.thread}.issuperset(captured):
+            with _tolerating("logs/"):  # the streams belong to one thread at a time
                 self.capture.open()
         request = _capture_request(run_dir, directory, self.row, self.argv, self.begun)
         self.recorder = _Recorder.start(request, self.capture.forwards)
@@ -500,21 +500,28 @@ def _finish_status(run_dir: Path, ending: dict[str, Any]) -> dict[str, Any]:
 
 
 _active: list[_Recording] = []  # the runs this process is in, innermost last
+_active_lock = threading.Lock()
 
 
-def _set_active(recording: _Recording, inside: bool) -> None:
-    """Enter or leave a run; RUN_DIR names the innermost one, or what it was before."""
+def _set_active(recording: _Recording, inside: bool) -> list[_Recording]:
+    """Enter or leave a run; return the runs entered before and not left.
+
+    RUN_DIR names the innermost run, or what it was before the first.
+    """
+    locked = _active_lock.acquire(timeout=1.0)  # a fork may have copied it locked
+    before = [run for run in _active if run is not recording]
     if inside:
         outside = os.environ.get("RUN_DIR")
-        recording.outside = _active[-1].outside if _active else outside
-        _active.append(recording)
-    elif recording in _active:
-        _active.remove(recording)
+        recording.outside = before[-1].outside if before else outside
+    _active[:] = [*before, recording] if inside else before
     current = str(_active[-1].run_dir) if _active else recording.outside
     if current is not None:
         os.environ["RUN_DIR"] = current
     else:
         os.environ.pop("RUN_DIR", None)
+    if locked:
+        _active_lock.release()
+    return before
 
 
 def _active_for(run_dir: Path) -> _Recording | None:
@@ -1648,10 +1655,16 @@ class _Capture:
                 stream.open(path)
                 self.streams.append(stream)
         direct = [stream for stream in self.streams if stream.direct]
-        for stream in direct[:1] if together else direct:
-            reader = _open(stream.path, os.O_RDONLY)
-            os.lseek(reader, 0, os.SEEK_END)
-            self.forwards.append(_Forward(reader, stream.saved))
+        try:
+            for stream in direct[:1] if together else direct:
+                reader = _open(stream.path, os.O_RDONLY)
+                os.lseek(reader, 0, os.SEEK_END)
+                self.forwards.append(_Forward(reader, stream.saved))
+        except OSError:  # nobody would forward: leave it to a tee
+            while self.forwards:
+                os.close(self.forwards.pop().log)
+            for stream in direct:
+                stream.direct = False
 
     def start(self, recorder: _Recorder | None) -> None:
         """Redirect; without a recorder to forward, everything goes through a tee."""
@@ -1994,8 +2007,9 @@ def _spawn_recorder(request: dict[str, Any], forwards: Sequence[_Forward]) -> _R
     commands_end, commands = map(_above_stderr, os.pipe())
     replies, replies_end = map(_above_stderr, os.pipe())
     ends = [commands_end, replies_end]
-    with contextlib.suppress(OSError, AttributeError):  # Linux: tells of our death
-        ends.append(_above_stderr(os.pidfd_open(os.getpid())))
+    pidfd_open: Any = getattr(os, "pidfd_open", None)  # Linux: tells of our death
+    with contextlib.suppress(OSError, TypeError):
+        ends.append(_above_stderr(pidfd_open(os.getpid())))
     request["watch"] = ends[2] if len(ends) == 3 else None
     request["forwards"] = [(forward.log, forward.target) for forward in forwards]
     folder, name = os.path.split(os.path.abspath(__file__))
