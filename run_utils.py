@@ -2765,9 +2765,12 @@ def _cmd_inspect(args: argparse.Namespace) -> int:
     for row in _read_lines(run.path / "metrics" / "metrics.jsonl"):
         for key, value in row.items():
             if isinstance(value, (int, float)) and key not in ("step", "time"):
-                series.setdefault(key, []).append(value)
+                with contextlib.suppress(OverflowError):  # an int of 400 digits
+                    series.setdefault(key, []).append(float(value))
     text = "{:.6g} (lowest {:.6g}, highest {:.6g}, {} values)"
-    metrics = {k: text.format(v[-1], min(v), max(v), len(v)) for k, v in series.items()}
+    metrics = {
+        k: text.format(v[-1], min(v), max(v), len(v)) for k, v in series.items() if v
+    }
     outputs = {}
     for folder in sorted(filter(Path.is_dir, run.path.iterdir())):
         sizes = [p.lstat().st_size for p in folder.rglob("*") if not p.is_dir()]
@@ -2822,7 +2825,8 @@ def _format_inspect(facts: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]
     problems.update({} if metadata else {"metadata.json": "missing or not readable"})
     reason, code = status.get("exit_reason"), status.get("exit_code")
     seconds = status.get("duration_seconds")
-    took = f", after {seconds:.6g} s" if isinstance(seconds, (int, float)) else ""
+    known_time = isinstance(seconds, (int, float)) and abs(seconds) < 1e12
+    took = f", after {seconds:.6g} s" if known_time else ""
     ended = str(status.get("status", "?")) + (f" ({reason})" if reason else "")
     started = "{} by {user} on {hostname} in {working_dir}"
     yield "run", [facts["run_dir"]]
@@ -2833,6 +2837,11 @@ def _format_inspect(facts: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]
     yield "started", [started.format(status.get("started_utc", "?"), **known)]
     yield "python", [f"{version} on {machine}; {count} packages"]
     yield "config", _format_yaml(config).splitlines()[:MAX_SHOWN] if config else []
+    inputs = metadata.get("inputs")
+    inputs = inputs if isinstance(inputs, list) else []
+    used = [entry for entry in inputs if isinstance(entry, dict)]
+    about = [map(entry.get, ("run", "path", "status")) for entry in used]
+    yield "inputs", ["{}/{} ({})".format(*three) for three in about]
     for name in ("metrics", "outputs", "now"):
         yield name, [f"{key}: {value}" for key, value in facts[name].items()]
     yield "notes", [f"{n.get('text', '')} {n.get('tags', '')}" for n in facts["notes"]]

@@ -2498,6 +2498,17 @@ class Inspecting(RunCase):
         self.assertIn("loss: 1 (lowest 1, highest 2, 2 values)", done.stdout)
         self.assertIn("plots: empty", done.stdout)
 
+    def test_a_run_that_used_a_file_of_another(self) -> None:
+        self.in_context("(run_dir / 'artifacts/model.pt').touch()")
+        producer = self.run_dir()
+        model = producer / "artifacts" / "model.pt"
+        self.script(
+            f"with run_context('results/exp', 'next'): mark_artifact_used({str(model)!r})"
+        )
+        shown = self.command("inspect", "next").stdout
+        line = f"inputs    {producer.name}/artifacts/model.pt (success)\n"
+        self.assertIn(line, shown)
+
     def test_json_for_programs(self) -> None:
         self.in_context("pass")
         done = self.command("inspect", "--json", str(self.run_dir() / "logs"))
@@ -2531,12 +2542,16 @@ class Inspecting(RunCase):
         damages.append(
             b'{"capture": {"a": 1}, "python": 7, "platform": [], "command": {}}'
         )
-        for name in ("status.json", "metadata.json", "config.yaml", "notes.jsonl"):
+        damages.append(b'{"inputs": [1, {}], "duration_seconds": %s}' % (b"9" * 400))
+        damages.append(b'{"inputs": 1, "loss": %s}' % (b"9" * 400))
+        names = ["status.json", "metadata.json", "config.yaml", "notes.jsonl"]
+        for name in [*names, "metrics/metrics.jsonl"]:
             for data in damages:
                 with self.subTest(name=name, data=data):
                     folder = self.tmp / "damaged"
                     shutil.rmtree(folder, ignore_errors=True)
                     folder.mkdir()
+                    (folder / "metrics").mkdir()
                     (folder / "status.json").write_bytes(b"{}")
                     (folder / name).write_bytes(data)
                     self.assertEqual(run_utils.main(["inspect", str(folder)]), 0)
