@@ -2502,9 +2502,8 @@ class Inspecting(RunCase):
         self.in_context("(run_dir / 'artifacts/model.pt').touch()")
         producer = self.run_dir()
         model = producer / "artifacts" / "model.pt"
-        self.script(
-            f"with run_context('results/exp', 'next'): mark_artifact_used({str(model)!r})"
-        )
+        used = f"mark_artifact_used({str(model)!r})"
+        self.script(f"with run_context('results/exp', 'next'): {used}")
         shown = self.command("inspect", "next").stdout
         line = f"inputs    {producer.name}/artifacts/model.pt (success)\n"
         self.assertIn(line, shown)
