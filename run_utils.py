@@ -43,6 +43,7 @@ alone; a run directory is the truth and everything else a cache; no locks.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -169,7 +170,6 @@ class _Recording:
 
     def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Make every call of `function` a run of its own."""
-        import functools
         import inspect
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -397,8 +397,8 @@ def log_metrics(
     try:
         if not _NUMBERS.issuperset(map(type, values.values())):
             raise ValueError("convert and redact first")
-        text = _encode_strictly(row) + "\n"
-    except ValueError:  # NaN, numpy scalars, strings, nested values
+        text = "".join(_encode_flat(row, 0)) + "\n"
+    except (ValueError, TypeError):  # NaN, numpy scalars, strings, nested values
         text = _format_json(_redact(_plain(row)), indent=None)
     line = text.encode("ascii")
     try:
@@ -414,7 +414,12 @@ def log_metrics(
 
 
 _NUMBERS = frozenset((int, float, bool))
-_encode_strictly = json.JSONEncoder(allow_nan=False).encode
+_encode_flat: Any = json.JSONEncoder(allow_nan=False).iterencode
+_inner_json: Any = json.encoder  # of CPython: an encoder made once takes half the time
+with contextlib.suppress(AttributeError, TypeError):
+    _encode_flat = _inner_json.c_make_encoder(
+        None, None, json.encoder.encode_basestring_ascii, None, ": ", ", ", 0, 0, 0
+    )
 _metrics_files: dict[StrPath, tuple[int, int]] = {}  # descriptor and inode of a run
 
 
@@ -1038,14 +1043,13 @@ class _Output:
         """
         pipes: list[Any] = [child.stdout, child.stderr]
         streams = {pipe.fileno(): n + 1 for n, pipe in enumerate(pipes)}
-        deadline, ended = time.monotonic() + timeout, False
+        deadline, ended, pause = time.monotonic() + timeout, False, 0.0001
         poller = select.poll()
         for descriptor in streams:
             poller.register(descriptor, select.POLLIN)
         while streams or not ended:
             ended = child.poll() is not None
-            # Its end is not announced: right after its streams it is due at once.
-            ready = poller.poll(0 if ended else 50 if streams else 1)
+            ready = poller.poll(0 if ended or not streams else 50)
             for descriptor, _ in ready:
                 data = os.read(descriptor, 65536)
                 self.printed[streams[descriptor]] += data
@@ -1058,6 +1062,9 @@ class _Output:
                 self.problem = f"{self.program} did not end within {timeout:g} s"
             if self.problem or (ended and not ready):
                 return
+            if not streams:  # its end is not announced, but most often due at once
+                time.sleep(pause)
+                pause = min(2 * pause, 0.05)
 
 
 def _run(
@@ -1138,12 +1145,17 @@ def _redact_text(text: str) -> str:
     """Return a text without the secrets that can be told by their shape or place."""
     if len(text) < MIN_SECRET:
         return text
-    text = _cut_middle(text, MAX_REDACTED)
+    text = _redact_shapes(_cut_middle(text, MAX_REDACTED))
+    for secret in sorted(_known_secrets, key=len, reverse=True):
+        text = text.replace(secret, REDACTED)
+    return text
+
+
+@functools.lru_cache(maxsize=512)  # the environment is first searched, then written
+def _redact_shapes(text: str) -> str:
     for hint, pattern, replace in _TEXT_RULES:
         if hint in text:
             text = pattern.sub(replace, text)
-    for secret in sorted(_known_secrets, key=len, reverse=True):
-        text = text.replace(secret, REDACTED)
     return text
 
 

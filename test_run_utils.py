@@ -62,6 +62,11 @@ def _python_without_pip() -> str:
     return os.path.join(folder, "bin", "python")
 
 
+def forget_secrets() -> None:
+    run_utils._known_secrets.clear()
+    run_utils._redact_shapes.cache_clear()
+
+
 def setUpModule() -> None:
     global PYTHON, CACHE
     PYTHON = _python_without_pip()
@@ -779,6 +784,13 @@ class Metrics(RunCase):
         self.assertEqual(steps, list(range(len(steps))))
         self.assertGreaterEqual(steps[-1], acknowledged)
 
+    def test_a_step_may_be_any_object(self) -> None:
+        run_utils.log_metrics(self.tmp, {"loss": 1.5}, step=Path("3"))  # type: ignore[arg-type]
+        run_utils.log_metrics(self.tmp, {("a", 1): True}, step=4)  # type: ignore[dict-item]
+        rows = list(run_utils._read_lines(self.tmp / "metrics" / "metrics.jsonl"))
+        self.assertEqual([row["step"] for row in rows], ["3", 4])
+        self.assertEqual([list(row.values())[-1] for row in rows], [1.5, True])
+
     def test_a_full_disk_does_not_raise(self) -> None:
         (self.tmp / "metrics").mkdir()
         (self.tmp / "metrics" / "metrics.jsonl").mkdir()
@@ -1266,8 +1278,8 @@ class SecretNames(unittest.TestCase):
     """A value under a secret name is replaced; names that only sound alike are not."""
 
     def setUp(self) -> None:
-        run_utils._known_secrets.clear()
-        self.addCleanup(run_utils._known_secrets.clear)
+        forget_secrets()
+        self.addCleanup(forget_secrets)
 
     def test_names_of_secrets(self) -> None:
         for name in [
@@ -1347,8 +1359,8 @@ class SecretShapes(unittest.TestCase):
     """Tokens are told by their shape, wherever they stand in a text."""
 
     def setUp(self) -> None:
-        run_utils._known_secrets.clear()
-        self.addCleanup(run_utils._known_secrets.clear)
+        forget_secrets()
+        self.addCleanup(forget_secrets)
 
     def test_tokens_of_known_and_unknown_providers(self) -> None:
         for token in (
@@ -1385,7 +1397,7 @@ class SecretShapes(unittest.TestCase):
                 "https://hooks.slack.com/services/<REDACTED>"
             ),
         }.items():
-            run_utils._known_secrets.clear()
+            forget_secrets()
             self.assertEqual(run_utils._redact_text(before), after)
 
     def test_headers_assignments_and_json_in_text(self) -> None:
@@ -1422,8 +1434,8 @@ class CommandLines(unittest.TestCase):
     """One value after a secret flag is replaced, and argv and command agree."""
 
     def setUp(self) -> None:
-        run_utils._known_secrets.clear()
-        self.addCleanup(run_utils._known_secrets.clear)
+        forget_secrets()
+        self.addCleanup(forget_secrets)
 
     def test_flags_and_assignments(self) -> None:
         argv = [

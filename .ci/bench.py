@@ -195,7 +195,7 @@ def measure_metrics(place: Place, rounds: int) -> Times:
 
 
 SCENARIOS = (
-    Scenario("import", 3, 30, measure_import),
+    Scenario("import", 4, 30, measure_import),
     Scenario("first-line", 5, 30, measure_first_line),
     Scenario("entry", 2, 30, measure_entry),
     Scenario("exit", 10, 6, measure_exit),

@@ -42,6 +42,7 @@ def read(path: Path) -> list[Any]:
 def write(row: dict[str, Any], folder: Path) -> tuple[Any, Any]:
     """Write one row as the tool would; return what was given and what came back."""
     run_utils._known_secrets.clear()
+    run_utils._redact_shapes.cache_clear()
     given: Any
     if row["where"] == "arg":
         argv = row.get("argv") or shlex.split(row["value"])
