@@ -26,6 +26,7 @@ Contents (search for the heading):
     Settings             everything you may want to change
     Recording a run      the public functions, in the order a run lives through
     Provenance           what git, pip and the machine say
+    Lineage              which run fed which
     Redaction            no secret reaches the disk
     Config and YAML      any Python object to plain data, and that to text
     Output               stdout and stderr into logs/
@@ -33,7 +34,7 @@ Contents (search for the heading):
     Index and notes      runs_index.jsonl, a cache of what the directories say
     Files                whole or absent, never half-written
     Reading runs         run directories back into Python
-    Command line         run and inspect
+    Command line         run, inspect, list, diff, lineage, note, reindex
 
 The rules: recording never stops an experiment; a caller's mistake raises at once;
 no file is ever half-written; no secret reaches the disk; the user's process is left
@@ -97,9 +98,14 @@ MAX_PREFIX_BYTES = 180  # of the run's name, which must stay within 255
 MAX_MESSAGE = 4096  # characters of an exception's message
 MAX_TRACEBACK = 40_000  # characters
 MAX_READ = 50_000_000  # a larger JSON file is not read
+MAX_CONFIG = 1_000_000  # a larger YAML file is not read
+MAX_INDEX = 1_000_000_000  # a larger index is not read
+MAX_TAIL = 65_536  # of metrics.jsonl, for the last values
+MAX_INPUTS = 1000  # words of config and argv that are looked at for files of other runs
 MAX_LISTED = 200  # changed files named in metadata.json
 MAX_WALK = 6  # folders between a results root and a run
 MAX_SHOWN = 40  # lines of config that inspect shows
+MAX_ROWS = 50  # runs that list shows
 MIN_SECRET = 8  # a shorter value is replaced under its own name only
 MAX_REDACTED = 32_768  # characters of a text that are kept and searched
 
@@ -220,7 +226,9 @@ class _Recording:
             _write_yaml(run_dir / options["config_filename"], document)
         with _tolerating("metadata.json"):
             metadata = _immediate_metadata(argv, directory, document)
+            metadata["inputs"] = _inputs(document, argv, run_dir)
             _write_json(run_dir / "metadata.json", metadata)
+            _warn_of_inputs(metadata["inputs"])
         self.row = _index_row(run_dir, self.results_root)
         with _tolerating("the index"):
             _append_index(self.row, "start", "running")
@@ -558,7 +566,8 @@ def _open_run(options: Mapping[str, Any], directory: str) -> Path:
         else:
             _archive_attempt(run_dir)
         _twice(ensure_run_dir, run_dir, subdirs=options["subdirs"])
-        _twice(_write_json, run_dir / "status.json", _running_status(options))
+        status = {**_running_status(options), "run": run_dir.name}
+        _twice(_write_json, run_dir / "status.json", status)
     except OSError as error:
         if run_dir not in (base_dir, chosen):
             for folder in [*map(run_dir.joinpath, options["subdirs"]), run_dir]:
@@ -1098,6 +1107,200 @@ def _run(
         said = f": {fatal[0][:200]}" if fatal else ""
         output.problem = f"{output.program} ended with status {output.returncode}{said}"
     return output
+
+
+# === Lineage ===
+# Which run fed which: found in config values and argv, recorded in the consumer only.
+# Who used a run is found when it is asked for.
+
+
+def _inputs(
+    config: Any, argv: Sequence[str], run_dir: Path, cwd: str | None = None
+) -> list[dict[str, Any]]:
+    """Return an entry for each existing path of another run that a run was given.
+
+    Looked at are the strings of the config, in lists too, and the words of the command
+    line: ``a/b.pt``, ``--init=a/b.pt``, ``key=a.pt,b.pt``, relative to `cwd`.
+    """
+    config = {k: v for k, v in config.items() if k != "command"} if config else {}
+    named = [*_strings("config", config), *(("argv", word) for word in argv[1:])]
+    entries: dict[str, dict[str, Any]] = {}
+    for key, text in named[:MAX_INPUTS]:
+        parts = [text, text.partition("=")[2], *text.partition("=")[2].split(",")]
+        for part in [*parts, *text.split(",")] if "," in text else parts[:2]:
+            path = os.path.join(cwd or "", os.path.expanduser(part))
+            if not part or len(part) > 4096 or "\0" in part or not os.path.exists(path):
+                continue
+            producer = _run_of(Path(os.path.abspath(path)))
+            if producer is not None and producer != run_dir:
+                key = key.partition(".")[2] or key
+                entry = _input(key, Path(os.path.abspath(path)), producer, run_dir)
+                entries.setdefault(os.path.join(producer, entry["path"]), entry)
+    return list(entries.values())
+
+
+def _strings(key: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Yield the strings in plain data with their dotted keys; lists have no own."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield from _strings(f"{key}.{name}", item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(key, item)
+
+
+def _input(key: str, path: Path, producer: Path, run_dir: Path) -> dict[str, Any]:
+    """Return the entry of `inputs` in metadata.json for a file of another run."""
+    inside = os.path.relpath(path, producer)
+    if inside.startswith(os.pardir):  # a link into the run
+        inside = os.path.relpath(os.path.realpath(path), os.path.realpath(producer))
+    info = path.stat() if path.exists() else None
+    return {
+        "key": key,
+        "run": producer.name,
+        "run_dir": str(producer),
+        "relative": os.path.relpath(producer, run_dir),  # holds when a tree is moved
+        "path": inside,
+        "size": info.st_size if info and stat.S_ISREG(info.st_mode) else None,
+        "mtime": _utc(info.st_mtime) if info and stat.S_ISREG(info.st_mode) else None,
+        "status": _status_now(producer).get("status"),
+    }
+
+
+def _warn_of_inputs(inputs: Iterable[Mapping[str, Any]]) -> None:
+    """Say which inputs come from a run that failed, is lost or is superseded."""
+    for entry in inputs:
+        why = [entry["status"]] if entry["status"] in ("failed", "lost") else []
+        tags = _tags(_read_lines(Path(entry["run_dir"]) / "notes.jsonl"))
+        why += [tag for tag in tags if tag == "superseded"]
+        if why:
+            what = f"{entry['key']}={entry['path']} comes from {entry['run']}"
+            _warn(f"{what}, which is {' and '.join(why)}")
+
+
+def _record_use(artifact: Path, consumer: str | None, reason: str | None) -> None:
+    """Record on both sides that the run `consumer` used a file of another run."""
+    artifact = artifact.absolute()
+    producer = _run_of(artifact)
+    if producer is None:
+        return
+    folder = producer / "artifacts"
+    inside = artifact.is_relative_to(folder)
+    path = os.path.relpath(artifact, folder if inside else producer)
+    about = {"artifact_relpath": path, "consumer_run_dir": consumer, "reason": reason}
+    if consumer is not None and Path(consumer).absolute() != producer:
+        with _tolerating("inputs of metadata.json"):
+            _add_input(Path(consumer).absolute(), artifact, producer)
+    who = {"when": _utc(), **about, "host": _hostname(), "user": _user()}
+    with contextlib.suppress(OSError):  # the producer's tree may be read-only
+        folder.mkdir(exist_ok=True)
+        _append_line(folder / "USED_BY.jsonl", who)
+        _append_index(_index_row(producer), "artifact_used", None, **about)
+
+
+def _add_input(run_dir: Path, artifact: Path, producer: Path) -> None:
+    """Add a file of another run, as it is now, to `inputs` of metadata.json, once."""
+    entry = _input("mark_artifact_used", artifact, producer, run_dir)
+    recording = _active_for(run_dir)
+    if recording is not None and recording.recorder is not None:
+        recording.recorder.ask("wait", "captured")  # it writes the same file
+    metadata = _read_json(run_dir / "metadata.json")
+    if metadata is None:
+        return
+    inputs = metadata.setdefault("inputs", [])
+    same = ("run_dir", "path", "size", "mtime")
+    if all([old.get(k) for k in same] != [entry[k] for k in same] for old in inputs):
+        inputs.append(entry)
+        _write_json(run_dir / "metadata.json", metadata)
+        _warn_of_inputs([entry])
+
+
+class _Lineage:
+    """Which runs below a results root used which, read from the runs themselves."""
+
+    def __init__(self, root: Path, since: str = "") -> None:
+        self.runs = _walk_runs(root)
+        self.named: dict[str, Path] = {path.name: path for path in self.runs}
+        self.edges: dict[tuple[Path, Path], str] = {}  # (producer, consumer): file
+        idle = _runs_without_inputs(root)
+        for path in self.runs:
+            if path.name not in idle and _started(path) >= since:
+                for entry in _read_inputs(path):
+                    self.edges[self.producer(entry, path), path] = str(entry["path"])
+        for path in self.runs:
+            self.add_users(path)
+
+    def add_users(self, producer: Path) -> None:
+        """Add what mark_artifact_used, ours or the ancestors', left in a producer."""
+        path = producer / "artifacts" / "USED_BY.jsonl"
+        for row in _read_lines(path) if path.exists() else ():
+            consumer = Path(str(row.get("consumer_run_dir") or "?"))
+            consumer = consumer if _is_run(consumer) else self.find(consumer)
+            artifact = f"artifacts/{row.get('artifact_relpath')}"
+            self.edges.setdefault((producer, consumer), artifact)
+
+    def producer(self, entry: Mapping[str, Any], consumer: Path) -> Path:
+        """Return where the producer is now: moved with us, in its place, or renamed."""
+        path = Path(str(entry.get("run_dir", "?")))
+        beside = Path(os.path.normpath(consumer / str(entry.get("relative", "?"))))
+        for place in (beside, path):
+            if place.name == entry.get("run") and _is_run(place):
+                return Path(os.path.realpath(place))
+        return self.find(path)
+
+    def find(self, path: Path) -> Path:
+        """Return the run that had this name; the path itself when there is none."""
+        if path.name not in self.named:
+            for run in self.runs:  # one that was renamed knows its first name
+                name = (_read_json(run / "status.json") or {}).get("run")
+                self.named.setdefault(str(name), run)
+        return self.named.get(path.name, path)
+
+    def walk(self, start: Path, users: bool) -> Iterator[tuple[int, Path, str]]:
+        """Yield (depth, run, file) from `start` on; a run met again is not entered."""
+        following: dict[Path, list[tuple[Path, str]]] = {}
+        for (producer, consumer), path in self.edges.items():
+            here, there = (producer, consumer) if users else (consumer, producer)
+            following.setdefault(here, []).append((there, path))
+        seen, waiting = {start}, [(1, *step) for step in following.get(start, [])[::-1]]
+        while waiting:
+            depth, run, path = waiting.pop()
+            again = run in seen
+            yield depth, run, path + " (see above)" * again
+            if not again:
+                seen.add(run)
+                steps = following.get(run, [])[::-1]
+                waiting += [(depth + 1, *step) for step in steps]
+
+
+def _read_inputs(run_dir: Path) -> list[dict[str, Any]]:
+    """Return `inputs` of metadata.json; of an ancestor's run, what its config names."""
+    with contextlib.suppress(OSError):
+        if b'"inputs": []' in _read_bytes(run_dir / "metadata.json"):
+            return []
+    run = Run(run_dir)
+    inputs = run.metadata.get("inputs")
+    if inputs is None and run.config:
+        words, cwd = _texts(run.metadata.get("argv")), run.metadata.get("working_dir")
+        cwd = cwd if isinstance(cwd, str) and os.path.isabs(cwd) else "/"
+        return _inputs(run.config, words, run_dir, cwd)
+    entries = inputs if isinstance(inputs, list) else []
+    return [entry for entry in entries if isinstance(entry, dict) and "path" in entry]
+
+
+def _runs_without_inputs(root: Path) -> set[str]:
+    """Return the names of runs that used no other, as far as the index tells."""
+    try:
+        index = _read_bytes(root / INDEX_FILE, MAX_INDEX)
+    except OSError:
+        return set()
+    name = rb'"run_basename": "([^"\\]+)"[^\n]*'
+    idle = set(re.findall(name + rb'"inputs": \[\]', index))
+    idle -= set(re.findall(name + rb'"inputs": \["', index))
+    idle -= set(re.findall(rb'"consumer_run_dir": "[^"]*?([^"\\/]+)/?"', index))
+    return {word.decode("utf-8", "replace") for word in idle}
 
 
 # === Redaction ===
@@ -2276,15 +2479,17 @@ def _results_root(base_dir: Path) -> Path:
 def _index_row(run_dir: Path, root: Path | None = None) -> dict[str, Any]:
     """Return what the lines of one run in the index have in common."""
     root = root or _results_root(run_dir.parent)
-    git = _mapping(_read_json(run_dir / "metadata.json"), "git")
+    metadata = _read_json(run_dir / "metadata.json")
+    inputs = (metadata or {}).get("inputs")
     return {
         "event": None, "timestamp_utc": None, "run_dir": str(run_dir),
         "run_basename": run_dir.name, "experiment_name": run_dir.parent.name,
         "env_name": run_dir.parent.parent.name, "results_root": str(root),
         "hostname": _hostname(), "user": _user(), "pid": os.getpid(),
-        "git_commit_short": git.get("commit_short"), "script_name": _script_name(),
-        "status": None, "exit_reason": None,
+        "git_commit_short": _mapping(metadata, "git").get("commit_short"),
+        "script_name": _script_name(), "status": None, "exit_reason": None,
         "path": os.path.relpath(run_dir, root),  # holds when the tree is moved
+        "inputs": [str(entry.get("run")) for entry in inputs or []],
     }
 
 
@@ -2298,47 +2503,38 @@ def _append_index(
     _append_line(path, {**row, **facts, "exit_reason": why, **more})
 
 
-def _append_note(run_dir: Path, text: str, tags: Sequence[str]) -> None:
-    note = {"timestamp_utc": _utc(), "user": _user(), "text": text, "tags": tags}
-    _append_line(run_dir / "notes.jsonl", note)
+def _rebuilt_index(root: Path) -> list[dict[str, Any]]:
+    """Return one "backfill" line for each run directory below `root`, oldest first."""
+    rows = []
+    for run in reversed(find_runs(root)):
+        row = _index_row(run.path, root)
+        row.update(event="backfill", timestamp_utc=run.status.get("timestamp_utc"))
+        for key in ("status", "exit_reason", "hostname", "user", "script_name"):
+            row[key] = run[key]
+        row["inputs"] = [str(entry.get("run")) for entry in _read_inputs(run.path)]
+        rows.append({**row, "pid": run.status.get("pid")})
+    return rows
 
 
-def _record_use(artifact: Path, consumer: str | None, reason: str | None) -> None:
-    """Record on both sides that the run `consumer` used a file of another run."""
-    artifact = artifact.absolute()
-    producer = _run_of(artifact)
-    if producer is None:
-        return
-    folder = producer / "artifacts"
-    inside = artifact.is_relative_to(folder)
-    path = os.path.relpath(artifact, folder if inside else producer)
-    about = {"artifact_relpath": path, "consumer_run_dir": consumer, "reason": reason}
-    if consumer is not None and Path(consumer).absolute() != producer:
-        with _tolerating("inputs of metadata.json"):
-            _add_input(Path(consumer), artifact, producer)
-    who = {"when": _utc(), **about, "host": _hostname(), "user": _user()}
-    with contextlib.suppress(OSError):  # the producer's tree may be read-only
-        folder.mkdir(exist_ok=True)
-        _append_line(folder / "USED_BY.jsonl", who)
-        _append_index(_index_row(producer), "artifact_used", None, **about)
+def _append_note(
+    run_dir: Path, text: str, tags: Sequence[str], untag: Sequence[str] = ()
+) -> None:
+    """Append one line to notes.jsonl: a text, tags to add and tags to take away."""
+    note = {"timestamp_utc": _utc(), "user": _user(), "text": text, "tags": list(tags)}
+    taken = {"untag": list(untag)} if untag else {}
+    _append_line(run_dir / "notes.jsonl", {**note, **taken})
 
 
-def _add_input(run_dir: Path, artifact: Path, producer: Path) -> None:
-    """Add a file of another run, as it is now, to `inputs` of metadata.json, once."""
-    info = artifact.stat() if artifact.exists() else None
-    entry = {
-        "key": "mark_artifact_used", "run": producer.name, "run_dir": str(producer),
-        "path": os.path.relpath(artifact, producer),
-        "size": info and info.st_size, "mtime": info and _utc(info.st_mtime),
-        "status": _status_now(producer).get("status"),
-    }
-    recording = _active_for(run_dir)
-    if recording is not None and recording.recorder is not None:
-        recording.recorder.ask("wait", "captured")  # it writes the same file
-    metadata = _read_json(run_dir / "metadata.json")
-    if metadata is not None and entry not in metadata.setdefault("inputs", []):
-        metadata["inputs"].append(entry)
-        _write_json(run_dir / "metadata.json", metadata)
+def _tags(notes: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the tags that are in force after all notes, in their order."""
+    tags: dict[str, None] = {}
+    for note in notes:
+        for key in ("tags", "untag"):
+            names = note.get(key) if isinstance(note.get(key), list) else []
+            for name in filter(None, map(str, names or [])):
+                tags.pop(name, None)
+                tags.update({name: None} if key == "tags" else {})
+    return list(tags)
 
 
 # === Files ===
@@ -2431,24 +2627,31 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return None
 
 
-def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the mappings of a JSONL file; skip lines that are torn."""
+def _read_lines(path: Path, tail: int | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the mappings of a JSONL file, or of its `tail`; skip torn lines."""
     with contextlib.suppress(OSError):
-        for line in _read_bytes(path).splitlines():
+        for line in _read_bytes(path, tail=tail).split(b"\n"):
             with contextlib.suppress(ValueError, RecursionError):
                 row = json.loads(line)
                 if isinstance(row, dict):
                     yield row
 
 
-def _read_bytes(path: Path) -> bytes:
-    """Return a regular file of sane size; a FIFO or device raises, and never blocks."""
+def _read_bytes(path: Path, limit: int = 0, tail: int | None = None) -> bytes:
+    """Return a regular file of sane size, or its `tail` of so many bytes.
+
+    A FIFO or device raises OSError, and never blocks.
+    """
     at_once = getattr(os, "O_NONBLOCK", 0)
     with io.FileIO(path, opener=lambda name, how: _open(name, how | at_once)) as file:
         info = os.fstat(file.fileno())
-        if not stat.S_ISREG(info.st_mode) or info.st_size > MAX_READ:
-            raise OSError(f"{str(path)!r} is not a file of at most {MAX_READ} bytes")
-        return file.readall()
+        limit = limit or MAX_READ
+        if not stat.S_ISREG(info.st_mode) or (tail is None and info.st_size > limit):
+            raise OSError(f"{str(path)!r} is not a file of at most {limit} bytes")
+        if tail is None or info.st_size <= tail:
+            return file.readall()
+        file.seek(-tail, os.SEEK_END)
+        return file.readall().partition(b"\n")[2]  # the first line is cut
 
 
 @contextlib.contextmanager
@@ -2479,30 +2682,24 @@ def _utc(seconds: float | None = None) -> str:
 # Readers trust nothing: a file may be absent, torn, huge, hostile, or of an ancestor.
 
 
-class Run(dict):  # type: ignore[type-arg]
-    """One run directory as a flat dictionary: a row for pandas.DataFrame.
+def find_runs(
+    root: StrPath = "results", *, where: str | None = None, status: str | None = None,
+    since: str | None = None, contains: str | None = None, tag: str | None = None,
+    has_outputs: bool = False, sort: str | None = None, limit: int | None = None,
+) -> list[Run]:
+    """Return the runs below `root`, newest first, at most `limit` of them.
 
-    Keys: name, run_dir, status (as it is now), exit_reason, started_utc,
-    duration_seconds, then `config.<key>` and `metrics.<key>` (the last values).
-    The files themselves are the attributes `config`, `metadata` and `status`.
+    `where` compares config, metrics and the keys of `Run`: ``"lr<1e-3 and acc>=0.9 or
+    model~qwen"`` (``< <= > >= == !=``, and ``~`` for a regular expression), numbers as
+    numbers; ``and`` binds tighter. `status` is as it is now; `since` an age ("12h",
+    "7d") or the start of a UTC time ("2026-01-31"); `contains` a part of the path below
+    `root`; `tag` one that is in force. `sort` is a key, "-key" the other way round.
+    Raises ValueError for a `where` or `since` that cannot be read.
     """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.metadata = _read_json(path / "metadata.json") or {}
-        self.status = _status_now(path)
-        self.config = _mapping(self.metadata, "config")  # the same, without PyYAML
-        with contextlib.suppress(Exception):
-            value = _pyyaml().safe_load(_read_bytes(path / "config.yaml"))
-            self.config = value if isinstance(value, dict) else {}
-        self.metrics: dict[str, Any] = {}
-        for row in _read_lines(path / "metrics" / "metrics.jsonl"):
-            self.metrics.update(row)
-        super().__init__(name=path.name, run_dir=str(path))
-        for key in ("status", "exit_reason", "started_utc", "duration_seconds"):
-            self[key] = self.status.get(key)
-        self.update(_flattened("config", self.config))
-        self.update(_flattened("metrics", self.metrics))
+    folder = Path(root).absolute()
+    return _select_runs(
+        folder, where, status, since, contains, tag, has_outputs, sort, limit
+    )[0]
 
 
 def load_run(path: StrPath) -> Run:
@@ -2516,53 +2713,357 @@ def load_run(path: StrPath) -> Run:
     return Run(found)
 
 
-def find_runs(root: StrPath = "results") -> list[Run]:
-    """Return all runs below `root`, newest first."""
-    return [Run(path) for path in _walk_runs(Path(root).absolute())]
+class Run(dict):  # type: ignore[type-arg]
+    """One run directory as a flat dictionary: a row for pandas.DataFrame.
+
+    Keys: name, run_dir, experiment, status (as it is now), exit_reason, started_utc,
+    duration_seconds (of all attempts), attempts, hostname, user, git_commit,
+    script_name, tags, then `config.<key>` and `metrics.<key>` (the last values). The
+    files themselves are the attributes `config`, `metadata`, `status`, `metrics`,
+    `notes` and `attempts` (status.json of the earlier ones); `outputs` has the files
+    it left, with their sizes in bytes, and `problems` what could not be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.problems: list[str] = []
+        self.inputs: list[str] = []  # runs it used, and runs that used it
+        self.used_by: list[str] = []
+        self.metadata = self._read_json("metadata.json")
+        self.status = _status_now(path, self._read_json("status.json"))
+        self.config = _mapping(self.metadata, "config") or self._read_config()
+        self.notes = list(_read_lines(path / "notes.jsonl"))
+        self.metrics: dict[str, Any] = {}
+        for row in _read_lines(path / "metrics" / "metrics.jsonl", MAX_TAIL):
+            self.metrics.update(row)
+        earlier = sorted(path.glob("attempts/*"), key=lambda folder: len(folder.name))
+        self.attempts = [_read_json(p / "status.json") or {} for p in earlier]
+        times = [s.get("duration_seconds") for s in (*self.attempts, self.status)]
+        known = [t for t in map(_number, times) if t is not None]
+        super().__init__(
+            name=path.name, run_dir=str(path), experiment=path.parent.name,
+            status=_text(self.status.get("status", "?")),
+            exit_reason=self.status.get("exit_reason"),
+            started_utc=self.status.get("started_utc")
+            or self.metadata.get("timestamp_utc") or self.status.get("timestamp_utc"),
+            duration_seconds=sum(known) if known else None,
+            attempts=len(earlier) + 1,
+            hostname=self.metadata.get("hostname", self.status.get("hostname")),
+            user=self.metadata.get("user"),
+            git_commit=_mapping(self.metadata, "git").get("commit_short"),
+            script_name=_script_of(self.metadata, path),
+            tags=_tags(self.notes),
+        )  # fmt: skip
+        plain = {k: v for k, v in self.config.items() if k != "command"}
+        self.update(_flattened("config", plain))
+        self.update(_flattened("metrics", self.metrics))
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        path = self.path / name
+        found = _read_json(path)
+        if found is None and os.path.lexists(path):
+            self.problems.append(f"{str(path)!r} is not a JSON object that can be read")
+        return found or {}
+
+    def _read_config(self) -> dict[str, Any]:
+        """Return config.yaml, where metadata.json does not have the same."""
+        path = self.path / "config.yaml"
+        try:
+            value = _parse_yaml(_read_bytes(path, MAX_CONFIG).decode("utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (Exception, RecursionError) as error:  # yaml.YAMLError has many kinds
+            self.problems.append(f"{str(path)!r} cannot be read: {error}")
+            return {}
+        return value if isinstance(value, dict) else {"config": value}
+
+    @property
+    def outputs(self) -> dict[str, int]:
+        """The files in the folders, but for logs/ and attempts/: sizes in bytes."""
+        sizes: dict[str, int] = {}
+        for name in self.folders():
+            if name not in ("logs", "attempts"):
+                sizes.update(_file_sizes(self.path, name))
+        return {k: v for k, v in sizes.items() if k != "artifacts/USED_BY.jsonl"}
+
+    def folders(self) -> list[str]:
+        with contextlib.suppress(OSError), os.scandir(self.path) as entries:
+            return sorted(e.name for e in entries if e.is_dir(follow_symlinks=False))
+        return []
+
+    def look_up(self, key: str) -> Any:
+        """Return the value of a key: ours, else of the config, else of the metrics."""
+        for name in (key, f"config.{key}", f"metrics.{key}"):
+            if name in self:
+                return self[name]
+        return len(self.outputs) if key == "outputs" else None
+
+
+def _file_sizes(run_dir: Path, folder: str) -> dict[str, int]:
+    """Return the sizes of the files below a folder, by their path in the run."""
+    sizes: dict[str, int] = {}
+    for place, _, names in os.walk(run_dir / folder):
+        for path in (os.path.join(place, name) for name in names[:MAX_ITEMS]):
+            with contextlib.suppress(OSError):
+                sizes[os.path.relpath(path, run_dir)] = os.lstat(path).st_size
+    return sizes
+
+
+def _script_of(metadata: Mapping[str, Any], run_dir: Path) -> str:
+    """Return the name of the script: from argv, else from the run's own name."""
+    words = _texts(metadata.get("argv"))
+    scripts = [Path(word).stem for word in words if re.search(r"\.(py|sh|R|jl)$", word)]
+    if "-m" in words[:-1]:
+        return words[words.index("-m") + 1]
+    return scripts[0] if scripts else _STAMP.split(run_dir.name)[0].rstrip("-")
+
+
+def _select_runs(
+    root: Path, where: str | None, status: str | None, since: str | None,
+    contains: str | None, tag: str | None, has_outputs: bool, sort: str | None,
+    limit: int | None,
+) -> tuple[list[Run], int]:
+    """Return the runs of `find_runs`, and how many older ones were not looked at."""
+    tests = _tests(where, status, since, tag, has_outputs)
+    paths = _walk_runs(root)
+    if contains is not None:
+        part, start = contains.lower(), len(str(root))
+        paths = [path for path in paths if part in str(path)[start:].lower()]
+    runs: list[Run] = []
+    seen = 0
+    for path in paths:
+        if limit is not None and len(runs) >= limit and not sort:
+            break
+        seen += 1
+        for place in [path] if _looks_like_run(path) else _walk_runs(path, True):
+            run = Run(place)
+            runs += [run] if all(test(run) for test in tests) else []
+    runs.sort(key=lambda run: str(run["started_utc"] or ""), reverse=True)
+    if sort:
+        key = sort.lstrip("-")
+        known = [run for run in runs if run.look_up(key) is not None]
+        known.sort(key=lambda run: _sortable(run.look_up(key)), reverse=sort[0] == "-")
+        runs = known + [run for run in runs if run.look_up(key) is None]
+    return runs[:limit], len(paths) - seen + len(runs[limit:] if limit else [])
+
+
+def _tests(
+    where: str | None, status: str | None, since: str | None, tag: str | None,
+    has_outputs: bool,
+) -> list[Callable[[Run], Any]]:
+    """Return what a run must fulfil, the cheapest first."""
+    tests: list[Callable[[Run], Any]] = []
+    if status is not None:
+        tests.append(lambda run: run["status"] == status)
+    if since is not None:
+        first = _since(since)
+        tests.append(lambda run: str(run["started_utc"] or "") >= first)
+    if tag is not None:
+        tests.append(lambda run: tag in run["tags"])
+    if where is not None:
+        tests.append(_condition(where))
+    return [*tests, lambda run: run.outputs] if has_outputs else tests
+
+
+def _since(text: str) -> str:
+    """Return the UTC time that an age ("90s", "12h", "7d") or a date begins."""
+    age = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", text)
+    if age:
+        units = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+        return _utc(max(0.0, time.time() - float(age[1]) * units[age[2]]))
+    if not re.match(r"\d{4}(-\d\d){0,2}", text):
+        raise ValueError(f"since {text!r} is no time; give '12h', '7d' or '2026-01-31'")
+    return text
+
+
+def _condition(text: str) -> Callable[[Run], bool]:
+    """Return the test that "lr<1e-3 and model~qwen or acc>=0.9" describes."""
+    comparison = re.compile(
+        r"\s*([^\s<>=!~\"']+)\s*(<=|>=|==|!=|=|<|>|~)\s*(\"[^\"]*\"|'[^']*'|[^\s\"']+)"
+        r"\s*(?:(and|or)\s+(?=\S)|$)"
+    )
+    alternatives: list[list[tuple[str, str, str]]] = [[]]
+    position = 0
+    while position < len(text) or not alternatives[0]:
+        found = comparison.match(text, position)
+        if found is None:
+            how = "write KEY<VALUE (or <= > >= == != ~), joined by and/or"
+            place = f"where {text!r} is not understood at {text[position:]!r}"
+            raise ValueError(f"{place}; {how}")
+        key, operator, value, joint = found.groups()
+        value = value[1:-1] if value[0] in "\"'" else value
+        if operator == "~":
+            try:
+                re.compile(value)
+            except re.error as error:
+                what = f"where: {value!r} is no regular expression"
+                raise ValueError(f"{what}: {error}") from None
+        alternatives[-1].append((key, operator, value))
+        alternatives += [[]] if joint == "or" else []
+        position = found.end()
+    return lambda run: any(
+        all(_holds(run.look_up(key), *rest) for key, *rest in terms)
+        for terms in alternatives
+    )
+
+
+def _holds(found: Any, operator: str, wanted: str) -> bool:
+    """Return whether a comparison holds: of numbers if both are, else of texts."""
+    if found is None and wanted.lower() not in ("null", "none"):
+        return operator == "!="
+    if operator == "~":
+        return re.search(wanted, _text(found)) is not None
+    a: Any = _number(found)
+    b: Any = _number(wanted)
+    if a is None or b is None:
+        a, b = _text(found).lower(), wanted.lower().replace("none", "null")
+    order = (a > b) - (a < b) if a == a and b == b else None  # None: a NaN
+    return order in _ORDERS.get(operator, (0,))
+
+
+_ORDERS: dict[str, tuple[int | None, ...]] = {
+    "<": (-1,), "<=": (-1, 0), ">": (1,), ">=": (0, 1), "!=": (-1, 1, None)
+}  # fmt: skip
+
+
+def _number(value: Any) -> float | None:
+    """Return a number, or a text that is one, as float; None for anything else."""
+    if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError, OverflowError):
+            return float(value)
+    return None
+
+
+def _sortable(value: Any) -> tuple[bool, float, str]:
+    number = _number(value)
+    return number is None, 0.0 if number is None else number, _text(value)
+
+
+def _texts(value: Any) -> list[str]:
+    return [v for v in value if isinstance(v, str)] if isinstance(value, list) else []
+
+
+def _text(value: Any) -> str:
+    """Return a value of a JSON file as one short line."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return text if len(text) <= MAX_MESSAGE else text[:MAX_MESSAGE] + "..."
 
 
 def _is_run(path: Path) -> bool:
-    return (path / "status.json").is_file() or (path / "metadata.json").is_file()
+    """Return whether a folder holds a record; a data set has a metadata.json too."""
+    if os.path.isfile(f"{path}/status.json"):
+        return True
+    if not os.path.isfile(f"{path}/metadata.json"):
+        return False
+    if _STAMP.search(path.name) or os.path.isfile(f"{path}/config.yaml"):
+        return True
+    return "timestamp_utc" in (_read_json(path / "metadata.json") or {})
+
+
+_STAMP = re.compile(r"(?<!\d)\d{8}-\d{6}(?=-|$)")  # in the name of a run: local time
 
 
 def _run_of(path: Path) -> Path | None:
-    """Return the run directory that `path` is or lies in."""
-    resolved = path.resolve()
-    places = [path, *path.parents, resolved, *resolved.parents]
-    return next(filter(_is_run, places), None)
+    """Return the run directory that `path` is or lies in, also through links."""
+    for place in dict.fromkeys([path, Path(os.path.realpath(path))]):
+        for folder in (place, *place.parents):
+            if _is_run(folder):
+                return folder
+    return None
 
 
-def _walk_runs(root: Path) -> list[Path]:
-    """Return the run directories below `root`, newest first; follow no links."""
-    found = []
-    for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        if "status.json" in files or "metadata.json" in files:
-            found.append(Path(folder))
-            folders.clear()
-        elif os.path.relpath(folder, root).count(os.sep) >= MAX_WALK:
-            folders.clear()
-    return sorted(found, key=_started, reverse=True)
+def _walk_runs(root: Path, opened: bool = False) -> list[Path]:
+    """Return the run directories below `root`, newest first.
+
+    A folder whose name has a time stamp is taken for a run without a look, unless it
+    is the root, already `opened`. Links are followed to what lies outside of the tree.
+    """
+    found: list[tuple[str, int, str]] = []
+    places = [str(root)]
+    seen: list[str] = []
+    while places:
+        place = places.pop() if seen else str(root)
+        real = os.path.realpath(place)
+        if any(f"{real}/".startswith(f"{known}/") for known in seen):
+            continue
+        folders = [(real if seen else place, 0)]
+        seen.append(real)
+        while folders:
+            folder, depth = folders.pop()
+            inside, linked, is_run = _scan(folder)
+            if is_run and not (opened and depth == 0):
+                found.append((_started(Path(folder)), len(folder), folder))
+                continue
+            places += linked
+            for path, name in inside:
+                stamp = _STAMP.search(name)
+                if stamp:
+                    found.append((stamp[0], len(path), path))
+                elif depth < MAX_WALK:
+                    folders.append((path, depth + 1))
+    return [Path(path) for _, _, path in sorted(found, reverse=True)]
 
 
-def _started(run_dir: Path) -> tuple[str, str]:
-    """Return a key that sorts runs by their start."""
-    started = (_read_json(run_dir / "status.json") or {}).get("started_utc")
-    stamps = re.findall(r"\d{8}-\d{6}", run_dir.name)
-    return re.sub(r"\D", "", str(started or stamps[:1])), run_dir.name
+def _scan(folder: str) -> tuple[list[tuple[str, str]], list[str], bool]:
+    """Return the folders in a folder, the links in it, and whether it is a run."""
+    inside, linked, names = [], [], set()
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                if entry.name[0] != ".":
+                    inside.append((entry.path, entry.name))
+            elif entry.is_symlink() and os.path.isdir(entry.path):
+                linked.append(entry.path)
+            else:
+                names.add(entry.name)
+    record = not names.isdisjoint(("status.json", "metadata.json"))
+    return inside, linked, record and _is_run(Path(folder))
 
 
-def _status_now(run_dir: Path) -> dict[str, Any]:
+def _looks_like_run(path: Path) -> bool:
+    """Return whether a folder with a stamp is a run, or what is left of one."""
+    inside, _, is_run = _scan(str(path))
+    return is_run or {name for _, name in inside} <= {*DEFAULT_SUBDIRS, "attempts"}
+
+
+def _started(run_dir: Path) -> str:
+    """Return a key that sorts runs by their start: "20260131-142501", local time."""
+    stamp = _STAMP.search(run_dir.name)
+    if stamp:
+        return stamp[0]
+    for name in ("status.json", "metadata.json"):
+        facts = _read_json(run_dir / name) or {}
+        seconds = _seconds(facts.get("started_utc") or facts.get("timestamp_utc"))
+        if seconds is not None:
+            return time.strftime("%Y%m%d-%H%M%S", time.localtime(seconds))
+    return ""
+
+
+def _seconds(utc: Any) -> float | None:
+    """Return the seconds since 1970 of "2026-01-31T14:25:01Z", None of all else."""
+    parts = re.match(r"(\d{4})-(\d\d)-(\d\d)[T ](\d\d):(\d\d):(\d\d)", str(utc))
+    with contextlib.suppress(ValueError, OverflowError):
+        if parts:
+            year, month, day, hour, minute, second = map(int, parts.groups())
+            date = (year, month, day, hour, minute, second, 0, 0, 0)
+            return time.mktime(date) - time.timezone
+    return None
+
+
+def _status_now(run_dir: Path, facts: dict[str, Any] | None = None) -> dict[str, Any]:
     """Return status.json, with "lost" for a run that cannot be running any more.
 
     Judged by the process itself on its own host, elsewhere by the heartbeat.
     """
-    facts = _read_json(run_dir / "status.json") or {"status": "?"}
+    path = run_dir / "status.json"
+    facts = facts or _read_json(path) or {"status": "?"}
     if facts.get("status") != "running":
         return facts
     then, here = _mapping(facts, "process"), _process_identity(os.getpid())
     pid = facts.get("pid") if then and facts.get("hostname") == _hostname() else None
-    alive, path = None, run_dir / "status.json"
+    alive = None
     if isinstance(pid, int) and then.get("boot_id") != here["boot_id"]:
         alive = False  # the host was started anew since
     elif isinstance(pid, int) and then.get("pid_namespace") == here["pid_namespace"]:
@@ -2580,12 +3081,196 @@ def _mapping(facts: Any, key: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _flattened(name: str, value: Any) -> dict[str, Any]:
+def _flattened(name: str, value: Any, depth: int = 0) -> dict[str, Any]:
     """Return nested mappings as one, with dotted keys."""
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or depth > MAX_DEPTH:
         return {name: value}
-    parts = [_flattened(f"{name}.{key}", item) for key, item in value.items()]
+    parts = [_flattened(f"{name}.{key}", v, depth + 1) for key, v in value.items()]
     return {key: item for part in parts for key, item in part.items()}
+
+
+def _parse_yaml(text: str) -> Any:
+    """Return a YAML document as plain data: by PyYAML, or by a reader of our own."""
+    try:
+        yaml = _pyyaml()
+    except ImportError:
+        return _YamlReader(text).document()
+    return _plain(yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
+
+
+class _YamlReader:
+    """Read the YAML that PyYAML's safe_dump and we write; ValueError for any other.
+
+    Tokens are (kind, column, text, line): "-", "?", ":", "&" for an anchor, "key" and
+    "value", which is a scalar or a list in brackets, over as many lines as it takes.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.lines = re.sub(r"(?m)^(---|\.\.\.)$", "", text).split("\n")
+        self.tokens = list(self.tokenized())[::-1]
+        self.anchors: dict[str, Any] = {}
+
+    def document(self) -> Any:
+        value = self.node(0)
+        if self.tokens:
+            raise self.beyond(self.tokens[-1])
+        return value
+
+    def beyond(self, token: tuple[str, int, str, int]) -> ValueError:
+        return ValueError(f"line {token[3]}, {token[2][:20]!r}, takes PyYAML to read")
+
+    def tokenized(self) -> Iterator[tuple[str, int, str, int]]:
+        step = re.compile(
+            r"([-?:](?= |$))|&([^\s,]+)(?= |$)|"
+            r"(\"(?:[^\"\\]|\\.)*\"|'(?:[^']|'')*'"
+            r"|(?:[^\s,[\]{}#&*!|>'\"%@`?:-]|[?:-](?=\S))(?:(?! #).)*?) *:(?= |$)"
+        )
+        number = 0
+        while number < len(self.lines):
+            line = self.lines[number]
+            number += 1
+            column, parent, key = len(line) - len(line.lstrip(" ")), -1, None
+            if line[column : column + 1] == "#":
+                continue
+            found = step.match(line, column)
+            while found and not (key and found[2] is None):  # one key a line
+                sign, anchor, key = found.groups()
+                parent = parent if anchor else column
+                kind = sign or ("&" if anchor else "key")
+                yield kind, column, anchor or key or sign, number
+                rest = line[found.end() :].lstrip(" ")
+                column = len(line) - len(rest)
+                found = step.match(line, column)
+            value, first = line[column:], number
+            if value.strip() and value[0] != "#":
+                while number < len(self.lines) and self.goes_on(value, number, parent):
+                    value += "\n" + self.lines[number]
+                    number += 1
+                token = "value", column, value.rstrip(), first
+                odd = value[0] in "!|>%@`" or re.search(r"[\x85\u2028\u2029]", value)
+                if odd or (value[0] in "[{" and re.search(r"[\[{,]\s*\?\s", value)):
+                    raise self.beyond(token)
+                yield token
+
+    def goes_on(self, value: str, number: int, parent: int) -> bool:
+        """Return whether the next line belongs to a value that was begun."""
+        if value[0] in "\"'":
+            whole = r"(?s)(\"(?:[^\"\\]|\\.)*\"|'(?:[^']|'')*')\s*( #.*)?"
+            return not re.fullmatch(whole, value)
+        if value[0] in "[{":
+            words = _flow_words(value)
+            return sum(w in "[{" for w in words) != sum(w in "]}" for w in words)
+        line = self.lines[number].lstrip(" ")
+        deeper = len(self.lines[number]) - len(line) > parent
+        return not line or (deeper and line[0] != "#")
+
+    def node(self, least: int, beside: int = -1) -> Any:
+        """Read what stands in column `least` or after; a list may stand at `beside`."""
+        name = None
+        if self.tokens and self.tokens[-1][0] == "&" and self.tokens[-1][1] >= least:
+            name = self.tokens.pop()[2]
+        kind, column, text, _ = self.tokens[-1] if self.tokens else ("", -1, "", 0)
+        value: Any = None
+        if kind == "-" and column >= min(least, beside if beside >= 0 else least):
+            value = []
+            while self.tokens and self.tokens[-1][:2] == ("-", column):
+                self.tokens.pop()
+                value.append(self.node(column + 1))
+        elif kind in ("key", "?") and column >= least:
+            value = self.mapping(column)
+        elif kind == "value" and column >= least:
+            self.tokens.pop()
+            is_flow = text[0] in "[{"
+            value = self.flow(_flow_words(text)[::-1]) if is_flow else self.scalar(text)
+        if name is not None:
+            self.anchors[name] = value
+        return value
+
+    def mapping(self, column: int) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        while self.tokens and self.tokens[-1][1] == column:
+            kind, _, text, _ = token = self.tokens.pop()
+            if kind not in ("key", "?"):
+                raise self.beyond(token)
+            key = self.scalar(text) if kind == "key" else self.node(column + 1)
+            if kind == "?" and self.tokens and self.tokens[-1][:2] == (":", column):
+                self.tokens.pop()
+            name = key if isinstance(key, str) else json.dumps(key)
+            result[name] = self.node(column + 1, beside=column)
+        return result
+
+    def flow(self, words: list[str]) -> Any:
+        """Read a list or mapping in brackets from its words, the first one last."""
+        word = words.pop()
+        if word not in ("[", "{"):
+            return self.scalar(word)
+        items: list[Any] = []
+        result: dict[str, Any] = {}
+        while words[-1] not in ("]", "}"):
+            key = self.flow(words)
+            items.append(key)
+            if words[-1] == ":":
+                words.pop()
+                name = key if isinstance(key, str) else json.dumps(key)
+                result[name] = None if words[-1] in ",}" else self.flow(words)
+            if words[-1] == ",":
+                words.pop()
+        words.pop()
+        return items if word == "[" else result
+
+    def scalar(self, text: str) -> Any:
+        fold = r"[ \t]*\n((?:[ \t]*\n)*)[ \t]*"
+        if text[0] == '"':
+            escape = r"(?s)\\(?:\n[ \t]*|x(..)|u(.{4})|U(.{8})|(.))|" + fold
+            body = text[1 : text.rindex('"')]
+            return re.sub(escape, self.unescaped, body)
+        joined = lambda match: "\n" * match[1].count("\n") or " "  # noqa: E731
+        if text[0] == "'":
+            body = text[1 : text.rindex("'")]
+            return re.sub(fold, joined, body).replace("''", "'")
+        text = re.sub(fold, joined, re.sub(r"(?m)(^|\s)#.*", "", text).rstrip())
+        if text[:1] == "*":
+            return self.anchors[text[1:]]
+        return _yaml_plain(text)
+
+    def unescaped(self, match: re.Match[str]) -> str:
+        code = match[1] or match[2] or match[3]
+        if code:
+            return chr(int(code, 16))
+        if match[4]:
+            meant = "\0\a\b\t\n\v\f\r\x1b\x85\xa0\u2028\u2029"
+            return dict(zip("0abtnvfreN_LP", meant)).get(match[4], match[4])
+        lines = match[5]
+        return "" if lines is None else "\n" * lines.count("\n") or " "
+
+
+def _flow_words(text: str) -> list[str]:
+    """Split "[a, {b: 'c d'}]" into its brackets, commas, colons and scalars."""
+    return re.findall(
+        r"""\"(?:[^\"\\]|\\[\s\S])*\"|'(?:[^']|'')*'|[\"'][\s\S]*|[\[\]{},]"""
+        r"""|:(?=[\s,\[\]{}"']|$)"""
+        r"""|[^\s,\[\]{}"':](?:[^,\[\]{}:\n]|:(?![\s,\[\]{}]|$))*(?<!\s)""",
+        text,
+    )
+
+
+def _yaml_plain(text: str) -> Any:
+    """Return what a scalar without quotes is to YAML 1.1: "1e3" is a string."""
+    if text in ("", "~", "null", "Null", "NULL"):
+        return None
+    word = text.lower()
+    if word in ("yes", "on", "true", "no", "off", "false"):
+        known = text in (word, word.title(), word.upper())
+        return word in ("yes", "on", "true") if known else text
+    digits = text.replace("_", "")
+    if re.fullmatch(r"[-+]?(0|[1-9][\d_]*)", text):
+        return int(digits)
+    if re.fullmatch(r"[-+]?0(x[\da-fA-F_]+|b[01_]+|[0-7_]+)", text):
+        return int(re.sub(r"0(?=[0-7])", "0o", digits, count=1), 0)
+    if re.fullmatch(r"([-+]?\d[\d_]*\.[\d_]*|\.\d[\d_]*)([eE][-+]\d+)?", text):
+        return float(digits)
+    special = re.fullmatch(r"([-+]?)\.(inf|Inf|INF|nan|NaN|NAN)", text)
+    return float(special[1] + special[2]) if special else text
 
 
 # === Command line ===
@@ -2623,18 +3308,27 @@ def _parser() -> argparse.ArgumentParser:
     version = f"run_utils {__version__}"
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_run(commands)
+    _add_inspect(commands)
+    _add_list(commands)
+    _add_diff(commands)
+    _add_lineage(commands)
+    _add_note(commands)
+    _add_reindex(commands)
+    return parser
+
+
+RUN_HELP = "a path, anything in a run, a part of a name, or latest"
+ROOT_HELP = "a folder with runs (default: results, else the working directory)"
+
+
+def _add_run(commands: Any) -> None:
     run = commands.add_parser("run", help="record any command, in any language")
     run.add_argument("--base-dir", default="results/runs", metavar="DIR")
     run.add_argument("--prefix", metavar="NAME", help="default: the script's name")
     run.add_argument("--config", metavar="FILE", help="JSON or YAML to keep as config")
     run.add_argument("words", nargs="+", metavar="CMD", help="after --")
     run.set_defaults(command=_cmd_run)
-    inspect = commands.add_parser("inspect", help="show one run on one screen")
-    which = "a path, anything in a run, a part of a name, or latest"
-    inspect.add_argument("run", metavar="RUN", help=which)
-    inspect.add_argument("--json", action="store_true", help="for programs")
-    inspect.set_defaults(command=_cmd_inspect)
-    return parser
 
 
 def _cmd_run(args: argparse.Namespace) -> int:
@@ -2770,34 +3464,29 @@ def _handling(numbers: Iterable[int], handler: Any) -> Iterator[None]:
         yield
 
 
+def _add_inspect(commands: Any) -> None:
+    inspect = commands.add_parser("inspect", help="show one run on one screen")
+    inspect.add_argument("run", metavar="RUN", help=RUN_HELP)
+    inspect.add_argument("--json", action="store_true", help="for programs")
+    inspect.set_defaults(command=_cmd_inspect)
+
+
 def _cmd_inspect(args: argparse.Namespace) -> int:
     """Print what ran, how it ended, what it left, and what differs from now."""
     run = Run(_find_run(args.run))
-    series: dict[str, list[float]] = {}
-    for row in _read_lines(run.path / "metrics" / "metrics.jsonl"):
-        for key, value in row.items():
-            if isinstance(value, (int, float)) and key not in ("step", "time"):
-                with contextlib.suppress(OverflowError):  # an int of 400 digits
-                    series.setdefault(key, []).append(float(value))
-    text = "{:.6g} (lowest {:.6g}, highest {:.6g}, {} values)"
-    metrics = {
-        k: text.format(v[-1], min(v), max(v), len(v)) for k, v in series.items() if v
-    }
-    outputs = {}
-    for folder in sorted(filter(Path.is_dir, run.path.iterdir())):
-        sizes = [p.lstat().st_size for p in folder.rglob("*") if not p.is_dir()]
-        many = f"{len(sizes)} file{'s' * (len(sizes) != 1)}, {sum(sizes):,} bytes"
-        outputs[folder.name] = many if sizes else "empty"
+    lineage = _Lineage(_results_root(run.path.parent), since=_started(run.path))
+    users = [there for (here, there) in lineage.edges if here == run.path]
     facts = {
-        "run_dir": str(run.path), "status": run.status, "config": run.config,
-        "metadata": run.metadata, "metrics": metrics, "outputs": outputs,
-        "notes": list(_read_lines(run.path / "notes.jsonl")),
+        "run_dir": str(run.path), "status": run.status, "attempts": run.attempts,
+        "config": run.config, "metadata": run.metadata, "metrics": _series(run),
+        "outputs": run.outputs, "used_by": sorted({path.name for path in users}),
+        "notes": run.notes, "tags": run["tags"], "problems": run.problems,
         "now": _differences_from_now(run.metadata),
     }
     if args.json:
         print(_format_json(facts), end="")
         return 0
-    for name, lines in _format_inspect(facts):
+    for name, lines in _format_inspect(run, facts):
         for number, line in enumerate(lines):
             print(f"{'' if number else name:<10}{_printable(line)}".rstrip())
     return 0
@@ -2810,74 +3499,400 @@ def _find_run(text: str) -> Path:
         found = _run_of(path.absolute())
         if found is None:
             raise ValueError(f"{text!r} is not in a run directory; give one, or a name")
-        return found
-    root = Path("results" if os.path.isdir("results") else "").absolute()
+        return Path(os.path.realpath(found))
+    root = _root(None)
     walked = _walk_runs(root)
-    runs = [run for run in walked if text in ("latest", run.name)]
-    runs = runs or [run for run in walked if text in run.name]
+    if text == "latest":
+        walked = [run for run in walked[:100] if _looks_like_run(run)][:1]
+    else:
+        walked = [run for run in walked if text in run.name]
+    runs = [run for run in walked if text == run.name] or walked
     if not runs:
         raise ValueError(f"no run {text!r} below {str(root)!r}")
-    if len(runs) > 1 and text != "latest":
+    if len(runs) > 1:
         many = f"{len(runs)} names ({', '.join(run.name for run in runs[:3])}, ...)"
         raise ValueError(f"{text!r} is a part of {many}; say more")
     return runs[0]
 
 
-def _format_inspect(facts: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
+def _root(text: str | None) -> Path:
+    """Return the folder to look for runs in, as an absolute path without links."""
+    root = text or ("results" if os.path.isdir("results") else os.curdir)
+    if not os.path.isdir(root):
+        raise ValueError(f"{root!r} is not a folder; give one that holds runs")
+    return Path(os.path.realpath(root))
+
+
+def _add_list(commands: Any) -> None:
+    parser = commands.add_parser("list", help="list runs, newest first")
+    parser.add_argument("root", nargs="?", metavar="ROOT", help=ROOT_HELP)
+    parser.add_argument("--where", metavar="EXPR", help="'lr<1e-3 and acc>0.9'")
+    parser.add_argument("--status", metavar="WORD", help="running, success, lost, ...")
+    parser.add_argument("--since", metavar="TIME", help="12h, 7d, 2026-01-31")
+    parser.add_argument("--contains", metavar="TEXT", help="a part of the path")
+    parser.add_argument("--tag", metavar="TAG", help="one that is in force")
+    parser.add_argument("--has-outputs", action="store_true", help="not the empty ones")
+    parser.add_argument("--sort", metavar="KEY", help="by a value; =-KEY: reversed")
+    parser.add_argument(
+        "-n", "--limit", type=int, metavar="N",
+        help=f"at most N, 0 for all (default: {MAX_ROWS} in a table, else all)",
+    )  # fmt: skip
+    parser.add_argument("--by-script", action="store_true", help="one table a script")
+    formats = parser.add_mutually_exclusive_group()
+    form = {"dest": "format", "action": "store_const"}
+    for name in ("json", "csv", "md"):
+        formats.add_argument(f"--{name}", const=name, **form)
+    parser.set_defaults(command=_cmd_list)
+
+
+def _cmd_list(args: argparse.Namespace) -> int:
+    """Print one row for each run that was asked for."""
+    root = _root(args.root)
+    limit = MAX_ROWS if args.limit is None and not args.format else args.limit
+    runs, unseen = _select_runs(
+        root, args.where, args.status, args.since, args.contains, args.tag,
+        args.has_outputs, args.sort, limit or None,
+    )  # fmt: skip
+    if args.format:
+        runs = _with_lineage(runs, root)
+    if args.format == "json":
+        print(_format_json([_row(run, root) for run in runs]), end="")
+    elif args.format == "csv":
+        _print_csv([_row(run, root) for run in runs])
+    else:
+        _print_tables(runs, root, args.format == "md", args.by_script)
+    if unseen and not args.format:
+        print(f"{unseen} older runs are not shown; -n 0 shows all")
+    problems = [problem for run in runs for problem in run.problems]
+    if problems:
+        count = f"{len(problems)} file{'s' * (len(problems) > 1)}"
+        print(f"{count} cannot be read: {_printable(problems[0])}", file=sys.stderr)
+    return 0
+
+
+def _print_tables(runs: list[Run], root: Path, markdown: bool, split: bool) -> None:
+    """Print one table, or one for each script."""
+    for script in sorted({run["script_name"] for run in runs}) if split else [None]:
+        group = [run for run in runs if script in (None, run["script_name"])]
+        if script is not None:
+            print(_printable(f"{script}: {len(group)} run{'s' * (len(group) != 1)}"))
+        if markdown:
+            _print_markdown(_table(group, root, lineage=True))
+        elif group:
+            _print_table(_table(group, root))
+
+
+def _row(run: Run, root: Path) -> dict[str, Any]:
+    """Return a run as `list --json` and `--csv` show it."""
+    outputs = run.outputs
+    facts = {"path": os.path.relpath(run.path, root), "outputs": len(outputs)}
+    facts.update(size=sum(outputs.values()), inputs=run.inputs, used_by=run.used_by)
+    notes = [_text(note.get("text")) for note in run.notes if note.get("text")]
+    return {**facts, **run, "notes": notes, "problems": run.problems}
+
+
+def _with_lineage(runs: list[Run], root: Path) -> list[Run]:
+    """Complete runs by the files of others they used, and the runs that used them."""
+    known = {run.path: run for run in runs}
+    for (producer, consumer), path in _Lineage(_results_root(root)).edges.items():
+        if consumer in known:
+            known[consumer].inputs.append(f"{producer.name}/{path}")
+        if producer in known:
+            known[producer].used_by.append(consumer.name)
+    return runs
+
+
+def _table(runs: list[Run], root: Path, lineage: bool = False) -> list[list[str]]:
+    """Return the rows of `list`, the first with the headings."""
+    heads = ["run", "status", "age", "time", "outputs", "config", "metrics"]
+    rows = [[*heads, *["inputs", "used by", "repeats"] * lineage, "notes"]]
+    varying = _varying(runs)
+    first: dict[str, str] = {}
+    for run in runs[::-1]:
+        config = {key: run[key] for key in run if key.startswith("config.")}
+        same = _format_json([run["script_name"], run["git_commit"], config])
+        repeated = first.setdefault(same, run.path.name)
+        repeated = "" if repeated == run.path.name else repeated
+        more = [", ".join(run.inputs), ", ".join(run.used_by), repeated] * lineage
+        rows.insert(1, [*_cells(run, root, varying), *more, _format_notes(run)])
+    return rows
+
+
+def _varying(runs: Sequence[Run]) -> list[str]:
+    """Return the keys of the config whose values differ between the runs."""
+    keys = dict.fromkeys(k for run in runs for k in run if k.startswith("config."))
+    missing = object()
+    values = {key: [run.get(key, missing) for run in runs] for key in keys}
+    return [key for key, found in values.items() if found.count(found[0]) < len(found)]
+
+
+def _cells(run: Run, root: Path, varying: Sequence[str]) -> list[str]:
+    started, seconds = _seconds(run["started_utc"]), run["duration_seconds"]
+    age = None if started is None else time.time() - started
+    if run["status"] == "running":
+        seconds = age
+    config = [f"{k[7:]}={_text(run[k])}" for k in varying if k in run]
+    last = {k: v for k, v in run.metrics.items() if k not in _NO_METRICS}
+    metrics = [f"{key}={_text(value)}" for key, value in last.items()]
+    outputs = run.outputs
+    size = f"{len(outputs)} ({_format_size(sum(outputs.values()))})"
+    attempts = f" ({run['attempts']} attempts)" * (run["attempts"] > 1)
+    return [
+        os.path.relpath(run.path, root), run["status"] + attempts,
+        _format_seconds(age), _format_seconds(seconds),
+        size if outputs else "empty", " ".join(config), " ".join(metrics),
+    ]  # fmt: skip
+
+
+_NO_METRICS = ("step", "time")
+
+
+def _format_notes(run: Run) -> str:
+    texts = [_text(note["text"]) for note in run.notes if note.get("text")]
+    return " ".join([*(f"[{tag}]" for tag in run["tags"]), "; ".join(texts)]).strip()
+
+
+def _print_table(rows: list[list[str]]) -> None:
+    """Print rows in columns; where the terminal is narrow, cut or wrap the last ones.
+
+    The first five columns stay whole: names are there to be copied.
+    """
+    rows = [[_printable(cell) for cell in row] for row in rows]
+    kept = [n for n, cells in enumerate(zip(*rows)) if n < 5 or any(cells[1:])]
+    rows = [[row[n] for n in kept] for row in rows]
+    widths = [max(map(_width, cells)) for cells in zip(*rows)]
+    room = _terminal_width() or sum(widths) + 2 * len(widths)
+    while sum(widths[5:]) > 0 and sum(widths) + 2 * len(widths) - 2 > room:
+        widest = max(range(5, len(widths)), key=lambda n: widths[n])
+        widths[widest] -= 1
+    wrapped = min([12, *widths[5:]]) < min([12, *(len(cell) for cell in rows[0][5:])])
+    for number, row in enumerate(rows):
+        cells = [_cut(cell, width) for cell, width in zip(row, widths)]
+        print(_cut("  ".join(cells[:5] if wrapped else cells), room).rstrip())
+        rest = "  ".join(filter(None, row[5:]))
+        if wrapped and number and rest:
+            print(_cut(f"    {rest}", room).rstrip())
+
+
+def _terminal_width() -> int | None:
+    """Return COLUMNS, else the width of the terminal, None where there is none."""
+    with contextlib.suppress(ValueError, OSError):
+        return int(os.environ.get("COLUMNS") or os.get_terminal_size(1).columns) or None
+    return None
+
+
+def _width(text: str) -> int:
+    """Return how many columns of a terminal a text takes."""
+    if text.isascii():
+        return len(text)
+    import unicodedata
+
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+    return len(text) + wide - sum(map(bool, map(unicodedata.combining, text)))
+
+
+def _cut(text: str, width: int) -> str:
+    """Return the text in exactly so many columns."""
+    if _width(text) > width:
+        text = text[:width]
+        while text and _width(text) > width - 3:
+            text = text[:-1]
+        text = (text + "...")[:width]
+    return text + " " * (width - _width(text))
+
+
+def _print_csv(rows: list[dict[str, Any]]) -> None:
+    """Print CSV (RFC 4180); what a spreadsheet would take for a formula gets a '."""
+    import csv
+
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(keys)
+    for row in rows:
+        values = [row.get(key) for key in keys]
+        writer.writerow([v if type(v) is float else _csv_cell(v) for v in values])
+
+
+def _csv_cell(value: Any) -> str:
+    text = "" if value is None else _printable(_text(value))
+    return f"'{text}" if re.match(r"[=+@\t\r]|-(?![\d.])", text) else text
+
+
+def _print_markdown(rows: list[list[str]]) -> None:
+    """Print a table of GitHub's Markdown; nothing in a cell is markup."""
+    for number, row in enumerate(rows):
+        cells = [re.sub(r"([\\`*_{}\[\]<>|#~&])", r"\\\1", _printable(c)) for c in row]
+        print(f"| {' | '.join(cells)} |")
+        if number == 0:
+            print("|" + " --- |" * len(row))
+    print()
+
+
+def _format_size(size: float) -> str:
+    """Return "512 B", "1.5 MB": bytes by powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if size < 999.5 or unit == "TB":
+            return f"{size:.3g} {unit}" if size < 999.5 else f"{size:.0f} {unit}"
+        size /= 1000
+    return "?"
+
+
+def _format_seconds(seconds: Any) -> str:
+    """Return "0.25s", "14s", "3m20s", "2h05m", "5d03h", "?" for what is no time."""
+    if not isinstance(seconds, (int, float)) or not -1e12 < seconds < 1e12:
+        return "?"
+    if seconds < 59.5:
+        return f"{max(seconds, 0):.2g}s" if seconds < 10 else f"{seconds:.0f}s"
+    minutes, hours, days = seconds // 60, seconds // 3600, seconds // 86400
+    if hours < 1:
+        return f"{minutes:.0f}m{seconds % 60:02.0f}s"
+    if days < 1:
+        return f"{hours:.0f}h{minutes % 60:02.0f}m"
+    return f"{days:.0f}d{hours % 24:02.0f}h"
+
+
+def _series(run: Run) -> dict[str, list[float]]:
+    """Return the numbers of each metric in their order."""
+    series: dict[str, list[float]] = {}
+    for row in _read_lines(run.path / "metrics" / "metrics.jsonl", MAX_READ):
+        for key, value in row.items():
+            number = None if key in _NO_METRICS else _number(value)
+            if number is not None:
+                series.setdefault(key, []).append(number)
+    return series
+
+
+def _format_inspect(
+    run: Run, facts: Mapping[str, Any]
+) -> Iterator[tuple[str, list[str]]]:
     """Yield the paragraphs of `inspect`: a name and lines."""
-    status, metadata = facts["status"], facts["metadata"]
+    status, metadata = run.status, run.metadata
     known = {"user": "?", "hostname": "?", "working_dir": "?", **metadata}
     packages = metadata.get("pip_freeze")
     count = len(packages) if isinstance(packages, list) else "no list of"
-    version = str(_mapping(metadata, "python").get("version", "?")).split(" ")[0]
+    version = _text(_mapping(metadata, "python").get("version", "?")).split(" ")[0]
     machine = _mapping(metadata, "platform").get("platform", "?")
-    config = {k: v for k, v in facts["config"].items() if k != "command"}
+    config = {k: v for k, v in run.config.items() if k != "command"}
     captures = _mapping(metadata, "capture")
     problems = {name: _mapping(captures, name).get("problem") for name in captures}
-    problems.update({} if metadata else {"metadata.json": "missing or not readable"})
-    reason, code = status.get("exit_reason"), status.get("exit_code")
-    seconds = status.get("duration_seconds")
-    known_time = isinstance(seconds, (int, float)) and abs(seconds) < 1e12
-    took = f", after {seconds:.6g} s" if known_time else ""
-    ended = str(status.get("status", "?")) + (f" ({reason})" if reason else "")
     started = "{} by {user} on {hostname} in {working_dir}"
-    yield "run", [facts["run_dir"]]
-    yield "status", [ended + ("" if code is None else f", exit code {code}") + took]
-    yield "why", _format_why(status)
-    yield "command", [str(metadata.get("command", "?"))]
+    yield "run", [str(run.path)]
+    yield "status", [_format_end(status), *_format_attempts(run)]
+    yield "why", _format_why(status, run.path)
+    yield "command", [_text(metadata.get("command", run.config.get("command", "?")))]
     yield "code", [_format_code(_mapping(metadata, "git"))]
-    yield "started", [started.format(status.get("started_utc", "?"), **known)]
+    yield "started", [started.format(run["started_utc"] or "?", **known)]
     yield "python", [f"{version} on {machine}; {count} packages"]
-    yield "config", _format_yaml(config).splitlines()[:MAX_SHOWN] if config else []
-    inputs = metadata.get("inputs")
-    inputs = inputs if isinstance(inputs, list) else []
-    used = [entry for entry in inputs if isinstance(entry, dict)]
-    about = [map(entry.get, ("run", "path", "status")) for entry in used]
-    yield "inputs", ["{}/{} ({})".format(*three) for three in about]
-    for name in ("metrics", "outputs", "now"):
-        yield name, [f"{key}: {value}" for key, value in facts[name].items()]
-    yield "notes", [f"{n.get('text', '')} {n.get('tags', '')}" for n in facts["notes"]]
-    yield "problems", [f"{name}: {text}" for name, text in problems.items() if text]
+    lines = _format_yaml(config).splitlines() if config else []
+    more = [f"... {len(lines) - MAX_SHOWN} more lines"] * (len(lines) > MAX_SHOWN)
+    yield "config", lines[:MAX_SHOWN] + more
+    yield "inputs", [_format_input(entry) for entry in _read_inputs(run.path)]
+    yield "used by", facts["used_by"][:MAX_SHOWN]
+    series = facts["metrics"].items()
+    yield "metrics", [_format_series(name, values) for name, values in series]
+    yield "outputs", _format_outputs(run)
+    yield "now", [f"{key}: {value}" for key, value in facts["now"].items()]
+    yield "tags", [" ".join(run["tags"])] if run["tags"] else []
+    fields = ("timestamp_utc", "user", "text")
+    notes = [[_text(note.get(field) or "") for field in fields] for note in run.notes]
+    yield "notes", ["{} {}: {}".format(*note) for note in notes if note[2]]
+    unread = [] if metadata or run.problems else ["metadata.json: missing"]
+    unread += [f"{name}: {_text(why)}" for name, why in problems.items() if why]
+    yield "problems", unread + run.problems
 
 
-def _format_why(status: Mapping[str, Any]) -> list[str]:
-    """Return the exception, or the last output of a run that was killed."""
+def _format_end(status: Mapping[str, Any]) -> str:
+    """Return "failed (exception), exit code 1, after 2h05m"."""
+    parts = [_text(status.get("status", "?"))]
+    if status.get("exit_reason"):
+        parts[0] += f" ({_text(status['exit_reason'])})"
+    if status.get("exit_code") is not None:
+        parts.append(f"exit code {_text(status['exit_code'])}")
+    took = _format_seconds(status.get("duration_seconds"))
+    return ", ".join([*parts, f"after {took}"] if took != "?" else parts)
+
+
+def _format_attempts(run: Run) -> list[str]:
+    if not run.attempts:
+        return []
+    took = _format_seconds(run["duration_seconds"])
+    total = f"{run['attempts']} attempts, {took} in all"
+    earlier = [_format_end(status) for status in run.attempts]
+    return [total, *(f"attempt {n}: {text}" for n, text in enumerate(earlier, 1))]
+
+
+def _format_why(status: Mapping[str, Any], run_dir: Path) -> list[str]:
+    """Return the exception, or the last output of a run that was killed or lost."""
     exception, last = status.get("exception"), status.get("last_output")
     if isinstance(exception, dict):
         frames = str(exception.get("traceback", "")).rstrip().splitlines()
         return [f"{exception.get('type')}: {exception.get('message')}", *frames[-4:-1]]
+    if status.get("status") in ("lost", "?"):
+        last = _last_output(run_dir)
     output = [f"  {line}" for line in last[-8:]] if isinstance(last, list) else []
-    return [str(status["problem"]), *output] if status.get("problem") else output
+    return [_text(status["problem"]), *output] if status.get("problem") else output
 
 
 def _format_code(git: Mapping[str, Any]) -> str:
     """Return "1a2b3c4 on main, uncommitted changes, 2 commits not pushed, URL"."""
     if not git.get("commit_short"):
         return "no commit known"
-    parts = [f"{git['commit_short']} on {git.get('branch') or 'no branch'}"]
+    branch = _text(git.get("branch") or "no branch")
+    parts = [f"{_text(git['commit_short'])} on {branch}"]
     parts.append("uncommitted changes" if git.get("is_dirty") else "")
-    parts.append(f"{git['unpushed']} commits not pushed" if git.get("unpushed") else "")
-    return ", ".join(filter(None, [*parts, str(git.get("remote_origin_url") or "")]))
+    unpushed = f"{_text(git.get('unpushed'))} commits not pushed"
+    parts.append(unpushed if git.get("unpushed") else "")
+    return ", ".join(filter(None, [*parts, _text(git.get("remote_origin_url") or "")]))
+
+
+def _format_input(entry: Mapping[str, Any]) -> str:
+    """Return "key: run/path (success)", and what became of the file since."""
+    path = Path(_text(entry.get("run_dir", "?"))) / _text(entry["path"])
+    about = [_text(entry.get("status", "?"))]
+    if not path.exists():
+        about.append("not there now")
+    elif entry.get("mtime") not in (None, _utc(path.stat().st_mtime)):
+        about.append("changed since")
+    name = f"{_text(entry.get('run', '?'))}/{_text(entry['path'])}"
+    return f"{_text(entry.get('key', '?'))}: {name} ({', '.join(about)})"
+
+
+def _format_series(name: str, values: Sequence[float]) -> str:
+    """Return "loss: 0.1 (lowest 0.1, highest 2, 10 values) and a sparkline"."""
+    text = "{}: {:.6g} (lowest {:.6g}, highest {:.6g}, {} values) {}"
+    finite = [value for value in values if abs(value) < 1e300] or [float("nan")]
+    least, most = min(finite), max(finite)
+    line = _sparkline(finite) if len(values) > 1 else ""
+    return text.format(name, values[-1], least, most, len(values), line).rstrip()
+
+
+def _sparkline(values: Sequence[float], width: int = 24) -> str:
+    """Return the course of some numbers, such as "▇▄▂▁▁", on one line."""
+    blocks = "▁▂▃▄▅▆▇█"
+    try:
+        blocks.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        blocks = "_.-~=+*#"
+    count = min(width, len(values))
+    points = [values[(n + 1) * len(values) // count - 1] for n in range(count)]
+    least, most = min(points), max(points)
+    scale = (len(blocks) - 1) / ((most - least) or 1)
+    return "".join(blocks[int((point - least) * scale)] for point in points)
+
+
+def _format_outputs(run: Run) -> list[str]:
+    """Return a line for each folder, and the largest files."""
+    sizes = run.outputs
+    lines = []
+    for folder in run.folders():
+        own = folder not in ("logs", "attempts")
+        inside = sizes if own else _file_sizes(run.path, folder)
+        found = [size for path, size in inside.items() if Path(path).parts[0] == folder]
+        many = f"{len(found)} file{'s' * (len(found) != 1)}, {_format_size(sum(found))}"
+        lines.append(f"{folder}: {many if found else 'empty'}")
+    largest = sorted(sizes, key=lambda path: sizes[path], reverse=True)[:3]
+    names = ", ".join(f"{path} ({_format_size(sizes[path])})" for path in largest)
+    return [*lines, f"largest: {names}"] if largest else lines
 
 
 def _differences_from_now(metadata: Mapping[str, Any]) -> dict[str, str]:
@@ -2891,6 +3906,217 @@ def _differences_from_now(metadata: Mapping[str, Any]) -> dict[str, str]:
     }
     short = {name: [str(v).split(" ")[0] for v in pair] for name, pair in now.items()}
     return {k: " -> ".join(v) for k, v in short.items() if v[0] != v[1] and all(now[k])}
+
+
+def _add_diff(commands: Any) -> None:
+    about = "show what differs between two runs, or between one and here and now"
+    diff = commands.add_parser("diff", help=about)
+    diff.add_argument("a", metavar="RUN", help=RUN_HELP)
+    diff.add_argument("b", metavar="RUN", nargs="?", help="default: here and now")
+    diff.add_argument("--json", action="store_true", help="for programs")
+    diff.set_defaults(command=_cmd_diff)
+
+
+def _cmd_diff(args: argparse.Namespace) -> int:
+    """Print the differences; return 0 when there are none, else 1."""
+    a = Run(_find_run(args.a))
+    b = Run(_find_run(args.b)) if args.b else None
+    sides = _comparable(a), _comparable(b) if b else _comparable_now(a)
+    found: dict[str, dict[str, Any]] = {}
+    for section in sides[0]:
+        then, now = sides[0][section], sides[1].get(section)
+        for key in dict.fromkeys([*then, *(now or ())]) if now is not None else ():
+            pair = then.get(key), now.get(key) if now else None
+            if pair[0] != pair[1]:
+                found.setdefault(section, {})[key] = pair
+    if args.json:
+        print(_format_json(found), end="")
+        return 1 if found else 0
+    for section, pairs in found.items():
+        lines = [line for key in pairs for line in _format_change(key, *pairs[key])]
+        lines += _format_commits(a, pairs["commit"]) if "commit" in pairs else []
+        for number, line in enumerate(lines):
+            print(f"{'' if number else section:<10}{_printable(line)}".rstrip())
+    return 1 if found else 0
+
+
+def _comparable(run: Run) -> dict[str, dict[str, Any]]:
+    """Return what `diff` compares, in its order."""
+    patches = {}
+    for path in sorted(run.path.glob("git*.patch")):
+        with contextlib.suppress(OSError):
+            patches[path.name] = _read_bytes(path).decode("utf-8", "replace")
+    metrics = {k: v for k, v in run.metrics.items() if k not in _NO_METRICS}
+    return {
+        "config": {k[7:]: v for k, v in run.items() if k.startswith("config.")},
+        **_comparable_facts(run.metadata, patches),
+        "metrics": metrics,
+    }
+
+
+def _comparable_now(run: Run) -> dict[str, dict[str, Any]]:
+    """Return the same of here and now; it has no config and no metrics."""
+    root = _mapping(run.metadata, "git").get("root")
+    directory = root if os.path.isdir(str(root)) else _working_dir() or "/"
+    metadata = _immediate_metadata([], str(directory), None)
+    metadata["git"], _ = _git(str(directory), str(_results_root(run.path.parent)))
+    metadata["cuda"] = {**metadata["cuda"], **_cuda()[0]}
+    metadata["pip_freeze"], _ = _packages(sys.executable, sys.path)
+    return _comparable_facts(metadata, {})
+
+
+def _comparable_facts(
+    metadata: Mapping[str, Any], patches: Mapping[str, str]
+) -> dict[str, dict[str, Any]]:
+    git, python = _mapping(metadata, "git"), _mapping(metadata, "python")
+    machine = {**_mapping(metadata, "platform"), **_mapping(metadata, "cuda")}
+    packages = metadata.get("pip_freeze")
+    lines = map(str, packages) if isinstance(packages, list) else []
+    names = [re.match(r"(-e )?([^=@<> ]+)( ?@ ?|==)?(.*)", line) for line in lines]
+    return {
+        "code": {
+            "commit": git.get("commit_full") or git.get("commit_short"),
+            **{k: git.get(k) for k in ("branch", "is_dirty", "remote_origin_url")},
+            **{k: git.get(k) or [] for k in ("changed", "untracked")},
+            **patches,
+        },
+        "packages": {n[2].lower().replace("_", "-"): n[4] or n[1] for n in names if n},
+        "machine": {
+            "hostname": metadata.get("hostname"),
+            **{f"python {k}": python.get(k) for k in ("version", "executable")},
+            **{k: v for k, v in machine.items() if k != "memory_kib"},
+        },
+    }  # fmt: skip
+
+
+def _format_change(key: str, then: Any, now: Any) -> list[str]:
+    """Return "key: then -> now"; of two long texts the lines that differ."""
+    if isinstance(then, str) and isinstance(now, str) and "\n" in then + now:
+        import difflib
+
+        texts = then.splitlines(), now.splitlines()
+        lines = list(difflib.unified_diff(*texts, lineterm="", n=1))
+        return [f"{key}:", *(f"  {line}" for line in lines[2 : MAX_SHOWN + 2])]
+    shown = ["none" if side is None else _text(side) for side in (then, now)]
+    return [f"{key}: {shown[0][:MAX_REPR]} -> {shown[1][:MAX_REPR]}".split("\n")[0]]
+
+
+def _format_commits(run: Run, commits: Sequence[Any]) -> list[str]:
+    """Return the commits that lie between, where the repository is at hand."""
+    root = str(_mapping(run.metadata, "git").get("root") or "")
+    known = all(re.fullmatch(r"[0-9a-f]{4,64}", str(commit)) for commit in commits)
+    if not known or not os.path.isdir(root):
+        return []
+    between = f"{commits[0]}...{commits[1]}"
+    options = ("--oneline", "--left-right", "--no-decorate", "-n", "10", between, "--")
+    return [f"  {line}" for line in _git_run(root, "log", *options).text.splitlines()]
+
+
+def _add_lineage(commands: Any) -> None:
+    about = "show which runs a run used, and which used it"
+    lineage = commands.add_parser("lineage", help=about)
+    lineage.add_argument("run", metavar="RUN", help=RUN_HELP)
+    formats = lineage.add_mutually_exclusive_group()
+    form = {"dest": "format", "action": "store_const"}
+    for name in ("dot", "mermaid", "json"):
+        formats.add_argument(f"--{name}", const=name, **form)
+    lineage.set_defaults(command=_cmd_lineage)
+
+
+def _cmd_lineage(args: argparse.Namespace) -> int:
+    """Print the runs that a run used and those that used it, to any depth."""
+    start = _find_run(args.run)
+    lineage = _Lineage(_results_root(start.parent))
+    ways = {users: list(lineage.walk(start, users)) for users in (False, True)}
+    if args.format:
+        related = {start, *(run for way in ways.values() for _, run, _ in way)}
+        found = lineage.edges.items()
+        edges = [(*pair, path) for pair, path in found if related.issuperset(pair)]
+        print("\n".join(_format_graph(args.format, sorted(related), edges)))
+        return 0
+    print(_printable(f"{start.name} ({_text(_status_now(start).get('status'))})"))
+    for users, title in ((False, "used"), (True, "used by")):
+        for number, (depth, run, path) in enumerate(ways[users]):
+            known = _is_run(run)
+            status = _status_now(run).get("status") if known else "not there now"
+            line = "  " * depth + f"{run.name} ({_text(status)}): {path}"
+            print(f"{'' if number else title:<8}{_printable(line)}")
+    return 0
+
+
+def _format_graph(
+    form: str, runs: Sequence[Path], edges: Sequence[tuple[Path, Path, str]]
+) -> Iterator[str]:
+    """Yield the lines of a graph from producers to consumers."""
+    if form == "json":
+        keys = ("producer", "consumer", "path")
+        rows = [dict(zip(keys, map(str, edge))) for edge in edges]
+        yield _format_json({"runs": list(map(str, runs)), "edges": rows}).rstrip()
+        return
+    dot = form == "dot"
+
+    def label(text: str) -> str:
+        shown = _printable(text)
+        if dot:
+            return '"' + re.sub(r'(["\\])', r"\\\1", shown) + '"'
+        return '"' + re.sub(r'["#<>&\\`|]', lambda m: f"#{ord(m[0])};", shown) + '"'
+
+    names = {run: f"n{number}" for number, run in enumerate(runs)}
+    yield "digraph lineage {" if dot else "graph TD"
+    for run, name in names.items():
+        shown = label(run.name)
+        yield f"  {name} [label={shown}];" if dot else f"  {name}[{shown}]"
+    for producer, consumer, path in edges:
+        a, b, shown = names[producer], names[consumer], label(path)
+        yield f"  {a} -> {b} [label={shown}];" if dot else f"  {a} -->|{shown}| {b}"
+    if dot:
+        yield "}"
+
+
+def _add_note(commands: Any) -> None:
+    note = commands.add_parser("note", help="append a note or tags to a run")
+    note.add_argument("run", metavar="RUN", help=RUN_HELP)
+    note.add_argument("text", metavar="TEXT", nargs="?", default="")
+    many: Any = {"action": "append", "default": [], "metavar": "TAG"}
+    note.add_argument("--tag", help="such as canonical or superseded", **many)
+    note.add_argument("--untag", help="a tag to take away", **many)
+    note.set_defaults(command=_cmd_note)
+
+
+def _cmd_note(args: argparse.Namespace) -> int:
+    """Append one line to the run's notes.jsonl, and a "note" line to the index."""
+    if not (args.text or args.tag or args.untag):
+        raise ValueError('nothing to note; give a text, or --tag canonical')
+    run_dir = _find_run(args.run)
+    _append_note(run_dir, args.text, args.tag, args.untag)
+    with _tolerating("the index"):
+        more = {"text": args.text, "tags": args.tag, "untag": args.untag}
+        _append_index(_index_row(run_dir), "note", None, **more)
+    return 0
+
+
+def _add_reindex(commands: Any) -> None:
+    about = "rebuild the index from the directories"
+    reindex = commands.add_parser("reindex", help=about)
+    reindex.add_argument("root", nargs="?", metavar="ROOT", help=ROOT_HELP)
+    reindex.add_argument("--dry-run", action="store_true", help="only say what changes")
+    reindex.set_defaults(command=_cmd_reindex)
+
+
+def _cmd_reindex(args: argparse.Namespace) -> int:
+    """Replace the index by one line for each run; keep what is appended meanwhile."""
+    root = _root(args.root)
+    path = root / INDEX_FILE
+    rows = _rebuilt_index(root)
+    before = {str(row.get("path")) for row in _read_lines(path, MAX_INDEX)}
+    now = {row["path"] for row in rows}
+    change = f"{len(now - before)} added, {len(before - now)} removed"
+    print(f"{len(rows)} runs: {change}" + ", if it were done" * args.dry_run)
+    if not args.dry_run:
+        path.parent.mkdir(exist_ok=True)
+        lines = [_format_json(_redact(row), indent=None) for row in rows]
+        _write_file(path, "".join(lines).encode("ascii"))
+    return 0
 
 
 def _printable(text: str) -> str:
