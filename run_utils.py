@@ -1261,7 +1261,7 @@ class _Lineage:
     def walk(self, start: Path, users: bool) -> Iterator[tuple[int, Path, str]]:
         """Yield (depth, run, file) from `start` on; a run met again is not entered."""
         following: dict[Path, list[tuple[Path, str]]] = {}
-        for (producer, consumer), path in self.edges.items():
+        for (producer, consumer), path in sorted(self.edges.items()):
             here, there = (producer, consumer) if users else (consumer, producer)
             following.setdefault(here, []).append((there, path))
         seen, waiting = {start}, [(1, *step) for step in following.get(start, [])[::-1]]
@@ -3093,9 +3093,10 @@ def _parse_yaml(text: str) -> Any:
     """Return a YAML document as plain data: by PyYAML, or by a reader of our own."""
     try:
         yaml = _pyyaml()
+        value = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except ImportError:
-        return _YamlReader(text).document()
-    return _plain(yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
+        value = _YamlReader(text).document()
+    return _plain(value)  # bounded: an alias may stand for the same list many times
 
 
 class _YamlReader:
@@ -3104,6 +3105,12 @@ class _YamlReader:
     Tokens are (kind, column, text, line): "-", "?", ":", "&" for an anchor, "key" and
     "value", which is a scalar or a list in brackets, over as many lines as it takes.
     """
+
+    # Tags, literal blocks, odd ends of line, complex keys in brackets, two keys a line.
+    BEYOND = (
+        r"\A[!|>%@`]|[\x85\u2028\u2029]|\A(?=[\[{])[\s\S]*?[\[{,]\s*\?\s"
+        r"|\A[^\"'\[{](?:(?!\s#).|\n)*:(?=\s|\Z)"
+    )
 
     def __init__(self, text: str) -> None:
         self.lines = re.sub(r"(?m)^(---|\.\.\.)$", "", text).split("\n")
@@ -3117,7 +3124,8 @@ class _YamlReader:
         return value
 
     def beyond(self, token: tuple[str, int, str, int]) -> ValueError:
-        return ValueError(f"line {token[3]}, {token[2][:20]!r}, takes PyYAML to read")
+        text = token[2].split("\n")[0][:20]
+        return ValueError(f"line {token[3]}, {text!r}, takes PyYAML to read")
 
     def tokenized(self) -> Iterator[tuple[str, int, str, int]]:
         step = re.compile(
@@ -3147,8 +3155,7 @@ class _YamlReader:
                     value += "\n" + self.lines[number]
                     number += 1
                 token = "value", column, value.rstrip(), first
-                odd = value[0] in "!|>%@`" or re.search(r"[\x85\u2028\u2029]", value)
-                if odd or (value[0] in "[{" and re.search(r"[\[{,]\s*\?\s", value)):
+                if re.search(self.BEYOND, value):
                     raise self.beyond(token)
                 yield token
 
@@ -3249,7 +3256,7 @@ def _flow_words(text: str) -> list[str]:
     return re.findall(
         r"""\"(?:[^\"\\]|\\[\s\S])*\"|'(?:[^']|'')*'|[\"'][\s\S]*|[\[\]{},]"""
         r"""|:(?=[\s,\[\]{}"']|$)"""
-        r"""|[^\s,\[\]{}"':](?:[^,\[\]{}:\n]|:(?![\s,\[\]{}]|$))*(?<!\s)""",
+        r"""|[^\s,\[\]{}"':](?:[^,\[\]{}:]|:(?![\s,\[\]{}]|$))*(?<!\s)""",
         text,
     )
 

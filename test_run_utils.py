@@ -46,6 +46,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 import run_utils  # noqa: E402
+from run_utils import Run  # noqa: E402
 
 SOURCE = HERE / "run_utils.py"
 READ_JSON = "JSON.parse(require('fs').readFileSync(0))"  # for node
@@ -878,6 +879,7 @@ class TheIndex(RunCase):
             "status",
             "exit_reason",
             "path",
+            "inputs",
         ]
         self.assertEqual(list(start), keys)
         self.assertEqual((start["event"], end["event"]), ("start", "end"))
@@ -2517,7 +2519,8 @@ class Inspecting(RunCase):
         used = f"mark_artifact_used({str(model)!r})"
         self.script(f"with run_context('results/exp', 'next'): {used}")
         shown = self.command("inspect", "next").stdout
-        line = f"inputs    {producer.name}/artifacts/model.pt (success)\n"
+        what = f"{producer.name}/artifacts/model.pt (success)"
+        line = f"inputs    mark_artifact_used: {what}\n"
         self.assertIn(line, shown)
 
     def test_json_for_programs(self) -> None:
@@ -2583,6 +2586,747 @@ class Inspecting(RunCase):
             ["sh", "-c", command], env=self.environment(), stderr=subprocess.PIPE
         )
         self.assertEqual(done.stderr, b"")
+
+
+class ReadingCase(RunCase):
+    """A results tree of runs written as plain files, and commands in this process."""
+
+    def make_run(self, name: str, **facts: Any) -> Path:
+        """Write a run directory; `config`, `status`, `metadata`, `metrics`, `notes`."""
+        path = self.tmp / "results" / name
+        for folder in ("artifacts", "logs", "metrics"):
+            (path / folder).mkdir(parents=True)
+        stamp = "2026-01-01T00:00:00Z"
+        status = {"status": "success", "exit_reason": "normal", "started_utc": stamp}
+        status.update({"exit_code": 0, "duration_seconds": 60, "run": path.name})
+        metadata = {"argv": ["python", "train.py"], "config": facts.get("config", {})}
+        metadata.update({"timestamp_utc": stamp, "inputs": []})
+        for file, known in (("status", status), ("metadata", metadata)):
+            text = json.dumps({**known, **facts.get(file, {})})
+            (path / f"{file}.json").write_text(text, "utf-8")
+        lines = {"metrics/metrics.jsonl": "metrics", "notes.jsonl": "notes"}
+        for file, key in lines.items():
+            text = "".join(json.dumps(row) + "\n" for row in facts.get(key, []))
+            (path / file).write_text(text, "utf-8")
+        return path
+
+    def ask(self, *words: str, columns: int | None = None) -> tuple[int, str, str]:
+        """Run a command here; return its exit status and what it printed."""
+        out, err = io.StringIO(), io.StringIO()
+        width = {"COLUMNS": str(columns)} if columns else {}
+        with mock.patch.dict(os.environ, width), contextlib.ExitStack() as stack:
+            if not columns:
+                os.environ.pop("COLUMNS", None)
+            stack.enter_context(contextlib.redirect_stdout(out))
+            stack.enter_context(contextlib.redirect_stderr(err))
+            try:
+                code = run_utils.main(list(words))
+            except SystemExit as usage:
+                code = int(str(usage.code))
+        return code, out.getvalue(), err.getvalue()
+
+    def rows(self, *words: str) -> list[str]:
+        """Return the names of the runs that `list` shows, in its order."""
+        code, out, err = self.ask("list", "--json", *words)
+        self.assertEqual((code, err), (0, ""))
+        return [row["name"] for row in json.loads(out)]
+
+
+class InputsWithoutACall(ReadingCase):
+    """Paths in config and argv that lie in other runs become inputs of the record."""
+
+    def inputs(self, config: Any, *argv: str) -> list[tuple[str, str, str]]:
+        found = run_utils._inputs(config, ["python", *argv], self.tmp / "own")
+        return [(entry["key"], entry["run"], entry["path"]) for entry in found]
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.a, self.b = self.make_run("exp/a"), self.make_run("exp/b")
+        for name in ("a.pt", "b c.pt"):
+            (self.a / "artifacts" / name).write_text("x", "utf-8")
+        (self.tmp / "link.pt").symlink_to(self.a / "artifacts" / "a.pt")
+
+    def test_from_a_real_run(self) -> None:
+        body = """
+        with run_context("results/exp", config_args={"init": sys.argv[1]}) as run_dir:
+            pass
+        """
+        done = self.script(body, "results/exp/a/artifacts/a.pt")
+        self.assertEqual(done.stderr, "")
+        (run,) = run_utils.find_runs("results", contains="train")
+        (entry,) = run.metadata["inputs"]
+        facts = [entry[key] for key in ("key", "run", "path", "size", "status")]
+        self.assertEqual(facts, ["init", "a", "artifacts/a.pt", 1, "success"])
+        self.assertEqual([row["inputs"] for row in self.index()], [["a"], ["a"]])
+
+    def test_every_way_of_naming_a_file(self) -> None:
+        file = "results/exp/a/artifacts/a.pt"
+        ways: list[tuple[Any, list[str]]] = [
+            ({"init": file}, []),
+            ({"model": {"init": [0, {"deep": [file]}]}}, []),
+            ({"init": f"  {file}".strip()}, [file]),
+            ({}, [f"--init={file}"]),
+            ({}, ["--init", file]),
+            ({}, [f"model.init={file}"]),
+            ({}, [str(self.tmp / file)]),
+            ({}, ["link.pt"]),
+            ({"init": "./results/../results/exp/a/artifacts/a.pt"}, []),
+        ]
+        for config, argv in ways:
+            with self.subTest(config=config, argv=argv):
+                found = [entry[1:] for entry in self.inputs(config, *argv)]
+                self.assertEqual(found, [("a", "artifacts/a.pt")])
+
+    def test_lists_directories_and_globs(self) -> None:
+        both = ["results/exp/a/artifacts/a.pt", "results/exp/a/artifacts/b c.pt"]
+        expected = [("a", "artifacts/a.pt"), ("a", "artifacts/b c.pt")]
+        for config in ({"init": both}, {"init": ",".join(both)}):
+            self.assertEqual([entry[1:] for entry in self.inputs(config)], expected)
+        self.assertEqual([entry[1:] for entry in self.inputs({}, *both)], expected)
+        self.assertEqual(self.inputs({"init": "results/exp/b"}), [("init", "b", ".")])
+
+    def test_what_is_no_input(self) -> None:
+        (self.tmp / "data").mkdir()
+        (self.tmp / "data" / "metadata.json").write_text('{"rows": 1}', "utf-8")
+        (self.tmp / "data" / "x.csv").touch()
+        own = self.tmp / "own"
+        own.mkdir()
+        (own / "status.json").write_text("{}", "utf-8")
+        config = {"data": "data/x.csv", "out": "results/exp", "own": "own", "n": 3}
+        config.update({"gone": "results/exp/a/no.pt", "odd": "\0", "long": "x" * 9999})
+        self.assertEqual(self.inputs({**config, "command": "results/exp/a"}), [])
+
+    def test_a_failed_lost_or_superseded_producer_is_warned_about(self) -> None:
+        self.make_run("exp/bad", status={"status": "failed"})
+        self.ask("note", "results/exp/b", "--tag", "superseded")
+        body = 'with run_context("results/exp", config_args={"i": sys.argv[1:]}): pass'
+        done = self.script(body, "results/exp/bad", "results/exp/a", "results/exp/b")
+        expected = "run_utils: i=. comes from bad, which is failed\n"
+        expected += "run_utils: i=. comes from b, which is superseded\n"
+        self.assertEqual(done.stderr, expected)
+
+    def test_the_runs_of_the_ancestors(self) -> None:
+        old = self.make_run("exp/old")
+        for run_dir, facts in ((old, {"working_dir": str(self.tmp)}), (self.b, {})):
+            text = json.dumps({"timestamp_utc": "2025-01-01T00:00:00Z", **facts})
+            (run_dir / "metadata.json").write_text(text, "utf-8")
+        (old / "config.yaml").write_text("init: results/exp/b/artifacts\n", "utf-8")
+        self.assertEqual([entry["run"] for entry in run_utils._read_inputs(old)], ["b"])
+        self.assertIn("old (success): artifacts", self.ask("lineage", "b")[1])
+
+
+class LineageCommand(ReadingCase):
+    """`lineage` shows both directions to any depth, wherever the runs are now."""
+
+    def use(self, consumer: str, producer: str, **more: Any) -> None:
+        here, there = (self.tmp / "results" / name for name in (consumer, producer))
+        path = there / "artifacts" / "m.pt"
+        path.touch()
+        metadata = json.loads((here / "metadata.json").read_text("utf-8"))
+        metadata["inputs"].append(run_utils._input("init", path, there, here))
+        (here / "metadata.json").write_text(json.dumps(metadata), "utf-8")
+
+    def setUp(self) -> None:
+        super().setUp()
+        for name in "abcd":
+            self.make_run(f"exp/{name}")
+        self.use("exp/b", "exp/a")
+        self.use("exp/c", "exp/b")
+        self.use("exp/d", "exp/b")
+
+    def test_both_directions(self) -> None:
+        expected = "b (success)\n"
+        expected += "used      a (success): artifacts/m.pt\n"
+        expected += "used by   c (success): artifacts/m.pt\n"
+        expected += "          d (success): artifacts/m.pt\n"
+        self.assertEqual(self.ask("lineage", "results/exp/b"), (0, expected, ""))
+        deep = self.ask("lineage", "results/exp/a")[1]
+        self.assertEqual(deep.count("\n"), 4)
+        self.assertIn("            c (success)", deep)
+
+    def test_cycles_end(self) -> None:
+        self.use("exp/a", "exp/c")
+        out = self.ask("lineage", "results/exp/a")[1]
+        self.assertIn("a (success): artifacts/m.pt (see above)", out)
+
+    def test_a_chain_of_5000_runs(self) -> None:
+        lineage = run_utils._Lineage(self.tmp / "none")
+        runs = [Path(f"/r{number}") for number in range(5000)]
+        lineage.edges.update(dict.fromkeys(zip(runs, runs[1:]), "m.pt"))
+        for start, users in ((runs[0], True), (runs[-1], False)):
+            depths = [depth for depth, _, _ in lineage.walk(start, users)]
+            self.assertEqual(depths, list(range(1, 5000)))
+
+    def test_a_moved_tree_and_renamed_runs(self) -> None:
+        os.rename("results", "elsewhere")
+        os.rename("elsewhere/exp/a", "elsewhere/exp/baseline")
+        out = self.ask("lineage", "elsewhere/exp/b")[1]
+        self.assertIn("used      baseline (success): artifacts/m.pt\n", out)
+        self.assertIn("c (success)", out)
+
+    def test_a_copy_beside_the_original_is_its_own_tree(self) -> None:
+        shutil.copytree("results", "copy")
+        (self.tmp / "copy/exp/a/status.json").write_text('{"status": "failed"}')
+        self.assertIn("a (failed)", self.ask("lineage", "copy/exp/b")[1])
+        self.assertIn("a (success)", self.ask("lineage", "results/exp/b")[1])
+
+    def test_a_deleted_run_is_said_to_be_gone(self) -> None:
+        shutil.rmtree("results/exp/a")
+        out = self.ask("lineage", "results/exp/b")[1]
+        self.assertIn("used      a (not there now): artifacts/m.pt\n", out)
+
+    def test_graphs(self) -> None:
+        out = self.ask("lineage", "results/exp/b", "--dot")[1]
+        self.assertIn('  n0 -> n1 [label="artifacts/m.pt"];\n', out)
+        out = self.ask("lineage", "results/exp/b", "--mermaid")[1]
+        self.assertIn('  n0 -->|"artifacts/m.pt"| n1\n', out)
+        graph = json.loads(self.ask("lineage", "results/exp/b", "--json")[1])
+        self.assertEqual((len(graph["runs"]), len(graph["edges"])), (4, 3))
+        odd = run_utils._format_graph("mermaid", [Path('x"]|<b>;')], [])
+        self.assertEqual(list(odd)[1], '  n0["x#34;]#124;#60;b#62;;"]')
+        odd = run_utils._format_graph("dot", [Path('x"\\')], [])
+        self.assertEqual(list(odd)[1], '  n0 [label="x\\"\\\\"];')
+
+    def test_the_index_makes_no_difference(self) -> None:
+        without = self.ask("lineage", "results/exp/b")[1]
+        self.assertEqual(self.ask("reindex", "results")[0], 0)
+        self.assertEqual(self.ask("lineage", "results/exp/b")[1], without)
+        run_utils.mark_artifact_used("results/exp/d/artifacts", "results/exp/a")
+        self.assertIn("d (success)", self.ask("lineage", "results/exp/a")[1])
+
+    def test_used_by_lines_of_the_ancestors(self) -> None:
+        line = {"artifact_relpath": "x.pt", "consumer_run_dir": "/old/results/exp/d"}
+        path = self.tmp / "results/exp/a/artifacts/USED_BY.jsonl"
+        path.write_text(json.dumps(line) + "\n", "utf-8")
+        out = self.ask("lineage", "results/exp/a")[1]
+        self.assertIn("d (success): artifacts/x.pt", out)
+
+
+class Where(ReadingCase):
+    """`where` compares numbers as numbers, texts as texts, by dotted keys."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        config = {
+            "lr": 0.001,
+            "model": {"name": "Qwen/Qwen3"},
+            "fp16": True,
+            "s": "1e3",
+        }
+        rows = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 0.5, "acc": "NaN"}]
+        self.run_at = Run(self.make_run("exp/a", config=config, metrics=rows))
+
+    def test_table(self) -> None:
+        true = ["lr<1e-2", "lr <= 0.001", "lr==1e-3", "lr=0.001", "lr!=2", "loss<1"]
+        true += ["model.name~Qwen3$", "config.lr<1", "metrics.loss>=0.5", "fp16==true"]
+        true += ["fp16==True", "status==success", "name~^a", "s==1000", "lr>1 or lr<1"]
+        true += ["lr<1 and loss<1", "lr>1 and loss>9 or fp16==true", "none!=3"]
+        true += ["model.name=='qwen/qwen3'", 'model.name=="Qwen/Qwen3"', "nope==null"]
+        true += ["started_utc>2025", "acc!=1", "fp16==true or lr>1 and lr>2"]
+        false = ["lr>1", "lr<1 and lr>1", "nope<1", "nope==1", "model.name~^x", "acc<1"]
+        false += ["acc>1", "acc==acc", "fp16<1", "lr>1 or loss>1", "none==3"]
+        for expected, texts in ((True, true), (False, false)):
+            for text in texts:
+                with self.subTest(text):
+                    self.assertIs(run_utils._condition(text)(self.run_at), expected)
+
+    def test_sentences_for_what_is_not_understood(self) -> None:
+        how = "write KEY<VALUE (or <= > >= == != ~), joined by and/or"
+        for text, rest in (
+            ("lr", "lr"),
+            ("lr<", "lr<"),
+            ("lr<1 and", "lr<1 and"),
+            ("lr<1 and ", "lr<1 and "),
+            ("lr<1 xor b<2", "lr<1 xor b<2"),
+            ("", ""),
+            ("a<1 or __import__('os')", "__import__('os')"),
+        ):
+            with self.subTest(text):
+                with self.assertRaises(ValueError) as caught:
+                    run_utils.find_runs("results", where=text)
+                sentence = f"where {text!r} is not understood at {rest!r}; {how}"
+                self.assertEqual(str(caught.exception), sentence)
+        with self.assertRaisesRegex(ValueError, "'\\(' is no regular expression: "):
+            run_utils.find_runs("results", where="a~(")
+
+
+class FindingRuns(ReadingCase):
+    """find_runs and `list` show the runs that were asked for, newest first."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        for day in (1, 3, 2):
+            start = f"2026-01-0{day}T00:00:00Z"
+            facts = {
+                "started_utc": start,
+                "status": "failed" if day == 2 else "success",
+            }
+            config = {"lr": day / 10, "same": 1, "command": str(day)}
+            rows = [{"step": 1, "time": 1, "loss": 1.0 / day}]
+            name = f"exp/train-2026010{day}-000000"
+            self.make_run(name, config=config, status=facts, metrics=rows)
+        (self.tmp / "results/exp/train-20260103-000000/artifacts/m").write_text(
+            "x" * 2000
+        )
+        for run in self.run_dirs()[:2]:
+            (run / "metrics" / "metrics.jsonl").unlink()
+        self.names = [f"train-2026010{day}-000000" for day in (3, 2, 1)]
+
+    def test_filters(self) -> None:
+        third, second, first = self.names
+        for words, expected in (
+            ([], self.names),
+            (["--status", "failed"], [second]),
+            (["--where", "lr>=0.2"], [third, second]),
+            (["--since", "2026-01-02"], [third, second]),
+            (["--since", "1d"], []),
+            (["--contains", "0102"], [second]),
+            (["--contains", "EXP/train"], self.names),
+            (["--has-outputs"], [third]),
+            (["--sort", "lr"], [first, second, third]),
+            (["--sort=-lr", "-n", "2"], [third, second]),
+            (["--sort", "loss"], [third, second, first]),
+            (["-n", "1"], [third]),
+            (["--tag", "x"], []),
+        ):
+            with self.subTest(words):
+                self.assertEqual(self.rows(*words), expected)
+
+    def test_a_row_for_pandas(self) -> None:
+        (run, *_) = run_utils.find_runs("results", where="lr==0.3")
+        self.assertEqual((run["config.lr"], run["metrics.loss"]), (0.3, 1 / 3))
+        self.assertEqual((run["duration_seconds"], run["attempts"]), (60, 1))
+        self.assertTrue(all(isinstance(key, str) for key in run))
+
+    def test_the_table(self) -> None:
+        code, out, err = self.ask("list")
+        self.assertEqual((code, err), (0, ""))
+        head, *lines = out.splitlines()
+        self.assertEqual(
+            head.split()[:6], ["run", "status", "age", "time", "outputs", "config"]
+        )
+        self.assertRegex(
+            lines[0], r"^exp/train-20260103-000000  success  \d+d\d+h  1m00s"
+        )
+        self.assertIn("  2 (2.05 kB)  lr=0.3  loss=0.333333", lines[0])
+        self.assertIn("  empty        lr=0.2", lines[1])
+        self.assertNotIn("same", out)
+
+    def test_it_fits_the_terminal(self) -> None:
+        self.ask("note", self.names[0], "é☃表 " * 50, "--tag", "canonical")
+        for columns in (20, 40, 72, 80, 100, 200):
+            with self.subTest(columns):
+                out = self.ask("list", columns=columns)[1]
+                widths = list(map(run_utils._width, out.splitlines()))
+                self.assertLessEqual(max(widths), columns)
+        self.assertIn(self.names[0], self.ask("list", columns=72)[1])
+
+    def test_by_script(self) -> None:
+        other = {"argv": ["python", "-m", "pkg.evaluate"]}
+        self.make_run("exp/e", metadata=other)
+        out = self.ask("list", "--by-script")[1]
+        self.assertRegex(out, r"(?s)^pkg.evaluate: 1 run\nrun.*\ntrain: 3 runs\nrun")
+
+    def test_csv_is_safe_in_a_spreadsheet(self) -> None:
+        config = {"a": "=cmd()", "b": "-1+1", "c": -1.5, "d": 'x,"y"', "e": "-x"}
+        start = {"started_utc": "2026-01-05T00:00:00Z"}
+        self.make_run("exp/odd-20260105-000000", config=config, status=start)
+        import csv
+
+        row = next(csv.DictReader(io.StringIO(self.ask("list", "--csv")[1])))
+        found = [row[f"config.{key}"] for key in "abcde"]
+        self.assertEqual(found, ["'=cmd()", "-1+1", "-1.5", 'x,"y"', "'-x"])
+
+    def test_markdown_shows_which_used_which(self) -> None:
+        body = """
+        with run_context("results/exp", "next", {"i": "results/exp/%s"}): pass
+        """
+        self.script(body % self.names[0])
+        self.ask("note", self.names[1], "a | b <script>", "--tag", "superseded")
+        lines = self.ask("list", "--md")[1].splitlines()
+        self.assertEqual(
+            len({len(re.findall(r"(?<!\\)\|", line)) for line in lines if line}), 1
+        )
+        self.assertRegex(lines[2], rf"\| {self.names[0]}/. \|")
+        self.assertRegex(lines[3], r"\| next-\d+-\d+ \|")
+        self.assertIn(r"\[superseded\] a \| b \<script\>", lines[4])
+
+    def test_what_is_not_shown_is_counted(self) -> None:
+        out = self.ask("list", "-n", "1")[1]
+        self.assertEqual(
+            out.splitlines()[-1], "2 older runs are not shown; -n 0 shows all"
+        )
+
+    def test_sentences_for_bad_input(self) -> None:
+        for words, sentence in (
+            (["no"], "'no' is not a folder; give one that holds runs"),
+            (
+                ["--since", "x"],
+                "since 'x' is no time; give '12h', '7d' or '2026-01-31'",
+            ),
+        ):
+            code, out, err = self.ask("list", *words)
+            self.assertEqual((code, out), (2, ""))
+            self.assertTrue(err.endswith(f": {sentence}\n"), err)
+
+
+class WhereRunsAre(ReadingCase):
+    """Moved, copied, renamed and half-deleted trees give right answers at once."""
+
+    def test_moved_renamed_deleted_and_copied(self) -> None:
+        for day in (1, 2, 3):
+            start = {"started_utc": f"2026-01-0{day}T00:00:00Z"}
+            self.make_run(f"exp/t-2026010{day}-000000", status=start)
+        self.ask("reindex", "results")
+        os.rename("results", "moved")
+        self.assertEqual(len(self.rows("moved")), 3)
+        os.rename("moved/exp/t-20260101-000000", "moved/exp/best")
+        self.assertEqual(self.rows("moved")[-1], "best")
+        shutil.rmtree("moved/exp/t-20260102-000000")
+        shutil.copytree("moved/exp", "moved/more/deep/copy")
+        names = ["t-20260103-000000", "best"]
+        self.assertEqual(sorted(self.rows("moved")), sorted(names * 2))
+
+    def test_what_is_left_of_a_run_is_shown(self) -> None:
+        run = self.make_run("exp/t-20260101-000000")
+        (run / "status.json").unlink()
+        (run / "metadata.json").unlink()
+        self.assertEqual(self.rows(), ["t-20260101-000000"])
+        self.assertIn("  ?  ", self.ask("list")[1])
+
+    def test_folders_with_a_date_that_hold_runs(self) -> None:
+        self.make_run("sweep-20260101-000000/a")
+        self.make_run("sweep-20260101-000000/t-20260102-000000")
+        self.assertEqual(self.rows(), ["t-20260102-000000", "a"])
+
+    def test_links(self) -> None:
+        self.make_run("exp/a")
+        for link, target in (
+            ("results/loop", "results"),
+            ("results/exp/best", "results/exp/a"),
+            ("results/gone", "nowhere"),
+            ("results/scratch", "far"),
+        ):
+            os.symlink(self.tmp / target, link)
+        shutil.copytree("results/exp/a", "far/exp/b")
+        self.assertEqual(sorted(self.rows()), ["a", "b"])
+
+    def test_any_file_of_a_run_names_it(self) -> None:
+        run = self.make_run("exp/a")
+        (run / "plots").mkdir()
+        (run / "plots" / "f.png").touch()
+        os.symlink(run / "plots" / "f.png", "figure.png")
+        for path in ("figure.png", "results/exp/a/plots/f.png", "results/exp/a/plots"):
+            self.assertIn(f"run       {run}\n", self.ask("inspect", path)[1])
+
+
+class Diffing(ReadingCase):
+    """`diff` shows only what differs, and says by its exit status whether it does."""
+
+    def test_two_runs(self) -> None:
+        git = {"commit_short": "1a2b3c4", "is_dirty": True, "branch": "main"}
+        packages = ["numpy==1.0", "-e /work/pkg", "old==1", "A_b @ git+https://x@1"]
+        facts = {"git": git, "pip_freeze": packages, "hostname": "one"}
+        a = self.make_run("exp/a", config={"lr": 1, "x": {"y": 2}}, metadata=facts)
+        packages = ["numpy==2.0", "-e /work/pkg", "new==1", "a-b @ git+https://x@2"]
+        facts = {"git": {**git, "is_dirty": False}, "pip_freeze": packages}
+        facts["hostname"] = "two"
+        rows = [{"step": 1, "loss": 1}]
+        b = self.make_run(
+            "exp/b", config={"lr": 2, "x": {"y": 2}}, metadata=facts, metrics=rows
+        )
+        (a / "git.patch").write_text("+one\n+same\n", "utf-8")
+        (b / "git.patch").write_text("+two\n+same\n", "utf-8")
+        code, out, err = self.ask("diff", str(a), str(b))
+        self.assertEqual((code, err), (1, ""))
+        expected = """
+        config    lr: 1 -> 2
+        code      is_dirty: true -> false
+                  git.patch:
+                    @@ -1,2 +1,2 @@
+                    -+one
+                    ++two
+                     +same
+        packages  numpy: 1.0 -> 2.0
+                  old: 1 -> none
+                  a-b: git+https://x@1 -> git+https://x@2
+                  new: none -> 1
+        machine   hostname: one -> two
+        metrics   loss: none -> 1
+        """
+        self.assertEqual(out, textwrap.dedent(expected).lstrip("\n"))
+        self.assertEqual(self.ask("diff", str(a), str(a)), (0, "", ""))
+        found = json.loads(self.ask("diff", "--json", str(a), str(b))[1])
+        self.assertEqual(found["config"], {"lr": [1, 2]})
+
+    def test_one_run_against_here_and_now(self) -> None:
+        self.in_context("pass")
+        done = self.command("diff", "latest")
+        self.assertEqual((done.returncode, done.stdout, done.stderr), (0, "", ""))
+        path = self.run_dir() / "metadata.json"
+        facts = json.loads(path.read_text("utf-8"))
+        facts["python"]["version"] = "2.7.18"
+        path.write_text(json.dumps(facts), "utf-8")
+        done = self.command("diff", "latest")
+        self.assertEqual(done.returncode, 1)
+        self.assertTrue(
+            done.stdout.startswith("machine   python version: 2.7.18 -> 3.")
+        )
+
+    def test_the_commits_between(self) -> None:
+        git = ["git", "-c", "user.name=x", "-c", "user.email=x@example.org"]
+        commits = []
+        subprocess.run(["git", "init", "-q", "."], check=True)
+        for text in ("first", "second"):
+            subprocess.run([*git, "commit", "-qm", text, "--allow-empty"], check=True)
+            head = subprocess.run(["git", "rev-parse", "HEAD"], stdout=subprocess.PIPE)
+            commits.append(head.stdout.decode().strip())
+        for name, commit in zip("ab", commits):
+            facts = {"commit_full": commit, "commit_short": commit[:7]}
+            self.make_run(
+                f"exp/{name}", metadata={"git": {**facts, "root": str(self.tmp)}}
+            )
+        out = self.ask("diff", "results/exp/a", "results/exp/b")[1]
+        self.assertIn(f"            >{commits[1][:7]} second\n", out.replace("> ", ">"))
+
+    def test_trouble_is_2(self) -> None:
+        self.assertEqual(self.ask("diff", "nothing")[0], 2)
+
+
+class Notes(ReadingCase):
+    """Notes and tags are appended, by several people at once, and shown everywhere."""
+
+    def test_tags_come_and_go(self) -> None:
+        run = self.make_run("exp/a")
+        self.assertEqual(
+            self.ask("note", "a", "looks good", "--tag", "canonical")[0], 0
+        )
+        self.assertEqual(self.ask("note", "a", "--tag", "x", "--tag", "y")[0], 0)
+        self.assertEqual(self.ask("note", "a", "no more", "--untag", "canonical")[0], 0)
+        self.assertEqual(Run(run)["tags"], ["x", "y"])
+        self.assertEqual(self.rows("--tag", "x"), ["a"])
+        self.assertEqual(self.rows("--tag", "canonical"), [])
+        self.assertIn("[x] [y] looks good; no more", self.ask("list")[1])
+        out = self.ask("inspect", "a")[1]
+        self.assertIn("tags      x y\n", out)
+        self.assertRegex(
+            out, r"notes     \S+Z \S+: looks good\n          .*: no more\n"
+        )
+        self.assertEqual([row["event"] for row in self.index()], ["note"] * 3)
+
+    def test_64_at_once(self) -> None:
+        self.make_run("exp/a")
+        code = "import sys, run_utils\nfor n in range(4): "
+        code += 'run_utils.main(["note", "results/exp/a", f"{sys.argv[1]}.{n}"])'
+        command = [PYTHON, "-c", code]
+        env = self.environment()
+        writers = [subprocess.Popen([*command, str(n)], env=env) for n in range(16)]
+        self.assertEqual([writer.wait() for writer in writers], [0] * 16)
+        lines = (self.tmp / "results/exp/a/notes.jsonl").read_text("utf-8").splitlines()
+        texts = {json.loads(line)["text"] for line in lines if line}
+        self.assertEqual(texts, {f"{a}.{b}" for a in range(16) for b in range(4)})
+
+    def test_nothing_to_note(self) -> None:
+        self.make_run("exp/a")
+        code, _, err = self.ask("note", "a")
+        self.assertEqual(code, 2)
+        self.assertTrue(
+            err.endswith("nothing to note; give a text, or --tag canonical\n")
+        )
+
+
+class Reindexing(ReadingCase):
+    """`reindex` rebuilds the index from the directories alone."""
+
+    def test_one_line_a_run_oldest_first(self) -> None:
+        for day in (2, 1):
+            start = {"started_utc": f"2026-01-0{day}T00:00:00Z"}
+            self.make_run(f"exp/t-2026010{day}-000000", status=start)
+        self.assertEqual(
+            self.ask("reindex", "--dry-run")[1],
+            "2 runs: 2 added, 0 removed, if it were done\n",
+        )
+        self.assertFalse((self.tmp / "results/index").exists())
+        self.assertEqual(self.ask("reindex")[1], "2 runs: 2 added, 0 removed\n")
+        rows = self.index()
+        paths = ["exp/t-20260101-000000", "exp/t-20260102-000000"]
+        self.assertEqual([row["path"] for row in rows], paths)
+        facts = {(row["event"], row["status"], row["script_name"]) for row in rows}
+        self.assertEqual(facts, {("backfill", "success", "train")})
+        before = (self.tmp / "results/index/runs_index.jsonl").read_bytes()
+        self.ask("reindex")
+        again = (self.tmp / "results/index/runs_index.jsonl").read_bytes()
+        self.assertEqual(before, again)
+        shutil.rmtree("results/exp/t-20260101-000000")
+        self.assertEqual(self.ask("reindex")[1], "1 runs: 0 added, 1 removed\n")
+
+
+class YamlOfTheAncestors(unittest.TestCase):
+    """Without PyYAML the files that it wrote are read, or it is said which are not."""
+
+    DOCUMENT = r"""
+    lr: 0.0001
+    small: 1.0e-05
+    on: 'on'
+    none: null
+    flag: true
+    empty: []
+    nothing: {}
+    inline: [a, 1, 'b c', {d: e}]
+    layers:
+    - 1
+    - - 2
+      - x: y
+        z: -3
+    text: a long plain text that is folded
+      over two lines and a - dash
+    quoted: 'it''s: folded
+
+      and has two lines'
+    escaped: "tab\t and \u2603 \
+      \ go on"
+    ? "a very long key"
+    : value
+    shared: &id001
+      a: 1
+    again: *id001
+    listed: &id002
+    - x
+    too: *id002
+    date: 2026-01-31
+    octal: 0o17
+    """
+    VALUE: ClassVar[dict[str, Any]] = {
+        "lr": 0.0001,
+        "small": 1e-05,
+        "true": "on",
+        "none": None,
+        "flag": True,
+        "empty": [],
+        "nothing": {},
+        "inline": ["a", 1, "b c", {"d": "e"}],
+        "layers": [1, [2, {"x": "y", "z": -3}]],
+        "text": "a long plain text that is folded over two lines and a - dash",
+        "quoted": "it's: folded\nand has two lines",
+        "escaped": "tab\t and ☃  go on",
+        "a very long key": "value",
+        "shared": {"a": 1},
+        "again": {"a": 1},
+        "listed": ["x"],
+        "too": ["x"],
+        "date": "2026-01-31",
+        "octal": "0o17",
+    }
+
+    def test_both_readers_agree(self) -> None:
+        text = textwrap.dedent(self.DOCUMENT).lstrip("\n")
+        self.assertEqual(run_utils._YamlReader(text).document(), self.VALUE)
+        self.assertEqual(run_utils._parse_yaml(text), self.VALUE)
+
+    def test_what_is_not_read_is_said(self) -> None:
+        for text, line in (
+            ("a: 1\nb: !!python/tuple [1]\n", "line 2, '!!python/tuple [1]'"),
+            ("a: |\n  text\n", "line 1, '|'"),
+            ("a: 1\n b: 2\n", "line 1, '1'"),
+            ("a: b\nrest\n", "line 2, 'rest'"),
+        ):
+            with self.subTest(text):
+                with self.assertRaises(ValueError) as caught:
+                    run_utils._YamlReader(text).document()
+                sentence = f"{line}, takes PyYAML to read"
+                self.assertEqual(str(caught.exception), sentence)
+
+
+class ReadersTrustNothing(ReadingCase):
+    """Whatever lies in a results tree: no traceback, no hang, nothing steered."""
+
+    COMMANDS = (
+        "list",
+        "list --json",
+        "list --md",
+        "inspect X",
+        "lineage X",
+        "diff X X",
+    )
+    COMMANDS += (
+        "list --csv --where lr<1 --sort loss --has-outputs",
+        "reindex --dry-run",
+    )
+
+    def readable(self, *commands: str) -> None:
+        for command in commands or self.COMMANDS:
+            words = command.replace("X", "results/exp/t-20260101-000000").split()
+            with self.subTest(command):
+                code, out, err = self.ask(*words)
+                self.assertIn(code, (0, 1), err)
+                self.assertNotIn("Traceback", err)
+                self.assertNotRegex(out, r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]")
+
+    def test_odd_files(self) -> None:
+        run = self.make_run("exp/t-20260101-000000")
+        for name in ("status.json", "metadata.json", "config.yaml", "notes.jsonl"):
+            path = run / name
+            kept = path.read_bytes() if path.exists() else b""
+            path.unlink(missing_ok=True)
+            os.mkfifo(path)
+            self.readable()
+            path.unlink()
+            path.mkdir()
+            self.readable()
+            path.rmdir()
+            path.symlink_to(path)
+            self.readable()
+            path.unlink()
+            with open(path, "wb") as file:
+                file.truncate(1_000_000_000)
+            self.readable()
+            path.write_bytes(kept)
+
+    def test_one_line_counts_what_cannot_be_read(self) -> None:
+        run = self.make_run("exp/t-20260101-000000")
+        (run / "status.json").write_bytes(b"{")
+        (run / "metadata.json").write_bytes(b"[1]")
+        code, out, err = self.ask("list")
+        self.assertEqual(code, 0)
+        self.assertIn("  ?  ", out)
+        start = f"2 files cannot be read: '{run}/metadata.json' is not a JSON object"
+        self.assertEqual(err, f"{start} that can be read\n")
+
+    def test_hostile_contents(self) -> None:
+        evil = "\x1b]0;pwned\x07\u202e\x9b31m\r\n| `x` <b>"
+        config: Any = {evil: evil, "deep": {}}
+        inner = config["deep"]
+        for _ in range(200):
+            inner["x"] = {}
+            inner = inner["x"]
+        facts: dict[str, Any] = dict.fromkeys(("hostname", "user", "command"), evil)
+        facts["inputs"] = [{"path": evil, "run": evil, "run_dir": evil, "status": 3}]
+        facts["git"] = {"commit_short": evil, "branch": [evil], "unpushed": evil}
+        facts["run_utils"] = {"schema_version": 99}
+        facts["pip_freeze"] = [evil, 3, None]
+        status = {"status": evil, "exit_reason": [evil], "started_utc": {}, "run": 7}
+        status.update({"duration_seconds": evil, "exception": {"traceback": [evil]}})
+        rows = [
+            {"loss": 1e999, "step": evil},
+            {evil: "x", "loss": True, "big": 10**400},
+        ]
+        notes = [
+            {"text": [evil], "tags": evil, "user": {}},
+            {"text": evil, "tags": [evil]},
+        ]
+        more = {"metadata": facts, "status": status, "metrics": rows, "notes": notes}
+        self.make_run("exp/t-20260101-000000", config=config, **more)
+        odd = self.tmp / "results" / "exp" / f"t{evil.replace('/', '')}-20260102-000000"
+        shutil.copytree(self.tmp / "results/exp/t-20260101-000000", odd)
+        self.readable()
+
+    def test_a_yaml_bomb(self) -> None:
+        run = self.make_run("exp/t-20260101-000000", metadata={"config": None})
+        bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n"
+        for n in range(1, 12):
+            bomb += f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n"
+        (run / "config.yaml").write_text(bomb, "utf-8")
+        self.readable("list", "inspect X")
 
 
 # === vendor.sh ===
