@@ -1220,22 +1220,25 @@ def _add_input(run_dir: Path, artifact: Path, producer: Path) -> None:
 class _Lineage:
     """Which runs below a results root used which, read from the runs themselves."""
 
-    def __init__(self, root: Path, since: str = "") -> None:
+    def __init__(self, root: Path, run: Path | None = None) -> None:
+        """Read all runs below `root`, or only what tells who used `run`."""
         self.runs = _walk_runs(root)
-        self.named: dict[str, Path] = {path.name: path for path in self.runs}
+        self.named = {os.path.basename(path): path for path in self.runs}
         self.edges: dict[tuple[Path, Path], str] = {}  # (producer, consumer): file
-        idle = _runs_without_inputs(root)
+        idle, since = _runs_without_inputs(root), _started(run) if run else ""
         for path in self.runs:
-            if path.name not in idle and _started(path) >= since:
-                for entry in _read_inputs(path):
-                    self.edges[self.producer(entry, path), path] = str(entry["path"])
-        for path in self.runs:
-            self.add_users(path)
+            if os.path.basename(path) not in idle and _started(path) >= since:
+                consumer = Path(path)
+                for entry in _read_inputs(consumer):
+                    producer = self.producer(entry, consumer)
+                    self.edges[producer, consumer] = str(entry["path"])
+        for path in [str(run)] if run else self.runs:
+            if os.path.exists(f"{path}/artifacts/USED_BY.jsonl"):
+                self.add_users(Path(path))
 
     def add_users(self, producer: Path) -> None:
         """Add what mark_artifact_used, ours or the ancestors', left in a producer."""
-        path = producer / "artifacts" / "USED_BY.jsonl"
-        for row in _read_lines(path) if path.exists() else ():
+        for row in _read_lines(producer / "artifacts" / "USED_BY.jsonl"):
             consumer = Path(str(row.get("consumer_run_dir") or "?"))
             consumer = consumer if _is_run(consumer) else self.find(consumer)
             artifact = f"artifacts/{row.get('artifact_relpath')}"
@@ -1254,9 +1257,9 @@ class _Lineage:
         """Return the run that had this name; the path itself when there is none."""
         if path.name not in self.named:
             for run in self.runs:  # one that was renamed knows its first name
-                name = (_read_json(run / "status.json") or {}).get("run")
+                name = (_read_json(Path(run, "status.json")) or {}).get("run")
                 self.named.setdefault(str(name), run)
-        return self.named.get(path.name, path)
+        return Path(self.named.get(path.name, path))
 
     def walk(self, start: Path, users: bool) -> Iterator[tuple[int, Path, str]]:
         """Yield (depth, run, file) from `start` on; a run met again is not entered."""
@@ -1296,9 +1299,8 @@ def _runs_without_inputs(root: Path) -> set[str]:
         index = _read_bytes(root / INDEX_FILE, MAX_INDEX)
     except OSError:
         return set()
-    name = rb'"run_basename": "([^"\\]+)"[^\n]*'
-    idle = set(re.findall(name + rb'"inputs": \[\]', index))
-    idle -= set(re.findall(name + rb'"inputs": \["', index))
+    path = rb'"path": "(?:[^"\\]*/)?([^"\\/]+)", "inputs": \['
+    idle = set(re.findall(path + rb"\]", index)) - set(re.findall(path + rb'"', index))
     idle -= set(re.findall(rb'"consumer_run_dir": "[^"]*?([^"\\/]+)/?"', index))
     return {word.decode("utf-8", "replace") for word in idle}
 
@@ -2828,7 +2830,7 @@ def _select_runs(
     paths = _walk_runs(root)
     if contains is not None:
         part, start = contains.lower(), len(str(root))
-        paths = [path for path in paths if part in str(path)[start:].lower()]
+        paths = [path for path in paths if part in path[start:].lower()]
     runs: list[Run] = []
     seen = 0
     for path in paths:
@@ -2836,7 +2838,7 @@ def _select_runs(
             break
         seen += 1
         for place in [path] if _looks_like_run(path) else _walk_runs(path, True):
-            run = Run(place)
+            run = Run(Path(place))
             runs += [run] if all(test(run) for test in tests) else []
     runs.sort(key=lambda run: str(run["started_utc"] or ""), reverse=True)
     if sort:
@@ -2951,15 +2953,16 @@ def _text(value: Any) -> str:
     return text if len(text) <= MAX_MESSAGE else text[:MAX_MESSAGE] + "..."
 
 
-def _is_run(path: Path) -> bool:
+def _is_run(path: StrPath) -> bool:
     """Return whether a folder holds a record; a data set has a metadata.json too."""
     if os.path.isfile(f"{path}/status.json"):
         return True
     if not os.path.isfile(f"{path}/metadata.json"):
         return False
-    if _STAMP.search(path.name) or os.path.isfile(f"{path}/config.yaml"):
+    name = os.path.basename(path)
+    if _STAMP.search(name) or os.path.isfile(f"{path}/config.yaml"):
         return True
-    return "timestamp_utc" in (_read_json(path / "metadata.json") or {})
+    return "timestamp_utc" in (_read_json(Path(path, "metadata.json")) or {})
 
 
 _STAMP = re.compile(r"(?<!\d)\d{8}-\d{6}(?=-|$)")  # in the name of a run: local time
@@ -2974,8 +2977,8 @@ def _run_of(path: Path) -> Path | None:
     return None
 
 
-def _walk_runs(root: Path, opened: bool = False) -> list[Path]:
-    """Return the run directories below `root`, newest first.
+def _walk_runs(root: StrPath, opened: bool = False) -> list[str]:
+    """Return the paths of all run directories below `root`, newest first.
 
     A folder whose name has a time stamp is taken for a run without a look, unless it
     is the root, already `opened`. Links are followed to what lies outside of the tree.
@@ -2994,7 +2997,7 @@ def _walk_runs(root: Path, opened: bool = False) -> list[Path]:
             folder, depth = folders.pop()
             inside, linked, is_run = _scan(folder)
             if is_run and not (opened and depth == 0):
-                found.append((_started(Path(folder)), len(folder), folder))
+                found.append((_started(folder), len(folder), folder))
                 continue
             places += linked
             for path, name in inside:
@@ -3003,7 +3006,7 @@ def _walk_runs(root: Path, opened: bool = False) -> list[Path]:
                     found.append((stamp[0], len(path), path))
                 elif depth < MAX_WALK:
                     folders.append((path, depth + 1))
-    return [Path(path) for _, _, path in sorted(found, reverse=True)]
+    return [path for _, _, path in sorted(found, reverse=True)]
 
 
 def _scan(folder: str) -> tuple[list[tuple[str, str]], list[str], bool]:
@@ -3019,22 +3022,22 @@ def _scan(folder: str) -> tuple[list[tuple[str, str]], list[str], bool]:
             else:
                 names.add(entry.name)
     record = not names.isdisjoint(("status.json", "metadata.json"))
-    return inside, linked, record and _is_run(Path(folder))
+    return inside, linked, record and _is_run(folder)
 
 
-def _looks_like_run(path: Path) -> bool:
+def _looks_like_run(path: str) -> bool:
     """Return whether a folder with a stamp is a run, or what is left of one."""
-    inside, _, is_run = _scan(str(path))
+    inside, _, is_run = _scan(path)
     return is_run or {name for _, name in inside} <= {*DEFAULT_SUBDIRS, "attempts"}
 
 
-def _started(run_dir: Path) -> str:
+def _started(run_dir: StrPath) -> str:
     """Return a key that sorts runs by their start: "20260131-142501", local time."""
-    stamp = _STAMP.search(run_dir.name)
+    stamp = _STAMP.search(os.path.basename(run_dir))
     if stamp:
         return stamp[0]
     for name in ("status.json", "metadata.json"):
-        facts = _read_json(run_dir / name) or {}
+        facts = _read_json(Path(run_dir, name)) or {}
         seconds = _seconds(facts.get("started_utc") or facts.get("timestamp_utc"))
         if seconds is not None:
             return time.strftime("%Y%m%d-%H%M%S", time.localtime(seconds))
@@ -3481,7 +3484,7 @@ def _add_inspect(commands: Any) -> None:
 def _cmd_inspect(args: argparse.Namespace) -> int:
     """Print what ran, how it ended, what it left, and what differs from now."""
     run = Run(_find_run(args.run))
-    lineage = _Lineage(_results_root(run.path.parent), since=_started(run.path))
+    lineage = _Lineage(_results_root(run.path.parent), run.path)
     users = [there for (here, there) in lineage.edges if here == run.path]
     facts = {
         "run_dir": str(run.path), "status": run.status, "attempts": run.attempts,
@@ -3508,18 +3511,19 @@ def _find_run(text: str) -> Path:
             raise ValueError(f"{text!r} is not in a run directory; give one, or a name")
         return Path(os.path.realpath(found))
     root = _root(None)
-    walked = _walk_runs(root)
+    paths = _walk_runs(root)
     if text == "latest":
-        walked = [run for run in walked[:100] if _looks_like_run(run)][:1]
+        runs = [path for path in paths[:100] if _looks_like_run(path)][:1]
     else:
-        walked = [run for run in walked if text in run.name]
-    runs = [run for run in walked if text == run.name] or walked
+        runs = [path for path in paths if text in os.path.basename(path)]
+        runs = [path for path in runs if os.path.basename(path) == text] or runs
     if not runs:
         raise ValueError(f"no run {text!r} below {str(root)!r}")
     if len(runs) > 1:
-        many = f"{len(runs)} names ({', '.join(run.name for run in runs[:3])}, ...)"
+        names = ", ".join(map(os.path.basename, runs[:3]))
+        many = f"{len(runs)} names ({names}, ...)"
         raise ValueError(f"{text!r} is a part of {many}; say more")
-    return runs[0]
+    return Path(runs[0])
 
 
 def _root(text: str | None) -> Path:

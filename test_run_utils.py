@@ -2597,7 +2597,8 @@ class ReadingCase(RunCase):
         for folder in ("artifacts", "logs", "metrics"):
             (path / folder).mkdir(parents=True)
         stamp = "2026-01-01T00:00:00Z"
-        status = {"status": "success", "exit_reason": "normal", "started_utc": stamp}
+        status: dict[str, Any] = {"status": "success", "exit_reason": "normal"}
+        status["started_utc"] = stamp
         status.update({"exit_code": 0, "duration_seconds": 60, "run": path.name})
         metadata = {"argv": ["python", "train.py"], "config": facts.get("config", {})}
         metadata.update({"timestamp_utc": stamp, "inputs": []})
@@ -3241,14 +3242,7 @@ class ReadersTrustNothing(ReadingCase):
     """Whatever lies in a results tree: no traceback, no hang, nothing steered."""
 
     COMMANDS = (
-        "list",
-        "list --json",
-        "list --md",
-        "inspect X",
-        "lineage X",
-        "diff X X",
-    )
-    COMMANDS += (
+        *("list", "list --json", "list --md", "inspect X", "lineage X", "diff X X"),
         "list --csv --where lr<1 --sort loss --has-outputs",
         "reindex --dry-run",
     )
