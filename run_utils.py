@@ -3794,7 +3794,7 @@ def _format_inspect(
     yield "code", [_format_code(_mapping(metadata, "git"))]
     yield "started", [started.format(run["started_utc"] or "?", **known)]
     yield "python", [f"{version} on {machine}; {count} packages"]
-    lines = _format_yaml(config).splitlines() if config else []
+    lines = list(_yaml_lines(_yaml_tree(config))) if config else []
     more = [f"... {len(lines) - MAX_SHOWN} more lines"] * (len(lines) > MAX_SHOWN)
     yield "config", lines[:MAX_SHOWN] + more
     yield "inputs", [_format_input(entry) for entry in _read_inputs(run.path)]

@@ -1,6 +1,6 @@
 """Compare both YAML writers and read their text back with every reader at hand.
 
-    ci_yaml_fuzz.py [--count 20000] [--seed 1] [--corpora DIR]
+    check_yaml.py [--count 20000] [--seed 1] [--corpora DIR]
 
 FUZZ_COUNT and FUZZ_SEED set the first two as well. PyYAML and ruamel.yaml come from
 this interpreter, js-yaml from node (NODE_PATH). Ends with one line of counts.
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = next(d for d in (HERE, *HERE.parents) if (d / "run_utils.py").exists())
@@ -340,6 +341,31 @@ def readers(report: Report) -> dict[str, object]:
     return found
 
 
+def check_own_reader(text: str, value: object, report: Report) -> None:
+    """Read our text, and the ways PyYAML writes it, without PyYAML."""
+    found = run_utils._YamlReader(text).document()
+    report.check(same(found, value), "our reader of our text", text)
+    try:
+        import yaml
+    except ImportError:
+        return
+    for layout in LAYOUTS:
+        text = yaml.safe_dump(value, **layout)
+        wanted = run_utils._plain(yaml.safe_load(text))
+        if not same(wanted, value):
+            continue  # PyYAML cannot read what it wrote
+        try:
+            found = run_utils._YamlReader(text).document()
+        except ValueError as beyond:
+            report.check("takes PyYAML to read" in str(beyond), "our refusal", text)
+        else:
+            report.check(same(found, wanted), "our reader", text)
+
+
+LAYOUTS: list[dict[str, Any]] = [{"sort_keys": False}, {"allow_unicode": True}]
+LAYOUTS += [{"default_flow_style": None}, {"width": 30, "indent": 4}]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Fuzz the YAML writers.")
     env = os.environ.get
@@ -371,6 +397,7 @@ def main() -> int:
                 print(name, type(problem).__name__, str(problem)[:200])
                 good = False
             report.check(good, name, text)
+        check_own_reader(text, value, report)
     check_node(texts, report)
     print(f"{report.passed} passed, {report.failed} failed, {report.skipped} skipped")
     return 1 if report.failed else 0
