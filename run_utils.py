@@ -1223,11 +1223,12 @@ class _Lineage:
     def __init__(self, root: Path, run: Path | None = None) -> None:
         """Read all runs below `root`, or only what tells who used `run`."""
         self.runs = _walk_runs(root)
-        self.named = {os.path.basename(path): path for path in self.runs}
+        self.named: dict[str, str] = {}
         self.edges: dict[tuple[Path, Path], str] = {}  # (producer, consumer): file
-        idle, since = _runs_without_inputs(root), _started(run) if run else ""
+        idle, start = _runs_without_inputs(root), len(str(root)) + 1
+        since = _started(run) if run else ""
         for path in self.runs:
-            if os.path.basename(path) not in idle and _started(path) >= since:
+            if path[start:] not in idle and _started(path) >= since:
                 consumer = Path(path)
                 for entry in _read_inputs(consumer):
                     producer = self.producer(entry, consumer)
@@ -1255,6 +1256,8 @@ class _Lineage:
 
     def find(self, path: Path) -> Path:
         """Return the run that had this name; the path itself when there is none."""
+        if not self.named:
+            self.named = {os.path.basename(run): run for run in self.runs}
         if path.name not in self.named:
             for run in self.runs:  # one that was renamed knows its first name
                 name = (_read_json(Path(run, "status.json")) or {}).get("run")
@@ -1294,15 +1297,21 @@ def _read_inputs(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def _runs_without_inputs(root: Path) -> set[str]:
-    """Return the names of runs that used no other, as far as the index tells."""
+    """Return the paths below `root` of runs that used no other, as the index tells."""
     try:
         index = _read_bytes(root / INDEX_FILE, MAX_INDEX)
     except OSError:
         return set()
-    path = rb'"path": "(?:[^"\\]*/)?([^"\\/]+)", "inputs": \['
-    idle = set(re.findall(path + rb"\]", index)) - set(re.findall(path + rb'"', index))
-    idle -= set(re.findall(rb'"consumer_run_dir": "[^"]*?([^"\\/]+)/?"', index))
-    return {word.decode("utf-8", "replace") for word in idle}
+    # One group, as tuples would take the garbage collector twice the time.
+    rows = set(re.findall(rb'"path": "([^"\\]+", "inputs": \[.)', index))
+    tail = len(b'", "inputs": []')
+    idle = {os.fsdecode(row[:-tail]) for row in rows if row[-1:] == b"]"}
+    idle -= {os.fsdecode(row[:-tail]) for row in rows if row[-1:] != b"]"}
+    if b'"consumer_run_dir"' in index:
+        users = re.findall(rb'"consumer_run_dir": "[^"]*?([^"\\/]+)/?"', index)
+        names = set(map(os.fsdecode, users))
+        idle = {path for path in idle if os.path.basename(path) not in names}
+    return idle
 
 
 # === Redaction ===
@@ -2965,7 +2974,7 @@ def _is_run(path: StrPath) -> bool:
     return "timestamp_utc" in (_read_json(Path(path, "metadata.json")) or {})
 
 
-_STAMP = re.compile(r"(?<!\d)\d{8}-\d{6}(?=-|$)")  # in the name of a run: local time
+_STAMP = re.compile(r"\d{8}-\d{6}(?![^-])")  # in the name of a run: local time
 
 
 def _run_of(path: Path) -> Path | None:
@@ -2983,44 +2992,43 @@ def _walk_runs(root: StrPath, opened: bool = False) -> list[str]:
     A folder whose name has a time stamp is taken for a run without a look, unless it
     is the root, already `opened`. Links are followed to what lies outside of the tree.
     """
-    found: list[tuple[str, int, str]] = []
-    places = [str(root)]
-    seen: list[str] = []
+    found: list[str] = []  # stamp, length and path, to be sorted together
+    places, seen = [str(root)], [""]
     while places:
-        place = places.pop() if seen else str(root)
+        place = places.pop()
         real = os.path.realpath(place)
-        if any(f"{real}/".startswith(f"{known}/") for known in seen):
+        if any(f"{real}/".startswith(f"{known}/") for known in seen[1:]):
             continue
-        folders = [(real if seen else place, 0)]
+        folders = [(real if seen[1:] else place, 0)]
         seen.append(real)
         while folders:
             folder, depth = folders.pop()
             inside, linked, is_run = _scan(folder)
             if is_run and not (opened and depth == 0):
-                found.append((_started(folder), len(folder), folder))
+                found.append(f"{_started(folder):15}{len(folder):5}{folder}")
                 continue
             places += linked
-            for path, name in inside:
-                stamp = _STAMP.search(name)
+            for path in inside:
+                stamp = _STAMP.search(path, len(folder) + 1)
                 if stamp:
-                    found.append((stamp[0], len(path), path))
+                    found.append(f"{stamp[0]}{len(path):5}{path}")
                 elif depth < MAX_WALK:
                     folders.append((path, depth + 1))
-    return [path for _, _, path in sorted(found, reverse=True)]
+    return [line[20:] for line in sorted(found, reverse=True)]
 
 
-def _scan(folder: str) -> tuple[list[tuple[str, str]], list[str], bool]:
-    """Return the folders in a folder, the links in it, and whether it is a run."""
+def _scan(folder: str) -> tuple[list[str], list[str], bool]:
+    """Return the folders in a folder, the links to folders, and whether it is a run."""
     inside, linked, names = [], [], set()
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
-                if entry.name[0] != ".":
-                    inside.append((entry.path, entry.name))
+                inside.append(entry.path)
             elif entry.is_symlink() and os.path.isdir(entry.path):
                 linked.append(entry.path)
             else:
                 names.add(entry.name)
+    inside = [path for path in inside if path[len(folder) + 1] != "."]
     record = not names.isdisjoint(("status.json", "metadata.json"))
     return inside, linked, record and _is_run(folder)
 
@@ -3028,7 +3036,7 @@ def _scan(folder: str) -> tuple[list[tuple[str, str]], list[str], bool]:
 def _looks_like_run(path: str) -> bool:
     """Return whether a folder with a stamp is a run, or what is left of one."""
     inside, _, is_run = _scan(path)
-    return is_run or {name for _, name in inside} <= {*DEFAULT_SUBDIRS, "attempts"}
+    return is_run or {*map(os.path.basename, inside)} <= {*DEFAULT_SUBDIRS, "attempts"}
 
 
 def _started(run_dir: StrPath) -> str:

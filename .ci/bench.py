@@ -121,6 +121,12 @@ class Place:
         self.run(self.python, *argv)
         return (time.monotonic_ns() - begin) / 1e6
 
+    def make_runs(self, count: int) -> str:
+        """Write so many runs, as real ones are, with their index; return the first."""
+        if not (self.folder / f"tree-{count}").exists():
+            self.run(self.python, "make_runs.py", str(count))
+        return f"tree-{count}/exp0/train-20251009-085320"
+
     def ask(self, *argv: str, out: str = os.devnull) -> list[list[float]]:
         """Return what a program of ours leaves in answer.json."""
         self.run(self.python, *argv, out=out)
@@ -194,6 +200,46 @@ def measure_metrics(place: Place, rounds: int) -> Times:
     return floor, ours
 
 
+def measure_list(place: Place, rounds: int) -> Times:
+    """Compare `list` over 10,000 runs with a Python that does nothing."""
+    place.make_runs(10_000)
+    return compare(place, rounds, "list", "tree-10000")
+
+
+def measure_inspect(place: Place, rounds: int) -> Times:
+    """Compare `inspect` of the oldest of 10,000 runs with a Python."""
+    run = place.make_runs(10_000)
+    return compare(place, rounds, "inspect", run)
+
+
+def measure_diff(place: Place, rounds: int) -> Times:
+    """Compare `diff` of two of 10,000 runs with a Python that does nothing."""
+    run = place.make_runs(10_000)
+    return compare(place, rounds, "diff", run, run)
+
+
+def measure_first_list(place: Place, rounds: int) -> Times:
+    """Time `list` over 10,000 runs that have no index."""
+    place.make_runs(10_000)
+    shutil.rmtree(place.folder / "tree-10000" / "index")
+    times = compare(place, rounds, "list", "tree-10000")[1]
+    return [], times
+
+
+def measure_long_list(place: Place, rounds: int) -> Times:
+    """Time `list` over 100,000 runs."""
+    place.make_runs(100_000)
+    return [], compare(place, rounds, "list", "tree-100000")[1]
+
+
+def compare(place: Place, rounds: int, *words: str) -> Times:
+    floor, ours = [], []
+    for _ in range(rounds):
+        floor.append(place.time("-c", "pass"))
+        ours.append(place.time("-m", "run_utils", *words))
+    return floor, ours
+
+
 SCENARIOS = (
     Scenario("import", 4, 30, measure_import),
     Scenario("first-line", 5, 30, measure_first_line),
@@ -201,6 +247,11 @@ SCENARIOS = (
     Scenario("exit", 10, 6, measure_exit),
     Scenario("million-lines", 1.2, 6, measure_lines),
     Scenario("log_metrics", 1.5, 30, measure_metrics),
+    Scenario("list of 10,000", 10, 15, measure_list),
+    Scenario("inspect", 6, 15, measure_inspect),
+    Scenario("diff", 6, 15, measure_diff),
+    Scenario("first list of 10,000", 3000, 3, measure_first_list),
+    Scenario("list of 100,000", 3000, 3, measure_long_list),
 )
 
 
@@ -231,6 +282,44 @@ def await_captures(run_dir):
 """
 
 PROGRAMS = {
+    "make_runs.py": """\
+import json, os, sys, time
+
+count, here = int(sys.argv[1]), os.getcwd()
+root = f"tree-{sys.argv[1]}"
+os.makedirs(f"{root}/index")
+index = open(f"{root}/index/runs_index.jsonl", "w")
+status = {"status": "success", "exit_reason": "normal", "exit_code": 0, "pid": 5}
+metadata = {"hostname": "h", "user": "u", "command": "python train.py", "inputs": []}
+metadata["argv"] = ["python", "train.py"]
+metadata["env"] = {f"VARIABLE_{n}": "value " * 4 for n in range(60)}
+metadata["pip_freeze"] = [f"package-{n}==1.{n}.0" for n in range(80)]
+metadata["git"] = {"commit_short": "1a2b3c4", "branch": "main", "is_dirty": False}
+for n in range(count):
+    then = time.gmtime(1_760_000_000 + n * 60)
+    utc = time.strftime("%Y-%m-%dT%H:%M:%SZ", then)
+    name = time.strftime("train-%Y%m%d-%H%M%S", then)
+    run = f"{root}/exp{n % 20}/{name}"
+    for folder in ("logs", "plots", "artifacts", "samples", "metrics"):
+        os.makedirs(f"{run}/{folder}")
+    times = {"started_utc": utc, "timestamp_utc": utc, "duration_seconds": 60.5}
+    config = {"command": "x", "lr": n % 10 / 100, "seed": n, "model": {"name": "q"}}
+    facts = {**metadata, "timestamp_utc": utc, "config": config}
+    lines = [{"step": k, "time": 1.0, "loss": 1 / (k + 1)} for k in range(20)]
+    texts = {"status.json": json.dumps({**status, **times}, indent=2)}
+    texts["metadata.json"] = json.dumps(facts, indent=2)
+    texts["metrics/metrics.jsonl"] = "".join(json.dumps(x) + "\\n" for x in lines)
+    for path, text in texts.items():
+        with open(f"{run}/{path}", "w") as file:
+            file.write(text)
+    row = {"event": "start", "timestamp_utc": utc, "run_dir": f"{here}/{run}"}
+    row.update(run_basename=name, experiment_name=f"exp{n % 20}", env_name=root)
+    row.update(results_root=f"{here}/{root}", hostname="h", user="u", pid=5)
+    row.update(git_commit_short="1a2b3c4", script_name="train", status="running")
+    row.update(exit_reason=None, path=f"exp{n % 20}/{name}", inputs=[])
+    index.write(json.dumps(row) + "\\n")
+    index.write(json.dumps({**row, "event": "end", "status": "success"}) + "\\n")
+""",
     ".gitignore": "answer.json\nout.txt\nresults/\nfloor/\n__pycache__/\n",
     # As short as a user's: nothing but run_utils is imported before the first line.
     "first_line.py": """\

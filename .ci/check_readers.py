@@ -43,7 +43,18 @@ COMMANDS = (
     *("diff RUN OTHER", "diff --json RUN OTHER", "reindex --dry-run"),
     *("note RUN text --tag x", "reindex", "audit", "audit --json"),
 )
-ODD: list[Any] = [None, True, -1, 1e308, 10**400, "", "\x1b[2J\u202e\x9b", "é" * 3000, [], {}]
+ODD: list[Any] = [
+    None,
+    True,
+    -1,
+    1e308,
+    10**400,
+    "",
+    "\x1b[2J\u202e\x9b",
+    "é" * 3000,
+    [],
+    {},
+]
 ODD += [[[]], {"": {}}, {"a": [None]}, ["x", 1], "2026-13-99T99:99:99Z", float("nan")]
 MERMAID = """
 import fs from "node:fs"; import { createRequire } from "node:module";
