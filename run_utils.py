@@ -1214,6 +1214,7 @@ def _add_input(run_dir: Path, artifact: Path, producer: Path) -> None:
     if all([old.get(k) for k in same] != [entry[k] for k in same] for old in inputs):
         inputs.append(entry)
         _write_json(run_dir / "metadata.json", metadata)
+        _append_index(_index_row(run_dir), "artifact_used", None)
         _warn_of_inputs([entry])
 
 
@@ -1302,16 +1303,11 @@ def _runs_without_inputs(root: Path) -> set[str]:
         index = _read_bytes(root / INDEX_FILE, MAX_INDEX)
     except OSError:
         return set()
-    # One group, as tuples would take the garbage collector twice the time.
-    rows = set(re.findall(rb'"path": "([^"\\]+", "inputs": \[.)', index))
-    tail = len(b'", "inputs": []')
-    idle = {os.fsdecode(row[:-tail]) for row in rows if row[-1:] == b"]"}
-    idle -= {os.fsdecode(row[:-tail]) for row in rows if row[-1:] != b"]"}
-    if b'"consumer_run_dir"' in index:
-        users = re.findall(rb'"consumer_run_dir": "[^"]*?([^"\\/]+)/?"', index)
-        names = set(map(os.fsdecode, users))
-        idle = {path for path in idle if os.path.basename(path) not in names}
-    return idle
+    idle = re.findall(rb'"path": "([^"\\]+)", "inputs": \[\]', index)
+    names = b"\n".join(idle).decode("utf-8", "surrogateescape")
+    before = index.split(b'", "inputs": ["')[:-1]
+    used = {os.fsdecode(part[part.rfind(b'"') + 1 :]) for part in before}
+    return set(names.split("\n")) - used
 
 
 # === Redaction ===
