@@ -1226,10 +1226,11 @@ class _Lineage:
         self.runs = _walk_runs(root)
         self.named: dict[str, str] = {}
         self.edges: dict[tuple[Path, Path], str] = {}  # (producer, consumer): file
-        idle, start = _runs_without_inputs(root), len(str(root)) + 1
-        since = _started(run) if run else ""
-        for path in self.runs:
-            if path[start:] not in idle and _started(path) >= since:
+        since, start = _started(run) if run else "", len(str(root)) + 1
+        later = [path for path in self.runs if not run or _started(path) > since]
+        idle = _runs_without_inputs(root) if later else set()
+        for path in later:
+            if path[start:] not in idle:
                 consumer = Path(path)
                 for entry in _read_inputs(consumer):
                     producer = self.producer(entry, consumer)
@@ -3321,7 +3322,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=prog, description="Record experiments.")
     version = f"run_utils {__version__}"
     parser.add_argument("--version", action="version", version=version)
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    # Without `prog` argparse would import shutil, for 5 ms.
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, prog=prog)
     _add_run(commands)
     _add_inspect(commands)
     _add_list(commands)

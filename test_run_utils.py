@@ -228,11 +228,12 @@ class TheReadme(RunCase):
         shutil.copy(SOURCE, self.tmp)
         path = os.path.dirname(PYTHON) + os.pathsep + os.environ["PATH"]
         env = {**self.environment({"PATH": path}), "PYTHONPATH": ""}
-        shell = ["sh", "-ec", "\n".join(lines[:2])]
+        shell = ["sh", "-ec", "\n".join(lines[:3])]
         done = subprocess.run(shell, env=env, capture_output=True, encoding="utf-8")
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertTrue(done.stdout.startswith("hello\nrun       "), done.stdout)
         self.assertIn("lr: 0.1", done.stdout)
+        self.assertRegex(done.stdout, r"\nrun +status .*\ndemo/python3-\d+-\d+ +success ")
 
 
 class ARunDirectory(RunCase):
