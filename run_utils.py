@@ -1882,10 +1882,10 @@ class _Capture:
             for stream in direct[:1] if together else direct:
                 reader = _open(stream.path, os.O_RDONLY)
                 os.lseek(reader, 0, os.SEEK_END)
-                self.forwards.append(_Forward(reader, stream.saved))
+                self.forwards.append(_Forward(reader, stream.saved.number))
         except OSError:  # nobody would forward: leave it to a tee
             while self.forwards:
-                os.close(self.forwards.pop().log)
+                self.forwards.pop().kept[0].close()
             for stream in direct:
                 stream.direct = False
 
@@ -1909,13 +1909,12 @@ class _Capture:
 
     def close(self, last_words: str) -> None:
         """Append what Python itself will print, such as a traceback; close the logs."""
-        if last_words and self.streams:
+        if last_words and self.streams and self.streams[-1].log.is_ours():
             text = _redact_text(last_words).encode("utf-8", "backslashreplace")
-            os.write(self.streams[-1].log, text)
-        opened = [stream.log for stream in self.streams]
-        opened += [stream.saved for stream in self.streams if stream.saved_is_ours()]
-        for descriptor in opened + [forward.log for forward in self.forwards]:
-            os.close(descriptor)
+            os.write(self.streams[-1].log.number, text)
+        opened = [kept for s in self.streams for kept in (s.log, s.saved)]
+        for kept in opened + [forward.kept[0] for forward in self.forwards]:
+            kept.close()
         self.streams, self.forwards = [], []
 
 
@@ -1926,7 +1925,7 @@ class _Stream:
         self.name, self.descriptor = name, descriptor
         self.original = getattr(sys, name)
         self.direct = False  # the descriptor points at the log
-        self.log = self.saved = -1
+        self.log = self.saved = _Kept(-1)
         self.tee: _Tee | None = None
         self.place: object = None  # equal for two streams that go to one place
         if self.original is not None:
@@ -1939,15 +1938,18 @@ class _Stream:
     def open(self, path: Path) -> None:
         """Open the log and keep a copy of the descriptor."""
         self.path = path
-        if self.direct:
-            self.saved = _above_stderr(os.dup(self.descriptor))
-            self.saved_identity = _identity(self.saved)
-        self.log = _open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        self.log = _Kept(_open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT))
+        try:
+            if self.direct:
+                self.saved = _Kept(_above_stderr(os.dup(self.descriptor)))
+        except OSError:
+            self.log.close()
+            raise
 
     def start(self) -> None:
         if self.direct:
             self.flush()
-            os.dup2(self.log, self.descriptor)
+            os.dup2(self.log.number, self.descriptor)
             _guard(self.original)
         else:
             self.tee = _Tee(self.original, self.log)
@@ -1968,27 +1970,22 @@ class _Stream:
                 stream = stream.run_utils_original  # the tee of a run that is over
             if getattr(sys, self.name) is self.tee:
                 setattr(sys, self.name, stream)
-        elif self.direct and self.saved_is_ours():
-            log = _identity(self.log)
-            if _identity(self.descriptor) == log:
-                os.dup2(self.saved, self.descriptor)
+        elif self.direct and self.saved.is_ours():
+            if _identity(self.descriptor) == self.log.identity:
+                os.dup2(self.saved.number, self.descriptor)
                 return
             for other in (s for r in _active for s in r.capture.streams if s.direct):
-                if other.saved_identity == log:
-                    os.dup2(self.saved, other.saved, inheritable=False)
-                    other.saved_identity = self.saved_identity
-
-    def saved_is_ours(self) -> bool:
-        """Return whether nobody closed or reused our copy of the descriptor."""
-        return self.saved >= 0 and _identity(self.saved) == self.saved_identity
+                if other.saved.is_ours() and other.saved.identity == self.log.identity:
+                    os.dup2(self.saved.number, other.saved.number, inheritable=False)
+                    other.saved.identity = self.saved.identity
 
 
 class _Tee:
     """Stand in for a stream: write to it, copy to the log, else be like it."""
 
-    def __init__(self, original: Any, log: int) -> None:
+    def __init__(self, original: Any, log: _Kept) -> None:
         self.run_utils_original = original
-        self.run_utils_log: int | None = log
+        self.run_utils_log: _Kept | None = log
 
     def write(self, data: Any) -> Any:
         written = self.run_utils_original.write(data)
@@ -2000,7 +1997,9 @@ class _Tee:
         """Append to the log alone; a log that fails is given up."""
         if self.run_utils_log is not None:
             try:
-                _write_all(self.run_utils_log, data)
+                if not self.run_utils_log.is_ours():
+                    raise OSError("the program closed the log")
+                _write_all(self.run_utils_log.number, data)
             except OSError as error:
                 self.run_utils_log = None
                 _warn(f"output is no longer logged: {error}")
@@ -2062,11 +2061,11 @@ def _give_way(descriptor: int, error: OSError) -> bool:
     """Let output go where it went before, since the log cannot be written."""
     for stream, capture in ((s, r.capture) for r in _active for s in r.capture.streams):
         ours = stream.direct and stream.descriptor == descriptor
-        ours = ours and _identity(descriptor) == _identity(stream.log)
-        if ours and stream.saved_is_ours():
+        ours = ours and _identity(descriptor) == stream.log.identity
+        if ours and stream.saved.is_ours():
             if capture.recorder is not None:
                 capture.recorder.ask("drain", "drained")
-            os.dup2(stream.saved, descriptor)
+            os.dup2(stream.saved.number, descriptor)
             _warn(f"{stream.name} is no longer logged: {error}")
             return True
     return False
@@ -2095,6 +2094,7 @@ class _Forward:
 
     def __init__(self, log: int, target: int) -> None:
         self.log, self.target = log, target
+        self.kept = _Kept(log), _Kept(target)
         self.stop_at: int | None = None  # the offset where forwarding ends
         self.broken = False  # the reader went away
         self.wake = threading.Event()  # there is something to do
@@ -2118,8 +2118,9 @@ class _Forward:
 
     def drain(self) -> None:
         """Forward everything that is in the log now."""
-        self.stop_at = os.fstat(self.log).st_size
-        self.run()
+        if all(kept.is_ours() for kept in self.kept):
+            self.stop_at = os.fstat(self.log).st_size
+            self.run()
 
 
 def _write_patiently(descriptor: int, data: bytes) -> bool:
@@ -2149,7 +2150,7 @@ class _Recorder:
     def __init__(self, request: dict[str, Any], commands: int, replies: int) -> None:
         self.request = request
         self.commands, self.replies = commands, replies
-        self.identities = [(end, _identity(end)) for end in (commands, replies)]
+        self.kept = _Kept(commands), _Kept(replies)
         self.received = b""
         self.gone = False
         self.pid: int | None = None
@@ -2178,7 +2179,7 @@ class _Recorder:
     def ask(self, word: str, answer: str) -> bool:
         """Send a command and wait for its answer; False if the recorder is gone."""
         try:
-            if _identity(self.commands) != self.identities[0][1]:
+            if not self.kept[0].is_ours():
                 return False  # the program closed it, and opened something else
             os.write(self.commands, word.encode() + b"\n")
         except OSError:
@@ -2214,9 +2215,11 @@ class _Recorder:
                     os.waitpid(self.pid, 0)
             return not self.gone
         finally:
-            for descriptor, opened in self.identities:
-                if _identity(descriptor) == opened:
-                    os.close(descriptor)
+            self.close()
+
+    def close(self) -> None:
+        for kept in self.kept:
+            kept.close()
 
 
 def _spawn_recorder(request: dict[str, Any], forwards: Sequence[_Forward]) -> _Recorder:
@@ -2252,11 +2255,14 @@ def _spawn_recorder(request: dict[str, Any], forwards: Sequence[_Forward]) -> _R
         started = subprocess.run(
             [*shell, *python], pass_fds=passed, cwd="/", start_new_session=True, **quiet
         )
+        if started.returncode != 0:
+            raise OSError("no process could be started")
+    except BaseException:
+        recorder.close()
+        raise
     finally:
         for descriptor in ends:
             os.close(descriptor)
-    if started.returncode != 0:
-        raise OSError("no process could be started")
     _write_patiently(commands, json.dumps(request).encode() + b"\n")
     return recorder
 
@@ -2409,7 +2415,7 @@ def _wait_status(pid: int, pidfd: int | None) -> int | None:
 
                 info = bytearray(info_exit.to_bytes(8, sys.byteorder) + bytes(56))
                 fcntl.ioctl(pidfd, get_info, info)
-                if info[0] & info_exit:
+                if int.from_bytes(info[:8], sys.byteorder) & info_exit:
                     return int.from_bytes(info[60:64], sys.byteorder)
         time.sleep(0.01)
     return None
@@ -2625,6 +2631,20 @@ def _identity(descriptor: int) -> tuple[int, int] | None:
         info = os.fstat(descriptor)
         return info.st_dev, info.st_ino
     return None
+
+
+class _Kept:
+    """An open descriptor of ours: the program may close it, and reuse its number."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.identity = number, _identity(number)
+
+    def is_ours(self) -> bool:
+        return self.identity is not None and _identity(self.number) == self.identity
+
+    def close(self) -> None:
+        if self.is_ours():
+            os.close(self.number)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

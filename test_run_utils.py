@@ -233,7 +233,9 @@ class TheReadme(RunCase):
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertTrue(done.stdout.startswith("hello\nrun       "), done.stdout)
         self.assertIn("lr: 0.1", done.stdout)
-        self.assertRegex(done.stdout, r"\nrun +status .*\ndemo/python3-\d+-\d+ +success ")
+        self.assertRegex(
+            done.stdout, r"\nrun +status .*\ndemo/python3-\d+-\d+ +success "
+        )
 
 
 class ARunDirectory(RunCase):
@@ -2359,6 +2361,50 @@ class WithoutARecorder(RunCase):
             capture_output=True,
         )
         self.check("run_utils is not a plain file", done)
+
+
+class DescriptorsOfTheProgram(RunCase):
+    """A program may close what it did not open; its own files stay its own."""
+
+    BODY = """
+    os.closerange(3, 256)
+    mine = [os.open(f"mine{n}", os.O_RDWR | os.O_CREAT) for n in range(40)]
+    """
+
+    def test_files_at_the_numbers_of_ours_are_neither_written_nor_closed(self) -> None:
+        check = """
+        for number in mine:
+            os.fstat(number)  # raises when it was closed
+        print("all open")
+        """
+        start = 'with run_context("results/exp", "exp") as run_dir:\n'
+        body = textwrap.indent(textwrap.dedent(self.BODY), "    ")
+        ways: list[dict[str, Any]] = [{}, {"stderr": subprocess.STDOUT}]
+        for options in ways:
+            done = self.script(start + body + textwrap.dedent(check), **options)
+            self.assertEqual(done.returncode, 0, done.stderr)
+            self.assertTrue(done.stdout.endswith("all open\n"), done.stdout)
+            sizes = {path.name: path.stat().st_size for path in self.tmp.glob("mine*")}
+            self.assertEqual(set(sizes.values()), {0}, sizes)
+
+    def test_nor_after_an_exception(self) -> None:
+        done = self.in_context(f'{self.BODY}raise ValueError("x")')
+        self.assertIn("ValueError: x", done.stderr)
+        self.assertEqual({p.stat().st_size for p in self.tmp.glob("mine*")}, {0})
+
+    @unittest.skipUnless(os.path.isdir("/proc/self/fd"), "needs /proc/self/fd")
+    def test_nothing_stays_open_without_a_recorder(self) -> None:
+        body = """
+        import run_utils, subprocess
+        before = os.listdir("/proc/self/fd")
+        def fail(*_, **__): raise OSError("no process")
+        subprocess.run = fail
+        for _ in range(3):
+            with run_context("results/exp", "exp"):
+                pass
+        print(len(os.listdir("/proc/self/fd")) - len(before))
+        """
+        self.assertEqual(self.script(body).stdout, "0\n")
 
 
 class WhatReadersSay(RunCase):
