@@ -1112,12 +1112,13 @@ class _Meeting:
                     self.answered.append(name)
 
     def is_open(self) -> bool:
-        return len(self.joined) < self.others and time.monotonic() < self.until
+        return len(self.joined) < self.others
 
     def serve(self) -> None:
-        """Answer until all have come, none can come any more, or the limit."""
+        """Answer until all have come, or it can be assumed that none will."""
         while self.is_open() and os.path.isdir(self.answer["run_dir"]):
-            if self.launcher and not _is_alive(*self.launcher[:2]):
+            late = time.monotonic() > self.until
+            if late or (self.launcher and not _is_alive(*self.launcher[:2])):
                 break
             with contextlib.suppress(OSError):
                 self.answer_all()
@@ -1125,7 +1126,7 @@ class _Meeting:
         self.tidy()
 
     def tidy(self) -> None:
-        """Remove what is left of the ranks that we answered, and empty folders."""
+        """Remove what ranks that we answered have left, and empty folders."""
         folder = Path(self.folder)
         for name in self.answered:
             for path in (folder / name, folder / f"{name}.json"):
@@ -2476,8 +2477,8 @@ class _RecorderProcess:
         for descriptor in filter(None, (self.commands, watch)):
             poller.register(descriptor, select.POLLIN)
         while True:
-            meeting = self.meeting if self.meeting and self.meeting.is_open() else None
-            pause = RANK_POLL_SECONDS * 1000 if meeting else 250
+            soon = self.meeting is not None and time.monotonic() < self.meeting.until
+            pause = RANK_POLL_SECONDS * 1000 if soon else 250
             ready = [descriptor for descriptor, _ in poller.poll(pause)]
             if self.commands in ready:
                 words = os.read(self.commands, 4096).split()
@@ -2495,9 +2496,12 @@ class _RecorderProcess:
                 self._record_death()
                 self.meeting = None
                 return self._finish()
-            if meeting is not None:
+            if self.meeting is not None:
                 with _tolerating("the other ranks"):
-                    meeting.answer_all()
+                    self.meeting.answer_all()
+                if not self.meeting.is_open():
+                    self.meeting.tidy()
+                    self.meeting = None
             if waiting and not self.captures.is_alive():
                 waiting = False
                 self._reply("captured")
