@@ -25,6 +25,7 @@ Contents (search for the heading):
 
     Settings             everything you may want to change
     Recording a run      the public functions, in the order a run lives through
+    Several processes    many ranks, one run
     Provenance           what git, pip and the machine say
     Lineage              which run fed which
     Redaction            no secret reaches the disk
@@ -86,6 +87,8 @@ INDEX_FILE = os.path.join("index", "runs_index.jsonl")
 FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)
 HEARTBEAT_SECONDS = 10  # how often the recorder touches status.json
 LOST_AFTER_SECONDS = 60  # a run of another host whose heartbeat is older is "lost"
+RANK_WAIT_SECONDS = 120  # how long a rank waits for rank 0 to create the run
+RANK_POLL_SECONDS = 0.02  # how often it looks meanwhile
 EXIT_WAIT_SECONDS = 60  # how long leaving the block waits for the captures
 HEAD_SECONDS = 2.0  # what the short hash may take, which entry waits for
 PROGRAM_SECONDS = 10.0  # what git or nvidia-smi may take
@@ -130,7 +133,7 @@ def run_context(
     config_filename: str = "config.yaml", create_subdirs: bool = True,
     subdirs: Sequence[str] | None = None, *, run_dir: StrPath | None = None,
     resume: StrPath | None = None, notes: str | None = None, tags: Sequence[str] = (),
-    capture_output: bool = True,
+    capture_output: bool = True, ranks: str = "together",
 ) -> _Recording:
     """Record what happens inside the ``with`` block, and how it ends.
 
@@ -143,8 +146,13 @@ def run_context(
     any, goes on unchanged. `RUN_DIR` is set in the environment inside the block.
 
     `run_dir` uses exactly that directory; `resume` goes on in an earlier run (its
-    path, its name under `base_dir`, or "latest"): the record that is there moves to
-    attempts/<n>/. `notes` and `tags` become a line of notes.jsonl.
+    path, its name under `base_dir`, "latest", or "auto": the run of this very job
+    before it was requeued or restarted, else a new one): the record that is there
+    moves to attempts/<n>/. `notes` and `tags` become a line of notes.jsonl.
+
+    The processes of torchrun, srun or mpirun share one run: rank 0 records it, the
+    others get the same Path and have logs/rank<k>.*; `ranks="separate"` gives each
+    its own.
 
     Also a decorator, for functions, coroutines and generators: each call is a run.
     Raises TypeError, ValueError or OSError before anything is recorded.
@@ -154,12 +162,15 @@ def run_context(
     if run_dir is not None and resume is not None:
         both = f"run_dir={str(run_dir)!r} and resume={str(resume)!r}"
         raise ValueError(f"{both} exclude each other; resume= names the directory")
+    if ranks not in ("together", "separate"):
+        raise ValueError(f"ranks is {ranks!r}; give 'together' or 'separate'")
     return _Recording(
         base_dir=_absolute(base_dir, "base_dir"), run_prefix=run_prefix,
         config_args=config_args, config_filename=_checked_filename(config_filename),
         subdirs=_checked_subdirs(create_subdirs, subdirs),
         run_dir=None if run_dir is None else _absolute(run_dir, "run_dir"),
         resume=resume, notes=notes, tags=list(tags), capture_output=capture_output,
+        ranks=ranks,
     )
 
 
@@ -205,11 +216,25 @@ class _Recording:
         for source in (dict(os.environ), {"argv": argv}, config):
             _redact(source)  # learns the secrets before anything is written
         directory = _code_directory(self.argv)
-        self.run_dir = run_dir = _open_run(self.options, directory)
-        self.results_root = _results_root(self.options["base_dir"])
-        self.capture = _Capture(run_dir)
+        self.launch = _Launch(os.environ, self.options)
+        meeting, self.rank = None, self.launch.rank
+        if self.rank:
+            run_dir, self.attempt = self.launch.join()
+        else:
+            run_dir = _open_run(self.options, directory, self.launch)
+            self.attempt = _attempt(run_dir)
+            meeting = self.launch.publish(run_dir, self.attempt)
+        self.run_dir, root = run_dir, _results_root(self.options["base_dir"])
+        self.capture = _Capture(run_dir, f"rank{self.rank}." if self.rank else "")
+        before = _set_active(self, inside=True)
         try:
-            self._record_start(run_dir, config, argv, directory)
+            if not self.rank:
+                self._record_start(run_dir, config, argv, directory)
+            self.row = _index_row(run_dir, root)
+            with _tolerating("the index"):
+                if not self.rank:
+                    _append_index(self.row, "start", "running")
+            self._start_recorder(run_dir, directory, before, meeting)
         except BaseException as error:  # Ctrl-C while entering: say so, go on
             self.__exit__(type(error), error, error.__traceback__)
             raise
@@ -220,30 +245,37 @@ class _Recording:
     ) -> None:
         """Write what must be there at once; leave the rest to the recorder."""
         options = self.options
-        before = _set_active(self, inside=True)
         document = _config_document(shlex.join(argv), config)
         with _tolerating("config.yaml"):
             _write_yaml(run_dir / options["config_filename"], document)
         with _tolerating("metadata.json"):
             metadata = _immediate_metadata(argv, directory, document)
+            metadata["launcher"].update(self.launch.facts)
             metadata["inputs"] = _inputs(document, argv, run_dir)
             _write_json(run_dir / "metadata.json", metadata)
+            _record_changes(run_dir, self.attempt, "config")
             _warn_of_inputs(metadata["inputs"])
-        self.row = _index_row(run_dir, self.results_root)
-        with _tolerating("the index"):
-            _append_index(self.row, "start", "running")
         if options["notes"] or options["tags"]:
             with _tolerating("notes.jsonl"):
                 _append_note(run_dir, options["notes"] or "", options["tags"])
+
+    def _start_recorder(
+        self, run_dir: Path, directory: str, before: list[_Recording],
+        meeting: _Meeting | None,
+    ) -> None:
         captured = [run.thread for run in before if run.options["capture_output"]]
-        if options["capture_output"] and {self.thread}.issuperset(captured):
+        if self.options["capture_output"] and {self.thread}.issuperset(captured):
             with _tolerating("logs/"):  # the streams belong to one thread at a time
                 self.capture.open()
         request = _capture_request(run_dir, directory, self.row, self.argv, self.begun)
+        request.update(rank=self.rank, attempt=self.attempt)
+        request["meeting"] = meeting and meeting.__dict__
         self.recorder = _Recorder.start(request, self.capture.forwards)
         with _tolerating("output capture"):
             self.capture.start(self.recorder)
-        if self.recorder is None:
+        if self.recorder is None and meeting is not None:
+            threading.Thread(target=meeting.serve, daemon=True).start()
+        if self.recorder is None and not self.rank:
             _complete_metadata(run_dir, request)
 
     def __exit__(
@@ -258,15 +290,25 @@ class _Recording:
             self.capture.stop()
         with _tolerating("status.json"):
             ending["duration_seconds"] = round(time.monotonic() - self.begun, 3)
-            ending = _finish_status(run_dir, ending)
+            folder = _record_of(run_dir, self.attempt)
+            if self.rank:
+                _record_rank(folder, self.rank, ending, self.row)
+            else:
+                ending = _finish_status(folder, ending)
         with _tolerating("the index"):
-            _append_index(self.row, "end", ending["status"], ending["exit_reason"])
+            if not self.rank:
+                end = _name_failed_rank(folder) or ending
+                _append_index(self.row, "end", end["status"], end["exit_reason"])
         with _tolerating("the recorder"):
             if self.recorder is not None and not self.recorder.finish():
                 _warn("the recorder is gone; finishing its work here")
                 for forward in self.capture.forwards:
                     forward.drain()
-                _complete_metadata(run_dir, self.recorder.request)
+                if not self.rank:
+                    _complete_metadata(run_dir, self.recorder.request)
+        with _tolerating("metadata.json"):
+            if self.attempt > 1 and not self.rank:
+                _warn_of_changes(folder, "code", "packages")
         with _tolerating("logs/"):
             self.capture.close(_last_words(error, ending))
         _close_metrics(run_dir)
@@ -467,8 +509,9 @@ def _ending(error: BaseException | None) -> dict[str, Any]:
 def _outcome(
     status: str, why: str | None, code: int | None, exception: Any = None, **more: Any
 ) -> dict[str, Any]:
+    ended = None if status == "running" else round(time.time(), 3)
     facts = {"status": status, "exit_reason": why, "exit_code": code}
-    return {**facts, "exception": exception, **more}
+    return {**facts, "exception": exception, "ended": ended, **more}
 
 
 def _exception(error: BaseException) -> dict[str, Any]:
@@ -544,7 +587,9 @@ def _active_for(run_dir: Path) -> _Recording | None:
     return next((run for run in mine if run.run_dir == run_dir), None)
 
 
-def _open_run(options: Mapping[str, Any], directory: str) -> Path:
+def _open_run(
+    options: Mapping[str, Any], directory: str, launch: _Launch | None = None
+) -> Path:
     """Create or reopen the run's directory, with status.json saying "running".
 
     The only part that may raise. A step that fails is tried once more, so that a
@@ -552,7 +597,9 @@ def _open_run(options: Mapping[str, Any], directory: str) -> Path:
     """
     base_dir: Path = options["base_dir"]
     chosen: Path | None = options.get("run_dir")
-    if options.get("resume") is not None:
+    if options.get("resume") == "auto":
+        chosen = launch.earlier_attempt() if launch else None
+    elif options.get("resume") is not None:
         chosen = _resumable(base_dir, options["resume"])
     run_dir, prefix = chosen or base_dir, options["run_prefix"]
     prefix = _safe_name(_script_name() if prefix is None else str(prefix))
@@ -566,8 +613,9 @@ def _open_run(options: Mapping[str, Any], directory: str) -> Path:
         else:
             _archive_attempt(run_dir)
         _twice(ensure_run_dir, run_dir, subdirs=options["subdirs"])
-        status = {**_running_status(options), "run": run_dir.name}
-        _twice(_write_json, run_dir / "status.json", status)
+        running = {**_running_status(options), "attempt": _attempt(run_dir)}
+        running["run"] = run_dir.name
+        _twice(_write_json, run_dir / "status.json", running)
     except OSError as error:
         if run_dir not in (base_dir, chosen):
             for folder in [*map(run_dir.joinpath, options["subdirs"]), run_dir]:
@@ -640,13 +688,70 @@ def _resumable(base_dir: Path, resume: StrPath) -> Path:
 def _archive_attempt(run_dir: Path) -> None:
     """Move the record that is in `run_dir` to attempts/<n>/, if there is one."""
     names = ("config.yaml", "metadata.json", "status.json", "git.patch")
-    record = [run_dir / name for name in names if (run_dir / name).exists()]
+    record = [Path(name) for name in names if (run_dir / name).exists()]
     if record:
-        numbers = [int(p.name) for p in run_dir.glob("attempts/*") if p.name.isdigit()]
-        attempt = run_dir / "attempts" / str(max(numbers, default=0) + 1)
-        attempt.mkdir(parents=True)
-        for path in record:
-            os.replace(path, attempt / path.name)
+        archive = run_dir / "attempts" / str(_attempt(run_dir))
+        (archive / "logs").mkdir(parents=True)
+        ranks = run_dir.glob("logs/rank*.status.json")
+        for path in [*record, *(rank.relative_to(run_dir) for rank in ranks)]:
+            os.replace(run_dir / path, archive / path)
+        with contextlib.suppress(OSError):  # no other rank failed
+            (archive / "logs").rmdir()
+
+
+def _attempt(run_dir: Path) -> int:
+    """Return the number of the attempt whose record lies in the run itself."""
+    numbers = [int(p.name) for p in run_dir.glob("attempts/*") if p.name.isdigit()]
+    return max(numbers, default=0) + 1
+
+
+def _record_of(run_dir: Path, attempt: int) -> Path:
+    """Return where the record of an attempt is: a later one may have moved it."""
+    archive = run_dir / "attempts" / str(attempt)
+    return archive if archive.is_dir() else run_dir
+
+
+def _record_changes(run_dir: Path, attempt: int, *kinds: str) -> None:
+    """Add to metadata.json what changed since the last attempt; warn of `kinds`."""
+    before = _read_json(run_dir / "attempts" / str(attempt - 1) / "metadata.json")
+    folder = _record_of(run_dir, attempt)
+    metadata = _read_json(folder / "metadata.json")
+    if before is None or metadata is None:
+        return
+    changes: dict[str, Any] = {"attempt": attempt - 1}
+    for kind, facts in (("config", _config_facts), ("code", _code_facts),
+                        ("packages", _package_facts)):  # fmt: skip
+        old, new = facts(before), facts(metadata)
+        both = {**old, **new} if old and new else {}  # one may not be known yet
+        pairs = {key: [old.get(key), new.get(key)] for key in both}
+        changes[kind] = {k: pair for k, pair in pairs.items() if pair[0] != pair[1]}
+    _write_json(folder / "metadata.json", {**metadata, "changes": changes})
+    _warn_of_changes(folder, *kinds)
+
+
+def _config_facts(metadata: dict[str, Any]) -> dict[str, Any]:
+    pairs = _mapping(metadata, "config").items()
+    flat = (_flattened(key, value) for key, value in pairs if key != "command")
+    return {key: value for part in flat for key, value in part.items()}
+
+
+def _code_facts(metadata: dict[str, Any]) -> dict[str, Any]:
+    git = _mapping(metadata, "git")
+    names = ("commit_full", "is_dirty", "changed", "untracked")
+    return {name: git.get(name) for name in names if "commit_full" in git}
+
+
+def _package_facts(metadata: dict[str, Any]) -> dict[str, Any]:
+    lines = metadata.get("pip_freeze") or []
+    return {re.split(r"==| @ ", line)[0]: line for line in lines}
+
+
+def _warn_of_changes(folder: Path, *kinds: str) -> None:
+    changes = _mapping(_read_json(folder / "metadata.json"), "changes")
+    names = {kind: ", ".join(changes.get(kind) or ()) for kind in kinds}
+    text = "; ".join(f"{kind} ({names[kind]})" for kind in kinds if names[kind])
+    if text:
+        _warn(f"changed since attempt {changes['attempt']}: {text}")
 
 
 def _running_status(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -806,7 +911,8 @@ def _complete_metadata(
             problem = f"{type(error).__name__}: {error}"
         seconds = round(time.monotonic() - started, 3)
         with _tolerating(filename):
-            metadata = _read_json(run_dir / filename) or {}
+            folder = _record_of(run_dir, request.get("attempt", 0))
+            metadata = _read_json(folder / filename) or {}
             if isinstance(facts, dict):  # what is already known is not lost
                 known = _mapping(metadata, name).items()
                 facts = {**facts, **{k: v for k, v in known if v is not None}}
@@ -814,7 +920,288 @@ def _complete_metadata(
             metadata.setdefault("capture", {})[name] = {
                 "ok": problem is None, "seconds": seconds, "problem": problem
             }
-            _write_json(run_dir / filename, metadata)
+            _write_json(folder / filename, metadata)
+    if request.get("attempt", 0) > 1:
+        with _tolerating(filename):
+            _record_changes(run_dir, request["attempt"])
+
+
+# === Several processes ===
+# Rank 0 creates the run. Another rank asks for it by a file of its own below base_dir,
+# and only a rank 0 that is alive, or ended well, answers: what an earlier launch left
+# there is never joined, and rank 0 waits for nobody.
+
+
+class _Launch:
+    """Which of how many processes this is, and the name that they share."""
+
+    def __init__(self, env: Mapping[str, str], options: Mapping[str, Any]) -> None:
+        found = _rank(env)
+        self.rank, self.world, ids, mark = found or (0, 1, {}, [])
+        self.launcher = _launcher_process(mark) if mark else None
+        self.base_dir: Path = options["base_dir"]
+        prefix = options["run_prefix"]
+        name = _script_name() if prefix is None else str(prefix)
+        _entered.append((os.getpid(), self.base_dir, name))
+        ordinal = _entered.count(_entered[-1])
+        slurm = {k: env[k] for k in _SLURM_JOB if k in env}
+        where = [name, ordinal, options["ranks"]]
+        together = options["ranks"] == "together"
+        job = [slurm or [ids, self.launcher], *where, not together and self.rank]
+        counts = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
+        self.restarts = [_whole(env.get(count)) or 0 for count in counts]
+        self.facts: dict[str, Any] = {}
+        if slurm or found:
+            self.facts = {"job": _short_hash(job), "restarts": self.restarts}
+        if found:
+            self.facts.update(rank=self.rank, world_size=self.world)
+        self.about = " ".join(f"{k}={v}" for k, v in ids.items())
+        key = _short_hash([ids, self.launcher, self.restarts, self.world, *where])
+        self.folder = self.base_dir / ".ranks" / key
+        if not together:
+            self.rank, self.world = 0, 1
+
+    def publish(self, run_dir: Path, attempt: int) -> _Meeting | None:
+        """Answer the ranks that wait already; return what answers the others."""
+        if self.world == 1:
+            return None
+        until = time.monotonic() + RANK_WAIT_SECONDS
+        answer = {"run_dir": str(run_dir), "attempt": attempt}
+        meeting = _Meeting(str(self.folder), answer, self.world - 1, until)
+        meeting.launcher = self.launcher
+        meeting.answer_all()
+        return meeting
+
+    def join(self) -> tuple[Path, int]:
+        """Wait until rank 0 has created the run; return its path and attempt."""
+        request = self.folder / f"{self.rank}-{os.urandom(8).hex()}"
+        reply = request.with_suffix(".json")
+        deadline = time.monotonic() + RANK_WAIT_SECONDS
+        try:
+            while time.monotonic() < deadline:
+                with contextlib.suppress(FileNotFoundError):  # somebody tidied up
+                    if not request.exists():
+                        self.folder.mkdir(parents=True, exist_ok=True)
+                        request.touch()
+                answer = _read_json(reply)
+                if answer is not None:
+                    return Path(answer["run_dir"]), answer["attempt"]
+                time.sleep(RANK_POLL_SECONDS)
+        except OSError as error:
+            raise _unwritable(self.folder, error) from None
+        finally:
+            for path in (request, reply):
+                with contextlib.suppress(OSError):
+                    path.unlink()
+        who = f"rank {self.rank} of {self.world} waited {RANK_WAIT_SECONDS:g} s"
+        what = f"rank 0 to create the run below {str(self.base_dir)!r} ({self.about})"
+        todo = "let all ranks enter run_context, or give ranks='separate'"
+        raise TimeoutError(f"{who} for {what}; {todo}")
+
+    def earlier_attempt(self) -> Path | None:
+        """Return the run that this job recorded before it was started again."""
+        for path in sorted(self.base_dir.glob("*"), key=_started, reverse=True):
+            then = _mapping(_read_json(path / "metadata.json"), "launcher")
+            ours = then.get("job") and then.get("job") == self.facts.get("job")
+            if ours and then.get("restarts", self.restarts) < self.restarts:
+                return path
+        return None
+
+
+_entered: list[tuple[int, Path, str]] = []  # by this process: the n-th meets the n-th
+_SLURM_JOB = ("SLURM_CLUSTER_NAME", "SLURM_JOB_ID")
+# Rank, number of ranks, ranks on this host; what all ranks of a launch have in common.
+_LAUNCHERS = (
+    ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE",
+     ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE",
+     ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "OMPI_MCA_orte_hnp_uri")),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALNRANKS", ("PMI_JOBID", "PMI_ID_JOB")),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE",
+     ("SLURM_STEP_ID",)),
+    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_TASKS_PER_NODE", ("SLURM_STEP_ID",)),
+)  # fmt: skip
+
+
+def _rank(
+    env: Mapping[str, str]
+) -> tuple[int, int, dict[str, Any], list[str]] | None:
+    """Return rank, world size, what all ranks share and what tells one of this host.
+
+    The first launcher that names both decides. None for an ordinary process, such as
+    the script of sbatch, a shell of salloc, or a program that a rank starts.
+    """
+    known = [row for row in _LAUNCHERS if row[0] in env and row[1] in env]
+    if not known:
+        return None
+    name, size, local, shared = known[0]
+    rank, world = _whole(env[name]), _whole(env[size])
+    names = (*shared, *_SLURM_JOB, "PBS_JOBID")
+    ids: dict[str, Any] = {key: env[key] for key in names if key in env}
+    step = _whole(env.get("SLURM_STEP_ID", ""))
+    if rank is None or world is None or not rank < world > 1 or _is_child(name):
+        return None
+    if name == "RANK" and not {"MASTER_PORT", "TORCHELASTIC_RUN_ID"}.intersection(ids):
+        return None  # somebody's own variable
+    if name == "SLURM_PROCID" and (step is None or step >= 0xFFFFFFF0):
+        return None  # the numbers of what is no step of srun (slurm.h)
+    if re.match(r"localhost|127\.|::1", env.get("MASTER_ADDR", "")):
+        ids["host"] = [_hostname(), _process_identity(os.getpid())["boot_id"]]
+    here = env.get(local) == env[size] and name != "SLURM_PROCID"
+    mark = [f"{key}={env[key]}" for key in (name, size, local)] if here else []
+    return rank, world, ids, mark
+
+
+def _whole(text: str | None) -> int | None:
+    return int(text) if text and re.fullmatch(r"[0-9]{1,10}", text) else None
+
+
+def _is_child(name: str) -> bool:
+    """Return whether we were started by a rank inside its run, and are none."""
+    if any(run.pid == os.getpid() for run in _active) or "RUN_DIR" not in os.environ:
+        return False
+    metadata = _read_json(Path(os.environ["RUN_DIR"]) / "metadata.json")
+    return name in _mapping(metadata, "launcher")
+
+
+def _launcher_process(mark: Sequence[str]) -> list[Any] | None:
+    """Return what tells the launcher, which started all ranks, from any other process.
+
+    It is the nearest ancestor without our rank in its environment, since a rank may
+    be started by a shell. Where that cannot be read, it is our parent.
+    """
+    pid, wanted = os.getppid(), {os.fsencode(text) for text in mark}
+    while pid > 0:
+        try:
+            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        except OSError:
+            environment = []
+        fields = _proc_stat(pid)
+        if fields is None or not wanted.issubset(environment):
+            identity = _process_identity(pid)
+            return [pid, identity["start_ticks"], identity["boot_id"], _hostname()]
+        pid = int(fields[1])
+    return None
+
+
+def _short_hash(value: Any) -> str:
+    import hashlib
+
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+class _Meeting:
+    """Rank 0's answers; the recorder goes on with them from the same attributes."""
+
+    def __init__(
+        self, folder: str, answer: dict[str, Any], others: int, until: float,
+        answered: Sequence[str] = (), joined: Sequence[str] = (), launcher: Any = None,
+    ) -> None:
+        self.folder, self.answer, self.until = folder, answer, until
+        self.others, self.launcher = others, launcher
+        self.answered, self.joined = list(answered), list(joined)
+
+    def answer_all(self) -> None:
+        """Tell all ranks that ask where the run is, each once: it then takes its file.
+
+        A file that is never taken is of an earlier launch.
+        """
+        folder = Path(self.folder)
+        names = os.listdir(folder) if folder.is_dir() else []
+        for name in self.answered:
+            rank = name.partition("-")[0]
+            if name not in names and rank not in self.joined:
+                self.joined.append(rank)
+        for name in names:
+            known = name in self.answered or name.partition("-")[0] in self.joined
+            if "." not in name and not known:
+                with contextlib.suppress(OSError):
+                    data = json.dumps(self.answer).encode()
+                    _write_file(folder / f"{name}.json", data)
+                    self.answered.append(name)
+
+    def is_open(self) -> bool:
+        return len(self.joined) < self.others
+
+    def serve(self) -> None:
+        """Answer until all have come, or it can be assumed that none will."""
+        while self.is_open() and os.path.isdir(self.answer["run_dir"]):
+            late = time.monotonic() > self.until
+            if late or (self.launcher and not _is_alive(*self.launcher[:2])):
+                break
+            with contextlib.suppress(OSError):
+                self.answer_all()
+            time.sleep(RANK_POLL_SECONDS)
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Remove what ranks that we answered have left, and empty folders."""
+        folder = Path(self.folder)
+        for name in self.answered:
+            for path in (folder / name, folder / f"{name}.json"):
+                with contextlib.suppress(OSError):
+                    path.unlink()
+        for path in (folder, folder.parent):
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
+def _record_rank(
+    folder: Path, rank: int, ending: Mapping[str, Any], row: Mapping[str, Any]
+) -> None:
+    """Write logs/rank<k>.status.json for a rank that failed; name it in status.json."""
+    if ending["status"] != "failed":
+        return
+    path = folder / "logs" / f"rank{rank}.status.json"
+    path.parent.mkdir(exist_ok=True)
+    about = {"timestamp_utc": _utc(), "pid": row["pid"], "hostname": row["hostname"]}
+    _write_json(path, {"rank": rank, **ending, **about}, durable=True)
+    before = (_read_json(folder / "status.json") or {}).get("status")
+    after = _name_failed_rank(folder)
+    if after and before not in ("running", after["status"]):
+        _append_index(row, "end", after["status"], after["exit_reason"])
+
+
+def _name_failed_rank(folder: Path) -> dict[str, Any] | None:
+    """Make status.json of a run that has ended tell which rank failed first, and how.
+
+    Both rank 0 and the rank that failed do this after their own part is written:
+    whoever comes last sees both.
+    """
+    status = _read_json(folder / "status.json") or {}
+    found = map(_read_json, sorted(folder.glob("logs/rank*.status.json")))
+    failed = {str(facts["rank"]): facts for facts in found if facts}
+    if status.get("status") in (None, "running") or not failed:
+        return None
+    own = {key: status[key] for key in _OUTCOME if key in status}
+    own = _mapping(status, "ranks").get("0", own)
+    causes = failed if own["status"] != "failed" else {"0": own, **failed}
+    first = min(causes, key=lambda rank: _failed_at(causes[rank]))
+    rest = {key: value for key, value in status.items() if key not in _OUTCOME}
+    facts = {key: causes[first][key] for key in _OUTCOME if key in causes[first]}
+    facts = {**facts, **rest, "failed_rank": int(first), "ranks": {"0": own}}
+    for rank, outcome in failed.items():  # the files tell more
+        brief = {key: outcome.get(key) for key in ("exit_reason", "exit_code", "ended")}
+        facts["ranks"][rank] = brief
+    if facts["ranks"].keys() == _mapping(status, "ranks").keys():
+        return status
+    _write_json(folder / "status.json", facts, durable=True)
+    return _name_failed_rank(folder)  # another rank may have failed meanwhile
+
+
+_OUTCOME = ("status", "exit_reason", "exit_code", "exception", "ended", "signal",
+            "problem", "last_output")  # fmt: skip
+
+
+def _failed_at(outcome: Mapping[str, Any]) -> tuple[bool, float]:
+    """Return a key that sorts failures: first what the others may follow from.
+
+    The launcher ends the other ranks by SIGTERM; and that a rank was killed is seen
+    by its peers, whose connections break, before it is by its recorder.
+    """
+    killed = outcome.get("exit_reason") == "killed"
+    seen = outcome.get("ended") or 0.0
+    return outcome.get("signal") == "SIGTERM", seen - 0.5 if killed else seen
 
 
 # === Provenance ===
@@ -2292,7 +2679,9 @@ class _RecorderProcess:
         loops = [forward.run for forward in self.forwards]
         self.threads = [threading.Thread(target=run, daemon=True) for run in loops]
         work: Any = {"target": _complete_metadata, "args": (self.run_dir, request)}
+        work = {} if request["rank"] else work  # what it asks is asked by rank 0's
         self.captures = threading.Thread(**work, daemon=True)
+        self.meeting = _Meeting(**request["meeting"]) if request["meeting"] else None
         self.oom_kills = _oom_kills()
 
     def run(self) -> int:
@@ -2305,7 +2694,9 @@ class _RecorderProcess:
         for descriptor in filter(None, (self.commands, watch)):
             poller.register(descriptor, select.POLLIN)
         while True:
-            ready = [descriptor for descriptor, _ in poller.poll(250)]
+            soon = self.meeting is not None and time.monotonic() < self.meeting.until
+            pause = RANK_POLL_SECONDS * 1000 if soon else 250
+            ready = [descriptor for descriptor, _ in poller.poll(pause)]
             if self.commands in ready:
                 words = os.read(self.commands, 4096).split()
                 if b"end" in words:
@@ -2320,14 +2711,22 @@ class _RecorderProcess:
             alive = watch is not None or _is_alive(self.request["pid"], ticks)
             if watch in ready or not alive:
                 self._record_death()
+                self.meeting = None
                 return self._finish()
+            if self.meeting is not None:
+                with _tolerating("the other ranks"):
+                    self.meeting.answer_all()
+                if not self.meeting.is_open():
+                    self.meeting.tidy()
+                    self.meeting = None
             if waiting and not self.captures.is_alive():
                 waiting = False
                 self._reply("captured")
             if time.monotonic() >= beat:
                 beat = time.monotonic() + HEARTBEAT_SECONDS
                 with contextlib.suppress(OSError):
-                    os.utime(self.run_dir / "status.json")
+                    if not self.request["rank"]:
+                        os.utime(self.run_dir / "status.json")
 
     def _drain(self) -> None:
         """Wait until all that is in the logs by now is forwarded."""
@@ -2339,18 +2738,25 @@ class _RecorderProcess:
 
     def _record_death(self) -> None:
         """Write the end that the parent could not write, unless it just had."""
+        rank, row = self.request["rank"], self.request["row"]
+        folder = _record_of(self.run_dir, self.request["attempt"])
+        path = folder / "status.json"
+        path = folder / "logs" / f"rank{rank}.status.json" if rank else path
         with _tolerating("status.json"):
-            status = _read_json(self.run_dir / "status.json") or {}
+            status = _read_json(path) or {}
             if isinstance(status.get("exit_code"), int):
                 return
             seconds = round(time.monotonic() - self.request["begun"], 3)
             ending = _killed(self.request, self.oom_kills)
             ending.update(duration_seconds=seconds, timestamp_utc=_utc())
-            ending["last_output"] = _last_output(self.run_dir)
-            facts = {**status, **ending}
-            _write_json(self.run_dir / "status.json", facts, durable=True)
+            prefix = f"rank{rank}." if rank else ""
+            ending["last_output"] = _last_output(self.run_dir, prefix)
+            if rank:
+                return _record_rank(folder, rank, ending, row)
+            _write_json(path, {**status, **ending}, durable=True)
+            _name_failed_rank(folder)
         with _tolerating("the index"):
-            _append_index(self.request["row"], "end", "failed", "killed")
+            _append_index(row, "end", "failed", "killed")
 
     def _finish(self) -> int:
         """Forward the rest, let go of the user's descriptors, complete the record."""
@@ -2363,6 +2769,9 @@ class _RecorderProcess:
         self._reply("drained")
         self.captures.join()
         self._reply("done")
+        status = _read_json(self.run_dir / "status.json") or {}
+        if self.meeting is not None and status.get("status") != "failed":
+            self.meeting.serve()
         return 0
 
     def _reply(self, word: str) -> None:
@@ -2442,10 +2851,11 @@ def _oom_kills() -> int | None:
     return None
 
 
-def _last_output(run_dir: Path) -> list[str]:
+def _last_output(run_dir: Path, prefix: str = "") -> list[str]:
     """Return the last lines of the log that is likeliest to say why."""
     for name in ("stderr.log", "output.log", "stdout.log"):
-        with contextlib.suppress(OSError), open(run_dir / "logs" / name, "rb") as log:
+        path = run_dir / "logs" / f"{prefix}{name}"
+        with contextlib.suppress(OSError), open(path, "rb") as log:
             log.seek(max(0, os.fstat(log.fileno()).st_size - MAX_MESSAGE))
             lines = log.read().decode("utf-8", "replace").splitlines()
             if lines:

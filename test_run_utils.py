@@ -120,8 +120,9 @@ class RunCase(unittest.TestCase):
 
     def write_script(self, body: str) -> Path:
         path = self.tmp / "train.py"
-        text = "import os, sys, time\nfrom run_utils import *\n"
-        path.write_text(text + textwrap.dedent(body), "utf-8")
+        text = "import os, sys, time\nfrom run_utils import *\n" + textwrap.dedent(body)
+        if not path.exists() or path.read_text("utf-8") != text:  # it may be in use
+            path.write_text(text, "utf-8")
         return path
 
     def environment(self, more: dict[str, str] | None = None) -> dict[str, str]:
@@ -714,6 +715,331 @@ class Resuming(RunCase):
     def test_a_run_that_is_alive_is_not_resumed(self) -> None:
         done = self.in_context("run_context('results/exp', resume=run_dir).__enter__()")
         self.assertIn("is still running; it cannot be resumed", done.stderr)
+
+    def test_auto_goes_on_in_the_run_of_the_same_job(self) -> None:
+        body = """
+        with run_context("results/exp", "exp", resume="auto") as run_dir:
+            print(run_dir)
+        """
+        job = {"SLURM_JOB_ID": "7"}
+        again = {**job, "SLURM_RESTART_COUNT": "1"}
+        runs = [
+            self.script(body, env=env).stdout
+            for env in (job, {"SLURM_JOB_ID": "8"}, again, job, {})
+        ]
+        self.assertEqual(runs[2], runs[0])
+        self.assertEqual(len(set(runs)), 4)
+        status = Path(runs[0].strip(), "status.json")
+        self.assertEqual(json.loads(status.read_text("utf-8"))["attempt"], 2)
+
+    def test_what_changed_between_attempts_is_recorded_and_warned_about(self) -> None:
+        body = """
+        lr, version = sys.argv[1:]
+        with open("thing-0.dist-info/METADATA", "w") as file:
+            file.write("Name: thing\\nVersion: " + version)
+        config = {"model": {"lr": float(lr)}, "seed": 1}
+        with run_context("results/exp", run_dir="out", config_args=config):
+            pass
+        """
+        (self.tmp / "thing-0.dist-info").mkdir()
+        self.script(body, "0.1", "1")
+        done = self.script(body, "0.2", "2")
+        for what in ("config (model.lr)", "packages (thing)"):
+            self.assertIn(f"changed since attempt 1: {what}\n", done.stderr)
+        metadata = json.loads((self.tmp / "out/metadata.json").read_text("ascii"))
+        changes = {
+            "attempt": 1,
+            "config": {"model.lr": [0.1, 0.2]},
+            "code": {},
+            "packages": {"thing": ["thing==1", "thing==2"]},
+        }
+        self.assertEqual(metadata["changes"], changes)
+
+    @unittest.skipUnless(LINUX, "how a process ended is told by Linux")
+    def test_the_death_of_an_earlier_attempt_goes_into_its_own_record(self) -> None:
+        body = """
+        with run_context("results/exp", run_dir="out"):
+            print("here", flush=True)
+            sys.stdin.read()
+        """
+        words = [PYTHON, str(self.write_script(body))]
+        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        with subprocess.Popen(words, env=self.environment(), **pipes) as first:
+            assert first.stdout is not None
+            first.stdout.readline()
+            self.script(body)
+            first.kill()
+        archived = self.tmp / "out/attempts/1/status.json"
+        for _ in range(500):
+            facts = json.loads(archived.read_text("ascii"))
+            if facts["status"] != "running":
+                break
+            time.sleep(0.02)
+        self.assertEqual((facts["attempt"], facts["signal"]), (1, "SIGKILL"))
+        last = json.loads((self.tmp / "out/status.json").read_text("ascii"))
+        self.assertEqual((last["attempt"], last["status"]), (2, "success"))
+
+
+class SeveralProcesses(RunCase):
+    """The ranks of one launch share one run, and never that of another launch."""
+
+    enter = 'with run_context("results/exp", "exp", {"lr": 1}) as run_dir:\n'
+
+    def start(
+        self, body: str, rank: int, world: int = 2, **more: str
+    ) -> subprocess.Popen[str]:
+        """Start train.py as one rank of a launch whose launcher is this process."""
+        facts = {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_PORT": "29500"}
+        facts.update({"LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"})
+        process = subprocess.Popen(
+            [PYTHON, str(self.write_script(body))],
+            env=self.environment({**facts, **more}),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+        )
+        self.addCleanup(process.communicate)
+        self.addCleanup(process.kill)
+        return process
+
+    def outputs(self, *processes: subprocess.Popen[str]) -> list[str]:
+        results = [process.communicate(timeout=60) for process in processes]
+        for process, (_, errors) in zip(processes, results):
+            self.assertEqual(process.returncode, 0, errors)
+        return [output for output, _ in results]
+
+    def wait_until(self, condition: Any) -> Any:
+        """Return what the condition gives once it holds; fail after a long while."""
+        for _ in range(1000):
+            with contextlib.suppress(AssertionError, ValueError, OSError):
+                found = condition()
+                if found:
+                    return found
+            time.sleep(0.02)
+        self.fail("it never came to that")
+
+    def wait_for(self, pattern: str) -> Path:
+        """Return the first file that matches, once there is one."""
+        path: Path = self.wait_until(lambda: sorted(self.tmp.glob(pattern)))[0]
+        return path
+
+    def wait_for_rank(self, failed: int) -> dict[str, Any]:
+        """Return status.json once it names the rank that failed."""
+        self.wait_until(lambda: self.json("status.json").get("failed_rank") == failed)
+        return self.json("status.json")
+
+    def run_dir(self) -> Path:
+        runs = [path for path in self.run_dirs() if path.parent.name == "exp"]
+        self.assertEqual(len(runs), 1, runs)
+        return runs[0]
+
+    def test_all_ranks_share_one_directory_and_one_record(self) -> None:
+        body = self.enter + "    print(run_dir, flush=True)\n"
+        body += "    print('torch' in sys.modules, file=sys.stderr)\n"
+        ranks = [self.start(body, rank, 4) for rank in (2, 0, 3, 1)]
+        paths = self.outputs(*ranks)
+        self.assertEqual(set(paths), {f"{self.run_dir()}\n"})
+        self.assertEqual([row["event"] for row in self.index()], ["start", "end"])
+        self.assertEqual(self.json("status.json")["status"], "success")
+        self.assertEqual(self.json("metadata.json")["launcher"]["rank"], 0)
+        for rank in ("", "rank1.", "rank2.", "rank3."):
+            self.assertEqual(self.log(f"{rank}stdout"), f"{self.run_dir()}\n")
+            self.assertEqual(self.log(f"{rank}stderr"), "False\n")
+        logs = {path.name for path in (self.run_dir() / "logs").iterdir()}
+        self.assertEqual(len(logs), 8, logs)
+        self.wait_until(lambda: not (self.tmp / "results/exp/.ranks").exists())
+
+    def test_a_rank_that_comes_when_rank_0_has_ended_still_joins(self) -> None:
+        body = self.enter + "    print(run_dir)\n"
+        first = self.outputs(self.start(body, 0))
+        self.assertEqual(self.outputs(self.start(body, 1)), first)
+
+    def test_a_rank_that_raises_is_the_cause_even_when_rank_0_is_killed(self) -> None:
+        body = self.enter + "    sys.stdin.read()\n"
+        body += "    if os.environ['RANK'] == '1': raise ValueError('bad batch')\n"
+        rank_0, rank_1 = self.start(body, 0), self.start(body, 1)
+        self.wait_for("results/exp/exp-*/logs/rank1.stderr.log")
+        rank_1.communicate("")
+        self.wait_for("results/exp/exp-*/logs/rank1.status.json")
+        rank_0.terminate()
+        rank_0.wait()
+        facts = self.wait_for_rank(1)
+        self.assertEqual(facts["exception"]["type"], "ValueError")
+        self.assertEqual((facts["status"], facts["exit_code"]), ("failed", 1))
+        self.assertEqual(facts["ranks"]["0"]["signal"], "SIGTERM" if LINUX else None)
+        self.assertEqual([row["event"] for row in self.index()], ["start", "end"])
+
+    def test_a_rank_that_is_killed_fails_the_run_although_rank_0_succeeds(self) -> None:
+        body = self.enter + "    print('here', flush=True); sys.stdin.read()\n"
+        rank_0, rank_1 = self.start(body, 0), self.start(body, 1)
+        log = self.wait_for("results/exp/exp-*/logs/rank1.stdout.log")
+        self.wait_until(lambda: log.read_text("utf-8") == "here\n")
+        rank_1.kill()
+        self.wait_for("results/exp/exp-*/logs/rank1.status.json")
+        self.outputs(rank_0)
+        facts = self.wait_for_rank(1)
+        self.assertEqual((facts["status"], facts["exit_reason"]), ("failed", "killed"))
+        self.assertEqual(facts["ranks"]["0"]["status"], "success")
+        self.assertEqual(self.index()[-1]["status"], "failed")
+
+    def test_a_rank_that_fails_after_rank_0_ended_fails_the_run(self) -> None:
+        body = self.enter + "    if os.environ['RANK'] == '1': sys.exit(7)\n"
+        self.outputs(self.start(body, 0))
+        self.start(body, 1).communicate()
+        self.assertEqual(self.wait_for_rank(1)["exit_code"], 7)
+        self.assertEqual(self.index()[-1]["status"], "failed")
+
+    def test_what_a_crashed_launch_left_is_never_joined(self) -> None:
+        body = self.enter + "    print(run_dir, flush=True); sys.stdin.read()\n"
+        crashed = self.start(body, 0)
+        assert crashed.stdout is not None
+        stale = crashed.stdout.readline()
+        crashed.kill()
+        crashed.wait()
+        rank_1 = self.start(body, 1)
+        self.wait_for("results/exp/.ranks/*/1-*")
+        rank_0 = self.start(body, 0)
+        paths = self.outputs(rank_0, rank_1)
+        self.assertEqual(paths[0], paths[1])
+        self.assertNotIn(stale, paths)
+
+    def test_requests_and_answers_of_the_past_are_passed_over(self) -> None:
+        body = self.enter + "    print(run_dir)\n"
+        waiting = self.start(body, 1)
+        request = self.wait_for("results/exp/.ranks/*/1-*")
+        waiting.kill()
+        waiting.wait()
+        for name in ("1-0123456789abcdef", "1-0123456789abcdee.json"):
+            request.with_name(name).write_text('{"run_dir": "/", "attempt": 1}')
+        paths = self.outputs(self.start(body, 1), self.start(body, 0))
+        self.assertEqual(set(paths), {f"{self.run_dir()}\n"})
+
+    def test_a_rank_whose_rank_0_never_comes_says_what_it_waited_for(self) -> None:
+        body = "import run_utils; run_utils.RANK_WAIT_SECONDS = 0.1\n" + self.enter
+        _, errors = self.start(
+            body + "    pass\n", 1, MASTER_PORT="12345"
+        ).communicate()
+        self.assertIn(
+            "TimeoutError: rank 1 of 2 waited 0.1 s for rank 0 to create the run below "
+            f"'{self.tmp / 'results/exp'}' (MASTER_ADDR=127.0.0.1 MASTER_PORT=12345",
+            errors,
+        )
+        self.assertEqual(self.run_dirs(), [])
+        self.assertEqual(list(self.tmp.glob("results/exp/.ranks/*/*")), [])
+
+    def test_sequential_and_nested_contexts_pair_up(self) -> None:
+        body = """
+        for number in range(2):
+            with run_context("results/exp", "exp") as outer:
+                print(outer)
+                with run_context("results/exp", "exp") as inner:
+                    print(inner)
+        """
+        first, second = self.outputs(self.start(body, 0), self.start(body, 1))
+        self.assertEqual(first, second)
+        self.assertEqual(len(set(first.split())), 4)
+        self.assertEqual(len(self.run_dirs()), 4)
+
+    def test_separate_ranks_have_a_run_each(self) -> None:
+        body = "with run_context('results/exp', 'exp', ranks='separate'): pass"
+        self.outputs(self.start(body, 0), self.start(body, 1))
+        launchers = [run.metadata["launcher"] for run in run_utils.find_runs()]
+        self.assertEqual({facts["rank"] for facts in launchers}, {0, 1})
+        with self.assertRaisesRegex(ValueError, "give 'together' or 'separate'"):
+            run_utils.run_context("results/exp", ranks="alone")
+
+    def test_a_program_that_a_rank_starts_is_an_ordinary_run(self) -> None:
+        body = self.enter + "    import subprocess\n"
+        child = "from run_utils import *\nwith run_context('results/sub', 'sub'): pass"
+        body += (
+            f"    if os.environ['RANK'] == '1': subprocess.run({[PYTHON, '-c', child]})"
+        )
+        self.outputs(self.start(body, 0), self.start(body, 1))
+        self.assertEqual(len(run_utils.find_runs("results/sub")), 1)
+
+    def test_two_launchers_with_one_port_have_a_run_each(self) -> None:
+        body = self.enter + "    print(run_dir)\n"
+        shell = f"sh -c '{PYTHON} {self.write_script(body)}; true' &"
+        env = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "29500"}
+        words = ["/bin/sh", "-c", f"RANK=1 {shell} RANK=0 {shell} wait"]
+        settings: Any = {"stdout": subprocess.PIPE, "encoding": "utf-8"}
+        settings["env"] = self.environment(env)
+        launches = [subprocess.Popen(words, **settings) for _ in range(3)]
+        paths = [launch.communicate(timeout=60)[0].split() for launch in launches]
+        self.assertEqual([len(set(pair)) for pair in paths], [1, 1, 1], paths)
+        self.assertEqual(len({pair[0] for pair in paths}), 3, paths)
+
+
+class WhatCountsAsARank(unittest.TestCase):
+    """Only what a launcher says of several processes makes a rank."""
+
+    torch: ClassVar = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_PORT": "29500"}
+    slurm: ClassVar = {"SLURM_PROCID": "1", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"}
+    step: ClassVar = {**slurm, "SLURM_STEP_ID": "0"}
+    mpi: ClassVar = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"}
+
+    def test_launchers(self) -> None:
+        hydra = {"PMI_RANK": "1", "PMI_SIZE": "4"}
+        for env in (
+            self.torch,
+            self.step,
+            self.mpi,
+            hydra,
+            {**self.step, **self.torch},
+        ):
+            with self.subTest(env=env):
+                found = run_utils._rank(env)
+                self.assertIsNotNone(found)
+                self.assertEqual((found or ())[:2], (1, 4))
+
+    def test_ordinary_processes(self) -> None:
+        cases: dict[str, dict[str, str]] = {
+            "world size 1": {**self.torch, "RANK": "0", "WORLD_SIZE": "1"},
+            "a world of one inside a step": {
+                **self.step,
+                **self.torch,
+                "WORLD_SIZE": "1",
+            },
+            "garbage": {**self.torch, "RANK": "abc"},
+            "negative": {**self.torch, "RANK": "-1"},
+            "beyond the world": {**self.torch, "RANK": "4"},
+            "digits of another script": {**self.torch, "RANK": "\u0661"},
+            "no launcher": {"RANK": "1", "WORLD_SIZE": "4"},
+            "rank of an adapter": {"RANK": "64"},
+            "script of sbatch": self.slurm,
+            "batch step": {**self.slurm, "SLURM_STEP_ID": str(0xFFFFFFFB)},
+            "interactive step": {**self.slurm, "SLURM_STEP_ID": str(0xFFFFFFFA)},
+            "one task of a large job": {**self.step, "SLURM_STEP_NUM_TASKS": "1"},
+            "garbage of MPI": {**self.mpi, "OMPI_COMM_WORLD_SIZE": ""},
+        }
+        for name, env in cases.items():
+            with self.subTest(name):
+                self.assertIsNone(run_utils._rank(env))
+
+    def test_what_all_ranks_of_a_launch_share_is_equal_and_else_differs(self) -> None:
+        for env, changed in (
+            (self.torch, {"MASTER_PORT": "29501"}),
+            (self.step, {"SLURM_STEP_ID": "1"}),
+            (self.step, {"SLURM_JOB_ID": "8"}),
+            (self.torch, {"TORCHELASTIC_RESTART_COUNT": "1"}),
+            (self.step, {"SLURM_RESTART_COUNT": "1"}),
+        ):
+            with self.subTest(changed=changed):
+                name = next(name for name in env if "RANK" in name or "PROCID" in name)
+                folders = [
+                    self.folder({**env, name: "2"}),
+                    self.folder({**env, name: "3"}),
+                    self.folder({**env, **changed}),
+                ]
+                self.assertEqual(folders[0], folders[1])
+                self.assertNotEqual(folders[0], folders[2])
+
+    def folder(self, env: dict[str, str]) -> Path:
+        run_utils._entered.clear()
+        options = {"base_dir": Path("/r"), "run_prefix": "x", "ranks": "together"}
+        folder: Path = run_utils._Launch(env, options).folder
+        return folder
 
 
 class Metrics(RunCase):

@@ -1,0 +1,369 @@
+#!/usr/bin/env python3
+# SPDX-FileCopyrightText: 2026 the run_utils authors
+# SPDX-License-Identifier: MIT
+"""Ranks of torchrun, accelerate, mpirun and srun share a run; 200 races for it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import run_utils  # noqa: E402
+from test_run_utils import CountingRunner  # noqa: E402
+
+TRAIN = """
+import os, random, sys, time
+from run_utils import run_context
+
+rank = next(os.environ[n] for n in
+            ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID") if n in os.environ)
+time.sleep(float(sys.argv[1]) * random.random())
+with run_context("results/exp", "exp", resume=os.environ.get("RESUME")) as run_dir:
+    if "torch" in sys.argv:
+        import torch.distributed as dist
+        dist.init_process_group("gloo")
+        dist.barrier()
+    print("rank", rank, run_dir, flush=True)
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if f"fail={rank}" in sys.argv and restarts == "0":
+        time.sleep(1)
+        raise ValueError("bad batch")
+    if f"kill={rank}" in sys.argv:
+        time.sleep(1)
+        os.kill(os.getpid(), 9)
+    if "torch" in sys.argv:
+        dist.barrier()
+    if "hang" in sys.argv and restarts == "0":
+        time.sleep(60)
+"""
+
+
+class Case(unittest.TestCase):
+    """A temporary directory with train.py."""
+
+    def setUp(self) -> None:
+        folder = tempfile.mkdtemp(prefix="run_utils-launchers-")
+        self.tmp = Path(os.path.realpath(folder))
+        self.addCleanup(shutil.rmtree, self.tmp, ignore_errors=True)
+        (self.tmp / "train.py").write_text(TRAIN, "utf-8")
+        drop = ("SLURM_", "OMPI_", "PMI")
+        self.env = {k: v for k, v in os.environ.items() if not k.startswith(drop)}
+        self.env.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+
+    def popen(self, *words: str, **more: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            words,
+            cwd=self.tmp,
+            env={**self.env, **more},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+        )
+        self.addCleanup(process.communicate)
+        self.addCleanup(process.kill)
+        return process
+
+    def launch(self, *words: str, code: int | None = 0, **more: str) -> str:
+        process = self.popen(*words, **more)
+        output = process.communicate(timeout=100)[0]
+        if code is not None:
+            self.assertEqual(process.returncode, code, output)
+        return output
+
+    def run_dirs(self) -> list[Path]:
+        return sorted((self.tmp / "results/exp").glob("exp-*"))
+
+    def check_one_run(self, output: str, world: int = 4) -> Path:
+        """All ranks had one path; one record, one start and one end; logs of each."""
+        told = dict(re.findall(r"rank (\d+) (/\S+)", output))
+        self.assertEqual(len(told), world, output)
+        self.assertEqual(len(set(told.values())), 1, output)
+        (run_dir,) = self.run_dirs()
+        self.assertEqual(str(run_dir), told["0"])
+        self.assertEqual(self.read(run_dir / "status.json")["status"], "success")
+        metadata = self.read(run_dir / "metadata.json")
+        self.assertEqual(metadata["launcher"]["world_size"], world)
+        index = (self.tmp / "results/index/runs_index.jsonl").read_text("ascii")
+        events = [json.loads(line)["event"] for line in index.splitlines()]
+        self.assertEqual(events, ["start", "end"])
+        for rank in range(world):
+            prefix = f"rank{rank}." if rank else "[so]*"
+            logs = run_dir.glob(f"logs/{prefix}*.log" if rank else f"logs/{prefix}.log")
+            text = "".join(path.read_text("utf-8") for path in logs)
+            self.assertIn(f"rank {rank} ", text)
+        return run_dir
+
+    def check_failure(self, rank: int, why: str) -> dict[str, Any]:
+        """The one run names the rank; its recorders may still be at work."""
+        (run_dir,) = self.run_dirs()
+        for _ in range(500):
+            status = self.read(run_dir / "status.json")
+            if status.get("failed_rank") == rank:
+                break
+            time.sleep(0.02)
+        self.assertEqual(status.get("failed_rank"), rank, status)
+        self.assertEqual((status["status"], status["exit_reason"]), ("failed", why))
+        self.assertTrue((run_dir / f"logs/rank{rank}.status.json").is_file())
+        return status
+
+    def read(self, path: Path) -> dict[str, Any]:
+        value = json.loads(path.read_text("ascii"))
+        assert isinstance(value, dict)
+        return value
+
+
+class Torchrun(Case):
+    """torchrun with gloo: one run, the cause of a failure, and restarted attempts."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        if importlib.util.find_spec("torch") is None:
+            self.skipTest("torch is not installed")
+
+    def torchrun(self, *words: str) -> tuple[str, ...]:
+        return (sys.executable, "-m", "torch.distributed.run", *words)
+
+    def test_four_ranks_share_a_run(self) -> None:
+        words = self.torchrun("--nproc-per-node", "4", "train.py", "0", "torch")
+        self.check_one_run(self.launch(*words))
+
+    def test_two_agents_share_a_run(self) -> None:
+        options = ["--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port"]
+        options += ["29617", "--nproc-per-node", "2", "--node-rank"]
+        agents = [
+            self.popen(*self.torchrun(*options, node, "train.py", "1", "torch"))
+            for node in "01"
+        ]
+        self.check_one_run("".join(a.communicate(timeout=100)[0] for a in agents))
+
+    def test_ranks_that_come_within_twenty_seconds_share_a_run(self) -> None:
+        words = self.torchrun("--nproc-per-node", "4", "train.py", "20")
+        self.check_one_run(self.launch(*words))
+
+    def test_the_rank_that_raises_is_named(self) -> None:
+        words = self.torchrun(
+            "--nproc-per-node", "4", "train.py", "0", "fail=2", "hang"
+        )
+        self.launch(*words, code=1)
+        status = self.check_failure(2, "exception")
+        self.assertEqual(status["exception"]["message"], "bad batch")
+        self.assertEqual(status["ranks"]["0"]["signal"], "SIGTERM")
+
+    def test_the_rank_that_is_killed_is_named(self) -> None:
+        words = self.torchrun(
+            "--nproc-per-node", "4", "train.py", "0", "kill=3", "torch"
+        )
+        self.launch(*words, code=1)
+        self.assertEqual(self.check_failure(3, "killed")["signal"], "SIGKILL")
+
+    def test_a_restart_is_a_run_of_its_own_that_says_so(self) -> None:
+        words = ("--max-restarts", "2", "--nproc-per-node", "2", "train.py", "0")
+        self.launch(*self.torchrun(*words, "fail=1", "hang"))
+        launchers = [
+            self.read(p / "metadata.json")["launcher"] for p in self.run_dirs()
+        ]
+        self.assertEqual([facts["restarts"] for facts in launchers], [[0, 0], [0, 1]])
+
+    def test_resume_auto_makes_a_restart_an_attempt(self) -> None:
+        words = ("--max-restarts", "2", "--nproc-per-node", "2", "train.py", "0")
+        self.launch(*self.torchrun(*words, "fail=1", "hang"), RESUME="auto")
+        (run_dir,) = self.run_dirs()
+        status = self.read(run_dir / "status.json")
+        self.assertEqual((status["status"], status["attempt"]), ("success", 2))
+        for _ in range(500):
+            first = self.read(run_dir / "attempts/1/status.json")
+            if "failed_rank" in first:
+                break
+            time.sleep(0.02)
+        self.assertEqual(first["failed_rank"], 1)
+        self.assertEqual(first["exception"]["message"], "bad batch")
+
+    def test_accelerate_shares_a_run(self) -> None:
+        if importlib.util.find_spec("accelerate") is None:
+            self.skipTest("accelerate is not installed")
+        module = "accelerate.commands.accelerate_cli"
+        options = ("launch", "--cpu", "--num_processes", "4", "--num_machines", "1")
+        more = ("--mixed_precision", "no", "--dynamo_backend", "no")
+        words = ("-m", module, *options, *more, "train.py", "0", "torch")
+        self.check_one_run(self.launch(sys.executable, *words))
+
+
+class Mpirun(Case):
+    """Open MPI: one run, and the cause of a failure."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        if shutil.which("mpirun") is None:
+            self.skipTest("mpirun is not installed")
+        self.mpirun = ("mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "4")
+
+    def test_four_ranks_share_a_run(self) -> None:
+        words = (*self.mpirun, sys.executable, "train.py", "0.5")
+        self.check_one_run(self.launch(*words))
+
+    def test_a_shell_around_each_rank_changes_nothing(self) -> None:
+        shell = ("sh", "-c", f"{sys.executable} train.py 0.5; exit $?")
+        self.check_one_run(self.launch(*self.mpirun, *shell))
+
+    def test_the_rank_that_raises_is_named(self) -> None:
+        words = (*self.mpirun, sys.executable, "train.py", "0", "fail=2", "hang")
+        self.launch(*words, code=None)
+        self.check_failure(2, "exception")
+
+
+class Srun(Case):
+    """A SLURM of one node, started for the test: steps share runs, scripts do not."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        programs = ("slurmctld", "slurmd", "munged", "srun", "sbatch")
+        missing = [name for name in programs if shutil.which(name) is None]
+        if missing or os.geteuid() != 0:
+            self.skipTest(f"not installed: {', '.join(missing) or 'root rights'}")
+        self.start_slurm()
+
+    def start_slurm(self) -> None:
+        host = os.uname().nodename
+        port = random.randrange(20000, 30000)
+        place = self.tmp / "slurm"
+        place.mkdir()
+        settings = {
+            "ClusterName": "check",
+            "SlurmctldHost": f"{host}(127.0.0.1)",
+            "SlurmUser": "root",
+            "SlurmctldPort": port,
+            "SlurmdPort": port + 1,
+            "AuthType": "auth/munge",
+            "AuthInfo": f"socket={place}/munge.socket",
+            "CredType": "cred/munge",
+            "StateSaveLocation": place,
+            "SlurmdSpoolDir": place / "spool",
+            "SlurmctldPidFile": place / "slurmctld.pid",
+            "SlurmdPidFile": place / "slurmd.pid",
+            "ProctrackType": "proctrack/linuxproc",
+            "TaskPlugin": "task/none",
+            "SelectType": "select/cons_tres",
+            "MpiDefault": "none",
+            "ReturnToService": 2,
+            "NodeName": f"{host} NodeAddr=127.0.0.1 CPUs=4 State=UNKNOWN",
+            "PartitionName": "all Nodes=ALL Default=YES State=UP OverSubscribe=FORCE",
+        }
+        lines = [f"{name}={value}" for name, value in settings.items()]
+        (place / "slurm.conf").write_text("\n".join(lines) + "\n", "utf-8")
+        self.env["SLURM_CONF"] = str(place / "slurm.conf")
+        key = place / "munge.key"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o400)
+        files = [
+            f"--{n}={place}/munge.{n.split('-')[0]}" for n in ("pid-file", "seed-file")
+        ]
+        files += [f"--key-file={key}", f"--socket={place}/munge.socket"]
+        files += [f"--log-file={place}/munge.log"]
+        self.daemon("munged", "--foreground", "--force", *files)
+        self.daemon("slurmctld", "-D", "-c")
+        self.daemon("slurmd", "-D", "-c", "-N", host)
+        for _ in range(150):
+            state = self.launch("sinfo", "-h", "-o", "%T", code=None)
+            if "idle" in state:
+                return
+            time.sleep(0.1)
+        logs = "".join(path.read_text("utf-8") for path in place.glob("*.out"))
+        self.skipTest(f"SLURM did not start here: {state} {logs[-400:]}")
+
+    def daemon(self, *words: str) -> None:
+        with open(self.tmp / "slurm" / f"{words[0]}.out", "wb") as log:
+            streams: Any = {"stdout": log, "stderr": log, "stdin": subprocess.DEVNULL}
+            process = subprocess.Popen(words, env=self.env, **streams)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.terminate)
+
+    def test_a_step_shares_a_run_and_a_script_is_one(self) -> None:
+        words = ("srun", "-n", "4", "--overcommit", sys.executable, "train.py", "0.5")
+        run_dir = self.check_one_run(self.launch(*words))
+        with self.subTest("steps and a script of one job"):
+            shutil.rmtree(self.tmp / "results")
+            script = self.tmp / "job.sh"
+            python = f"{sys.executable} train.py 0"
+            script.write_text(
+                f"#!/bin/sh\n{python}\nsrun -n2 {python}\nsrun -n2 {python}\n", "utf-8"
+            )
+            words = ("sbatch", "--wait", "-n", "4", "-o", "job.out", "job.sh")
+            self.launch(*words)
+            worlds = [
+                self.read(path / "metadata.json")["launcher"].get("world_size")
+                for path in self.run_dirs()
+            ]
+            self.assertEqual(worlds, [None, 2, 2], (self.tmp / "job.out").read_text())
+        self.assertTrue(run_dir.name.startswith("exp-"))
+
+
+class Races(Case):
+    """200 random launches with one key: no rank joins a run of another launch."""
+
+    def test_no_rank_joins_the_run_of_another_launch(self) -> None:
+        generator = random.Random(6)
+        (self.tmp / "race.py").write_text(
+            "import sys, time\nfrom run_utils import *\nimport run_utils\n"
+            "run_utils.RANK_WAIT_SECONDS = 30\n"
+            "with run_context('results/exp', 'exp', capture_output=False) as run_dir:\n"
+            "    print(sys.argv[1], run_dir, flush=True)\n"
+            "    sys.stdin.read()\n",
+            "utf-8",
+        )
+        runs: set[str] = set()
+        for number in range(200):
+            crashes = generator.random() < 0.4
+            ranks = [0, 1] if not crashes else [generator.choice((0, 0, 1))]
+            generator.shuffle(ranks)
+            processes = []
+            for rank in ranks:
+                processes.append(self.start_rank(number, rank))
+                time.sleep(generator.random() ** 3 * 0.3)
+            if crashes:
+                for process in processes:
+                    process.send_signal(signal.SIGKILL)
+                    process.wait()
+                continue
+            told = [process.communicate(timeout=60)[0].split() for process in processes]
+            self.assertEqual([pair[0] for pair in told], [str(number)] * 2, told)
+            self.assertEqual(told[0][1], told[1][1])
+            self.assertNotIn(told[0][1], runs)
+            runs.add(told[0][1])
+        self.assertGreater(len(runs), 80)
+
+    def start_rank(self, number: int, rank: int) -> subprocess.Popen[str]:
+        facts = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        facts.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+        process = subprocess.Popen(
+            [sys.executable, "-S", "race.py", str(number)],
+            cwd=self.tmp,
+            env={**self.env, **facts},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            encoding="utf-8",
+        )
+        self.addCleanup(process.communicate)
+        self.addCleanup(process.kill)
+        return process
+
+
+if __name__ == "__main__":
+    assert run_utils.__version__
+    unittest.main(argv=sys.argv[:1], testRunner=CountingRunner)
