@@ -58,7 +58,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 
 TYPE_CHECKING = False
@@ -1610,19 +1610,18 @@ class _Lineage:
 
     def __init__(self, root: Path, run: Path | None = None) -> None:
         """Read all runs below `root`, or only what tells who used `run`."""
-        self.runs = _walk_runs(root)
-        self.named: dict[str, str] = {}
+        self.root = root
+        self.named: dict[str, str] = {}  # where the run of a name is
         self.edges: dict[tuple[Path, Path], str] = {}  # (producer, consumer): file
-        since, start = _started(run) if run else "", len(str(root)) + 1
-        later = [path for path in self.runs if not run or _started(path) > since]
-        idle = _runs_without_inputs(root) if later else set()
-        for path in later:
-            if path[start:] not in idle:
+        since = _started(run) if run else ""
+        for line in _stamped_runs(root, known=_runs_without_inputs(root)):
+            path = line[STAMP_WIDTH:]
+            if line[:15] > since:
                 consumer = Path(path)
                 for entry in _read_inputs(consumer):
                     producer = self.producer(entry, consumer)
                     self.edges[producer, consumer] = str(entry["path"])
-        for path in [str(run)] if run else self.runs:
+        for path in [str(run)] if run else _walk_runs(root):
             if os.path.exists(f"{path}/artifacts/USED_BY.jsonl"):
                 self.add_users(Path(path))
 
@@ -1646,9 +1645,10 @@ class _Lineage:
     def find(self, path: Path) -> Path:
         """Return the run that had this name; the path itself when there is none."""
         if not self.named:
-            self.named = {os.path.basename(run): run for run in self.runs}
+            runs = _walk_runs(self.root)
+            self.named.update({os.path.basename(run): run for run in runs})
         if path.name not in self.named:
-            for run in self.runs:  # one that was renamed knows its first name
+            for run in list(self.named.values()):  # a renamed one knows its first name
                 name = (_read_json(Path(run, "status.json")) or {}).get("run")
                 self.named.setdefault(str(name), run)
         return Path(self.named.get(path.name, path))
@@ -1686,16 +1686,17 @@ def _read_inputs(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def _runs_without_inputs(root: Path) -> set[str]:
-    """Return the paths below `root` of runs that used no other, as the index tells."""
+    """Return the paths of runs that used no other run, as the index tells."""
     try:
         index = _read_bytes(root / INDEX_FILE, MAX_INDEX)
     except OSError:
         return set()
     idle = re.findall(rb'"path": "([^"\\]+)", "inputs": \[\]', index)
-    names = b"\n".join(idle).decode("utf-8", "surrogateescape")
+    above = f"{root}/"
+    paths = b"\n".join(idle).decode("utf-8", "surrogateescape").split("\n")
     before = index.split(b'", "inputs": ["')[:-1]
     used = {os.fsdecode(part[part.rfind(b'"') + 1 :]) for part in before}
-    return set(names.split("\n")) - used
+    return {above + path for path in set(paths) - used}
 
 
 # === Redaction ===
@@ -3414,12 +3415,22 @@ def _run_of(path: Path) -> Path | None:
 
 
 def _walk_runs(root: StrPath, opened: bool = False) -> list[str]:
-    """Return the paths of all run directories below `root`, newest first.
+    """Return the paths of all run directories below `root`, newest first."""
+    return [line[STAMP_WIDTH:] for line in _stamped_runs(root, opened)]
+
+
+STAMP_WIDTH = 20  # "20260131-142501", when a run started, and the length of its path
+
+
+def _stamped_runs(
+    root: StrPath, opened: bool = False, known: Set[str] = frozenset()
+) -> list[str]:
+    """Return a line for each run directory, but `known` ones: its start and its path.
 
     A folder whose name has a time stamp is taken for a run without a look, unless it
     is the root, already `opened`. Links are followed to what lies outside of the tree.
     """
-    found: list[str] = []  # stamp, length and path, to be sorted together
+    found: list[str] = []
     places, seen = [str(root)], [""]
     while places:
         place = places.pop()
@@ -3430,34 +3441,32 @@ def _walk_runs(root: StrPath, opened: bool = False) -> list[str]:
         seen.append(real)
         while folders:
             folder, depth = folders.pop()
-            inside, linked, is_run = _scan(folder)
+            inside, linked, is_run = _scan(folder, known)
             if is_run and not (opened and depth == 0):
                 found.append(f"{_started(folder):15}{len(folder):5}{folder}")
                 continue
             places += linked
-            for path in inside:
-                stamp = _STAMP.search(path, len(folder) + 1)
-                if stamp:
-                    found.append(f"{stamp[0]}{len(path):5}{path}")
-                elif depth < MAX_WALK:
-                    folders.append((path, depth + 1))
-    return [line[20:] for line in sorted(found, reverse=True)]
+            stamps = [_STAMP.search(path, len(folder) + 1) for path in inside]
+            pairs = list(zip(stamps, inside))
+            found += [f"{at[0]}{len(path):5}{path}" for at, path in pairs if at]
+            if depth < MAX_WALK:
+                folders += [(path, depth + 1) for at, path in pairs if not at]
+    return sorted(found, reverse=True)
 
 
-def _scan(folder: str) -> tuple[list[str], list[str], bool]:
+def _scan(
+    folder: str, known: Set[str] = frozenset()
+) -> tuple[list[str], list[str], bool]:
     """Return the folders in a folder, the links to folders, and whether it is a run."""
-    inside, linked, names = [], [], set()
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                inside.append(entry.path)
-            elif entry.is_symlink() and os.path.isdir(entry.path):
-                linked.append(entry.path)
-            else:
-                names.add(entry.name)
+    entries: list[os.DirEntry[str]] = []
+    with contextlib.suppress(OSError), os.scandir(folder) as found:
+        entries = [e for e in found if e.path not in known]
+    inside = [e.path for e in entries if e.is_dir(follow_symlinks=False)]
+    names = {e.name for e in entries if not e.is_dir(follow_symlinks=False)}
+    links = [e.path for e in entries if e.is_symlink() and os.path.isdir(e.path)]
     inside = [path for path in inside if path[len(folder) + 1] != "."]
     record = not names.isdisjoint(("status.json", "metadata.json"))
-    return inside, linked, record and _is_run(folder)
+    return inside, links, record and _is_run(folder)
 
 
 def _looks_like_run(path: str) -> bool:
