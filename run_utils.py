@@ -1750,11 +1750,14 @@ def _redact_text(text: str) -> str:
     return text
 
 
+_compiled = functools.lru_cache(maxsize=None)(re.compile)  # when first needed: 6 ms
+
+
 @functools.lru_cache(maxsize=512)  # the environment is first searched, then written
 def _redact_shapes(text: str) -> str:
     for hint, pattern, replace in _TEXT_RULES:
         if hint in text:
-            text = pattern.sub(replace, text)
+            text = _compiled(pattern).sub(replace, text)
     return text
 
 
@@ -1783,9 +1786,7 @@ def _words(text: str) -> frozenset[str]:
 
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 # Words that make a name secret wherever they stand; `token` needs a value like one.
-_STRONG = re.compile(
-    r".*(password|passwd|passphrase|passcode|credentials?|apikey|token|secrets?)"
-)
+_STRONG = r".*(password|passwd|passphrase|passcode|credentials?|apikey|token|secrets?)"
 # Words that do so at the end, and what makes a `key` secret.
 _WEAK = _words(
     "pass pw pwd pat sas psk auth authorization bearer cookie jwt")
@@ -1815,10 +1816,11 @@ def _is_secret(name: str, value: str) -> bool:
         return before != "public" and _is_mixed(value, 8 if before in _KEY_OF else 20)
     if last.endswith("token"):
         return before not in _ROLES and _is_mixed(value, 6)
-    if _STRONG.fullmatch(last):
+    strong = _compiled(_STRONG).fullmatch
+    if strong(last):
         return True
     keys = any(a in _KEY_OF and b == "key" for a, b in zip(words, words[1:]))
-    if keys or any(map(_STRONG.fullmatch, words)):
+    if keys or any(map(strong, words)):
         return _is_mixed(value, 8)
     short = last.endswith(("pw", "pwd", "pass")) and len(value) >= 8
     return (short or last in _WEAK) and _is_mixed(value, 6)
@@ -1830,24 +1832,23 @@ def _is_mixed(value: str, length: int) -> bool:
     return bool(mixed) and len(value) >= length
 
 
-_HARMLESS = re.compile(  # numbers, placeholders, public keys, paths, names of files
-    r"[-+]?[\d.,_]+([eE][-+]?\d+)?|(?i:true|false|yes|no|on|off|none|null|nan)|"
+_HARMLESS = (  # numbers, placeholders, public keys, paths, names of files
+    r"(?s)[-+]?[\d.,_]+([eE][-+]?\d+)?|(?i:true|false|yes|no|on|off|none|null|nan)|"
     r"<[^<>]*>|\[[^\]]*\]|\$\w+|\$?\{[^\"]*\}|\*+|[xX]+|(ssh-\w+|ecdsa-\S+) AAAA.*|"
     r"(file:|unix:)?(~|\.{1,2}|[A-Za-z]:)?([/\\](?=[\w.@%+-]*[A-Za-z])"
-    r"[\w.@%+-]{1,64}){1,32}/?|[\w-]+(\.[\w-]+)*\.(json|ya?ml|txt|pem|key|env|toml)",
-    re.S,
+    r"[\w.@%+-]{1,64}){1,32}/?|[\w-]+(\.[\w-]+)*\.(json|ya?ml|txt|pem|key|env|toml)"
 )
 
 
 def _is_harmless(value: str) -> bool:
-    return len(value) < 4096 and bool(_HARMLESS.fullmatch(value))
+    return len(value) < 4096 and bool(_compiled(_HARMLESS).fullmatch(value))
 
 
-_MARKED = re.compile(
+_MARKED = (
     r"(?i)(^|[-_.])(live|test|prod|sandbox|secret|api|pat|tkn|token|oauth|pw|key|sk"
     r"|[a-z]*seck)(?=[-_.])"
 )
-_HASH = re.compile(
+_HASH = (
     r"(?i)(sha\d*|md5|commit|rev|git|hash|digest|blob|run|job|exp|ckpt|model|id|v\d*"
     r"|img|env|step|layer|snapshot|checkpoint|version|data|cache|tmp|build|node|ver)"
 )
@@ -1860,7 +1861,7 @@ def _is_token(text: str) -> bool:
     (True, False)
     """
     prefix, *rest = re.split(r"[-_.~]", text)
-    need = 10 if _MARKED.search(text) else 16
+    need = 10 if _compiled(_MARKED).search(text) else 16
     longest = max(rest, key=len, default=text)  # without a prefix it must be long
     if len(longest) < (need if rest else 40) or len(text) < 20:
         return False
@@ -1869,7 +1870,7 @@ def _is_token(text: str) -> bool:
     if "tile" in text or (not rest and (not text.isalnum() or text[:4] == "AAAA")):
         return False  # tilesize128x128x64 of a CUDA kernel, a public SSH key
     if re.fullmatch(r"[0-9a-f]+|[0-9A-F]+", longest):  # a token, unless it is a hash
-        is_hash = not rest or len(rest) > 3 or _HASH.fullmatch(prefix)
+        is_hash = not rest or len(rest) > 3 or _compiled(_HASH).fullmatch(prefix)
         return len(longest) >= 32 and not is_hash
     kinds = re.sub(r"[A-Z]", "A", re.sub(r"[a-z]", "a", re.sub(r"\d", "0", longest)))
     changes = sum(a != b for a, b in zip(kinds, kinds[1:]))
@@ -1916,22 +1917,19 @@ _SHAPES = (
     r"|gl[a-z]{2,6}-[A-Z0-9][\w-]{19,}"
 )
 _NAMED = r"[A-Za-z_][\w.-]{0,80})[\"']{0,2} {0,2}[:=] {0,2}[\"']{0,2})"
-_TEXT_RULES: list[tuple[str, Any, Any]] = [  # applied where the first is in the text
-    (hint, re.compile(pattern), replace)
-    for hint, pattern, replace in (
-        ("PRIVATE KEY", r"(?s)()-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----.*?"
-         r"(?:-----END [^-]*-----|\Z)", _redact_rest),
-        ("://", r"(\b[a-zA-Z][\w+.-]{1,20}://)([^\s/@:]{0,200})(:[^\s/@]{1,500})?@",
-         _redact_userinfo),
-        ("=", r"([?&;]([\w.-]{1,60})=)([^&\s#'\"<>]{4,})", _redact_assignment),
-        ("/", r"(/(?:services|webhooks?)/)[\w/-]{24,}", _redact_rest),
-        ("", r"(?i)(\b(?:bearer|basic|token) +)(?=[^\s]*\d)[\w.~+/=-]{12,}",
-         _redact_rest),
-        ("", rf"(?<![\w.-])(({_NAMED}([^\s\"',;&}}]{{6,}})", _redact_assignment),
-        ("", rf"()(?<![\w/.+-])(?:{_SHAPES})(?![\w])", _redact_rest),
-        ("", r"(?<![\w/.+@:~-])[A-Za-z][\w.~=-]{19,600}(?![\w/])", _redact_token),
-    )
-]  # fmt: skip
+_TEXT_RULES: tuple[tuple[str, str, Any], ...] = (  # applied where the first is found
+    ("PRIVATE KEY", r"(?s)()-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----.*?"
+     r"(?:-----END [^-]*-----|\Z)", _redact_rest),
+    ("://", r"(\b[a-zA-Z][\w+.-]{1,20}://)([^\s/@:]{0,200})(:[^\s/@]{1,500})?@",
+     _redact_userinfo),
+    ("=", r"([?&;]([\w.-]{1,60})=)([^&\s#'\"<>]{4,})", _redact_assignment),
+    ("/", r"(/(?:services|webhooks?)/)[\w/-]{24,}", _redact_rest),
+    ("", r"(?i)(\b(?:bearer|basic|token) +)(?=[^\s]*\d)[\w.~+/=-]{12,}",
+     _redact_rest),
+    ("", rf"(?<![\w.-])(({_NAMED}([^\s\"',;&}}]{{6,}})", _redact_assignment),
+    ("", rf"()(?<![\w/.+-])(?:{_SHAPES})(?![\w])", _redact_rest),
+    ("", r"(?<![\w/.+@:~-])[A-Za-z][\w.~=-]{19,600}(?![\w/])", _redact_token),
+)  # fmt: skip
 
 
 # === Config and YAML ===
@@ -2208,18 +2206,20 @@ def _yaml_scalar(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     if not isinstance(value, str):
         return text
-    if _YAML_PLAIN.fullmatch(value) and not _YAML_MISREAD.fullmatch(value):
+    plain = _compiled(_YAML_PLAIN).fullmatch(value)
+    if plain and not _compiled(_YAML_MISREAD).fullmatch(value):
         return value
     # JSON's escapes and Python's (\xa0, \u2028, \U0001fffe) are YAML's as well.
-    return _YAML_HIDDEN.sub(lambda m: m[0].encode("unicode_escape").decode(), text)
+    hidden: re.Pattern[str] = _compiled(_YAML_HIDDEN)
+    return hidden.sub(lambda m: m[0].encode("unicode_escape").decode(), text)
 
 
 # Colons, commas and sharps have a meaning somewhere, digits and signs start numbers.
-_YAML_PLAIN = re.compile(r"(?a)([A-Za-z_/]|\.\.?/|~/)[\w./+@%=~-]*( [\w./+@%=~-]+)*")
-_YAML_MISREAD = re.compile("(?i)y|n|yes|no|on|off|true|false|null|none|nan|inf")
+_YAML_PLAIN = r"(?a)([A-Za-z_/]|\.\.?/|~/)[\w./+@%=~-]*( [\w./+@%=~-]+)*"
+_YAML_MISREAD = "(?i)y|n|yes|no|on|off|true|false|null|none|nan|inf"
 # Not shown raw: controls, odd spaces and line ends, marks that turn the direction of
 # text, surrogates, non-characters, planes for private use.
-_YAML_HIDDEN = re.compile(
+_YAML_HIDDEN = (
     "[\x7f-\xa0\xad\u061c\u180e\u2000-\u200b\u200e\u200f\u2028-\u202f\u205f-\u206f"
     "\ud800-\udfff\ufdd0-\ufdef\ufeff\ufff0-\ufffc\ufffe\uffff"
     "\U0001fffe\U0001ffff\U0002fffe\U0002ffff\U0003fffe-\U0010ffff]"
