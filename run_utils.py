@@ -253,7 +253,8 @@ class _Recording:
             metadata["launcher"].update(self.launch.facts)
             metadata["inputs"] = _inputs(document, argv, run_dir)
             _write_json(run_dir / "metadata.json", metadata)
-            _record_changes(run_dir, self.attempt, "config")
+            if self.attempt > 1:
+                _record_changes(run_dir, self.attempt, "config")
             _warn_of_inputs(metadata["inputs"])
         if options["notes"] or options["tags"]:
             with _tolerating("notes.jsonl"):
@@ -1750,7 +1751,7 @@ def _redact_text(text: str) -> str:
     return text
 
 
-_compiled = functools.lru_cache(maxsize=None)(re.compile)  # when first needed: 6 ms
+_compiled = functools.cache(re.compile)  # when first needed: 6 ms
 
 
 @functools.lru_cache(maxsize=512)  # the environment is first searched, then written
@@ -2881,12 +2882,17 @@ def _is_alive(pid: int, start_ticks: int | None) -> bool:
 def _process_identity(pid: int) -> dict[str, Any]:
     """Return what tells a process from a later one with the same pid."""
     fields = _proc_stat(pid)
-    boot_id = namespace = None
+    return {**_boot(), "start_ticks": int(fields[19]) if fields else None}
+
+
+@functools.cache
+def _boot() -> dict[str, Any]:
+    """Return what numbers of processes are relative to."""
+    facts = dict.fromkeys(("boot_id", "pid_namespace"))
     with contextlib.suppress(OSError):
-        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
-        namespace = os.readlink("/proc/self/ns/pid")
-    ticks = int(fields[19]) if fields else None
-    return {"boot_id": boot_id, "pid_namespace": namespace, "start_ticks": ticks}
+        facts["boot_id"] = _first_match("/proc/sys/kernel/random/boot_id", r"^(\S+)")
+        facts["pid_namespace"] = os.readlink("/proc/self/ns/pid")
+    return facts
 
 
 # === Index and notes ===
@@ -3175,7 +3181,8 @@ class Run(dict):  # type: ignore[type-arg]
         self.metrics: dict[str, Any] = {}
         for row in _read_lines(path / "metrics" / "metrics.jsonl", MAX_TAIL):
             self.metrics.update(row)
-        earlier = sorted(path.glob("attempts/*"), key=lambda folder: len(folder.name))
+        numbers = [int(p.name) for p in path.glob("attempts/*") if p.name.isdecimal()]
+        earlier = [path / "attempts" / str(number) for number in sorted(numbers)]
         self.attempts = [_read_json(p / "status.json") or {} for p in earlier]
         times = [s.get("duration_seconds") for s in (*self.attempts, self.status)]
         known = [t for t in map(_number, times) if t is not None]
@@ -4274,19 +4281,28 @@ def _format_attempts(run: Run) -> list[str]:
     took = _format_seconds(run["duration_seconds"])
     total = f"{run['attempts']} attempts, {took} in all"
     earlier = [_format_end(status) for status in run.attempts]
-    return [total, *(f"attempt {n}: {text}" for n, text in enumerate(earlier, 1))]
+    changes = _mapping(run.metadata, "changes")
+    kinds = [kind.items() for kind in changes.values() if isinstance(kind, dict)]
+    pairs = [(k, v) for kind in kinds for k, v in kind if v and isinstance(v, list)]
+    changed = [line for key, v in pairs for line in _format_change(key, v[0], v[-1])]
+    lines = [f"attempt {n}: {text}" for n, text in enumerate(earlier, 1)]
+    return [total, *lines, *(f"changed since: {line}" for line in changed[:MAX_SHOWN])]
 
 
 def _format_why(status: Mapping[str, Any], run_dir: Path) -> list[str]:
     """Return the exception, or the last output of a run that was killed or lost."""
     exception, last = status.get("exception"), status.get("last_output")
+    rank = status.get("failed_rank")
+    who = "" if rank is None else f"rank {_text(rank)}: "
     if isinstance(exception, dict):
         frames = str(exception.get("traceback", "")).rstrip().splitlines()
-        return [f"{exception.get('type')}: {exception.get('message')}", *frames[-4:-1]]
+        what = f"{who}{exception.get('type')}: {exception.get('message')}"
+        return [what, *frames[-4:-1]]
     if status.get("status") in ("lost", "?"):
         last = _last_output(run_dir)
     output = [f"  {line}" for line in last[-8:]] if isinstance(last, list) else []
-    return [_text(status["problem"]), *output] if status.get("problem") else output
+    problem = status.get("problem")
+    return [f"{who}{_text(problem)}", *output] if problem else output
 
 
 def _format_code(git: Mapping[str, Any]) -> str:

@@ -2896,6 +2896,18 @@ class Inspecting(RunCase):
         line = f"inputs    mark_artifact_used: {what}\n"
         self.assertIn(line, shown)
 
+    def test_the_attempts_of_a_resumed_run(self) -> None:
+        self.script("""
+        for lr in (1, 2):
+            with run_context("results/e", "e", {"lr": lr}, run_dir="results/e/r"):
+                pass
+        """)
+        shown = self.command("inspect", "results/e/r").stdout
+        self.assertRegex(shown, r"\n          2 attempts, \S+ in all\n")
+        self.assertIn("          attempt 1: success (normal), exit code 0,", shown)
+        self.assertIn("          changed since: lr: 1 -> 2\n", shown)
+        self.assertIn("success (2 attempts)", self.command("list").stdout)
+
     def test_json_for_programs(self) -> None:
         self.in_context("pass")
         done = self.command("inspect", "--json", str(self.run_dir() / "logs"))
