@@ -603,6 +603,7 @@ def _open_run(
         if chosen is None:
             run_dir = _make_run_dir(base_dir, name)
         else:
+            _results_root(base_dir).mkdir(parents=True, exist_ok=True)
             _archive_attempt(run_dir)
         _twice(ensure_run_dir, run_dir, subdirs=options["subdirs"])
         running = {**_running_status(options), "attempt": _attempt(run_dir)}
@@ -702,39 +703,32 @@ def _record_of(run_dir: Path, attempt: int) -> Path:
     return archive if archive.is_dir() else run_dir
 
 
-def _record_changes(run_dir: Path, attempt: int, *kinds: str) -> None:
-    """Add to metadata.json what changed since the last attempt; warn of `kinds`."""
+def _record_changes(run_dir: Path, attempt: int, *warn_of: str) -> None:
+    """Add to metadata.json what changed since the last attempt."""
     before = _read_json(run_dir / "attempts" / str(attempt - 1) / "metadata.json")
     folder = _record_of(run_dir, attempt)
     metadata = _read_json(folder / "metadata.json")
     if before is None or metadata is None:
         return
     changes: dict[str, Any] = {"attempt": attempt - 1}
-    for kind, facts in (("config", _config_facts), ("code", _code_facts),
-                        ("packages", _package_facts)):  # fmt: skip
-        old, new = facts(before), facts(metadata)
+    for (kind, old), new in zip(_facts(before).items(), _facts(metadata).values()):
         both = {**old, **new} if old and new else {}  # one may not be known yet
         pairs = {key: [old.get(key), new.get(key)] for key in both}
         changes[kind] = {k: pair for k, pair in pairs.items() if pair[0] != pair[1]}
     _write_json(folder / "metadata.json", {**metadata, "changes": changes})
-    _warn_of_changes(folder, *kinds)
+    _warn_of_changes(folder, *warn_of)
 
 
-def _config_facts(metadata: dict[str, Any]) -> dict[str, Any]:
-    pairs = _mapping(metadata, "config").items()
-    flat = (_flattened(key, value) for key, value in pairs if key != "command")
-    return {key: value for part in flat for key, value in part.items()}
-
-
-def _code_facts(metadata: dict[str, Any]) -> dict[str, Any]:
-    git = _mapping(metadata, "git")
+def _facts(metadata: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return what must be equal for two attempts to do the same."""
+    config = _flattened("", {**_mapping(metadata, "config"), "command": None})
+    git, lines = _mapping(metadata, "git"), metadata.get("pip_freeze") or []
     names = ("commit_full", "is_dirty", "changed", "untracked")
-    return {name: git.get(name) for name in names if "commit_full" in git}
-
-
-def _package_facts(metadata: dict[str, Any]) -> dict[str, Any]:
-    lines = metadata.get("pip_freeze") or []
-    return {re.split(r"==| @ ", line)[0]: line for line in lines}
+    return {
+        "config": {key.lstrip("."): value for key, value in config.items()},
+        "code": {name: git[name] for name in names if name in git},
+        "packages": {re.split(r"==| @ ", line)[0]: line for line in lines},
+    }
 
 
 def _warn_of_changes(folder: Path, *kinds: str) -> None:
@@ -918,9 +912,9 @@ def _complete_metadata(
 
 
 # === Several processes ===
-# Rank 0 creates the run. Another rank asks for it by a file of its own below base_dir,
-# and only a rank 0 that is alive, or ended well, answers: what an earlier launch left
-# there is never joined, and rank 0 waits for nobody.
+# Rank 0 creates the run and waits for nobody. Another rank asks below base_dir for it:
+# on one host it sees that the rank 0 which published is alive; elsewhere, or when that
+# has ended, rank 0's recorder answers its very request. So no stale file is believed.
 
 
 class _Launch:
@@ -928,40 +922,40 @@ class _Launch:
 
     def __init__(self, env: Mapping[str, str], options: Mapping[str, Any]) -> None:
         found = _rank(env)
-        self.rank, self.world, ids, mark = found or (0, 1, {}, [])
+        self.rank, self.world, self.shared, mark = found or (0, 1, {}, [])
         self.launcher = _launcher_process(mark) if mark else None
         self.base_dir: Path = options["base_dir"]
-        prefix = options["run_prefix"]
-        name = _script_name() if prefix is None else str(prefix)
-        _entered.append((os.getpid(), self.base_dir, name))
-        ordinal = _entered.count(_entered[-1])
-        slurm = {k: env[k] for k in _SLURM_JOB if k in env}
-        where = [name, ordinal, options["ranks"]]
-        together = options["ranks"] == "together"
-        job = [slurm or [ids, self.launcher], *where, not together and self.rank]
+        name = options["run_prefix"] or _script_name()
+        _entered.append((os.getpid(), str(self.base_dir), str(name)))
+        separate = options["ranks"] == "separate"
+        which = [str(name), _entered.count(_entered[-1]), separate and self.rank]
         counts = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
-        self.restarts = [_whole(env.get(count)) or 0 for count in counts]
-        self.facts: dict[str, Any] = {}
-        if slurm or found:
-            self.facts = {"job": _short_hash(job), "restarts": self.restarts}
+        restarts = [_whole(env.get(count)) or 0 for count in counts]
+        slurm = {key: env[key] for key in _SLURM_JOB if key in env}
+        job = _short_hash([slurm or [self.shared, self.launcher], which])
+        self.facts: dict[str, Any] = {"job": job, "restarts": restarts}
         if found:
             self.facts.update(rank=self.rank, world_size=self.world)
-        self.about = " ".join(f"{k}={v}" for k, v in ids.items())
-        key = _short_hash([ids, self.launcher, self.restarts, self.world, *where])
+        elif not slurm:
+            self.facts = {}
+        key = _short_hash([self.shared, self.launcher, restarts, self.world, which])
         self.folder = self.base_dir / ".ranks" / key
-        if not together:
+        if separate:
             self.rank, self.world = 0, 1
 
     def publish(self, run_dir: Path, attempt: int) -> _Meeting | None:
-        """Answer the ranks that wait already; return what answers the others."""
+        """Tell the other ranks where the run is, in .ranks/<key>/run.json."""
         if self.world == 1:
             return None
+        ours = {"pid": os.getpid(), "process": _process_identity(os.getpid())}
+        answer = {"run_dir": str(run_dir), "attempt": attempt, **ours}
+        with _tolerating("the other ranks"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for path in self.folder.glob("*.joined"):  # of a launch that crashed
+                path.unlink()
+            _write_file(self.folder / "run.json", json.dumps(answer).encode())
         until = time.monotonic() + RANK_WAIT_SECONDS
-        answer = {"run_dir": str(run_dir), "attempt": attempt}
-        meeting = _Meeting(str(self.folder), answer, self.world - 1, until)
-        meeting.launcher = self.launcher
-        meeting.answer_all()
-        return meeting
+        return _Meeting(str(self.folder), answer, self.world - 1, until, self.launcher)
 
     def join(self) -> tuple[Path, int]:
         """Wait until rank 0 has created the run; return its path and attempt."""
@@ -974,8 +968,9 @@ class _Launch:
                     if not request.exists():
                         self.folder.mkdir(parents=True, exist_ok=True)
                         request.touch()
-                answer = _read_json(reply)
-                if answer is not None:
+                answer = self._published_here() or _read_json(reply)
+                if answer:
+                    request.rename(request.with_suffix(".joined"))
                     return Path(answer["run_dir"]), answer["attempt"]
                 time.sleep(RANK_POLL_SECONDS)
         except OSError as error:
@@ -985,21 +980,83 @@ class _Launch:
                 with contextlib.suppress(OSError):
                     path.unlink()
         who = f"rank {self.rank} of {self.world} waited {RANK_WAIT_SECONDS:g} s"
-        what = f"rank 0 to create the run below {str(self.base_dir)!r} ({self.about})"
+        what = f"rank 0 to create the run below {str(self.base_dir)!r}"
+        names = " ".join(f"{key}={value}" for key, value in self.shared.items())
         todo = "let all ranks enter run_context, or give ranks='separate'"
-        raise TimeoutError(f"{who} for {what}; {todo}")
+        raise TimeoutError(f"{who} for {what} ({names}); {todo}")
+
+    def _published_here(self) -> dict[str, Any] | None:
+        """Return what a rank 0 published that is alive on this host (Linux)."""
+        published = _read_json(self.folder / "run.json")
+        then, here = _mapping(published, "process"), _process_identity(os.getpid())
+        same = all(then.get(key) == here[key] for key in ("boot_id", "pid_namespace"))
+        if not published or not same or then["start_ticks"] is None:
+            return None
+        return published if _is_alive(published["pid"], then["start_ticks"]) else None
 
     def earlier_attempt(self) -> Path | None:
         """Return the run that this job recorded before it was started again."""
         for path in sorted(self.base_dir.glob("*"), key=_started, reverse=True):
             then = _mapping(_read_json(path / "metadata.json"), "launcher")
-            ours = then.get("job") and then.get("job") == self.facts.get("job")
-            if ours and then.get("restarts", self.restarts) < self.restarts:
+            ours = then.get("job") == self.facts.get("job") is not None
+            if ours and then.get("restarts", []) < self.facts["restarts"]:
                 return path
         return None
 
 
-_entered: list[tuple[int, Path, str]] = []  # by this process: the n-th meets the n-th
+class _Meeting:
+    """How rank 0, and then its recorder, answers the ranks that have not come yet."""
+
+    def __init__(
+        self, folder: str, answer: dict[str, Any], others: int, until: float,
+        launcher: Any, answered: Sequence[str] = (), joined: Sequence[str] = (),
+    ) -> None:
+        self.folder, self.answer, self.others = folder, answer, others
+        self.until, self.launcher = until, launcher
+        self.answered, self.joined = list(answered), list(joined)
+
+    def answer_all(self) -> bool:
+        """Tell all that ask where the run is; return False once all have come."""
+        known = self.answered + self.joined
+        for path in Path(self.folder).glob("*-*"):
+            rank, kind = path.name.partition("-")[0], path.suffix
+            with contextlib.suppress(OSError):
+                if kind == ".joined":
+                    path.unlink()
+                    self.joined.append(rank)
+                elif not kind and not {path.name, rank}.intersection(known):
+                    reply = json.dumps(self.answer).encode()
+                    _write_file(path.with_suffix(".json"), reply)
+                    self.answered.append(path.name)
+        if len(set(self.joined)) == self.others:
+            self.tidy()
+            return False
+        return True
+
+    def serve(self) -> None:
+        """Answer until all have come, or it can be assumed that none will."""
+        while self.answer_all():
+            late = time.monotonic() > self.until
+            over = self.launcher and not _is_alive(*self.launcher[:2])
+            if late or over or not os.path.isdir(self.answer["run_dir"]):
+                return self.tidy()
+            time.sleep(RANK_POLL_SECONDS)
+
+    def tidy(self) -> None:
+        """Remove what is ours; a folder goes when no other launch has a file there."""
+        folder = Path(self.folder)
+        mine = [folder / name for name in self.answered]
+        if _read_json(folder / "run.json") == self.answer:
+            mine.append(folder / "run.json")
+        for path in (*mine, *(path.with_suffix(".json") for path in mine)):
+            with contextlib.suppress(OSError):
+                path.unlink()
+        for path in (folder, folder.parent):
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
+_entered: list[tuple[int, str, str]] = []  # the n-th of one rank meets the n-th
 _SLURM_JOB = ("SLURM_CLUSTER_NAME", "SLURM_JOB_ID")
 # Rank, number of ranks, ranks on this host; what all ranks of a launch have in common.
 _LAUNCHERS = (
@@ -1079,62 +1136,6 @@ def _short_hash(value: Any) -> str:
     import hashlib
 
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
-
-
-class _Meeting:
-    """Rank 0's answers; the recorder goes on with them from the same attributes."""
-
-    def __init__(
-        self, folder: str, answer: dict[str, Any], others: int, until: float,
-        answered: Sequence[str] = (), joined: Sequence[str] = (), launcher: Any = None,
-    ) -> None:
-        self.folder, self.answer, self.until = folder, answer, until
-        self.others, self.launcher = others, launcher
-        self.answered, self.joined = list(answered), list(joined)
-
-    def answer_all(self) -> None:
-        """Tell all ranks that ask where the run is, each once: it then takes its file.
-
-        A file that is never taken is of an earlier launch.
-        """
-        folder = Path(self.folder)
-        names = os.listdir(folder) if folder.is_dir() else []
-        for name in self.answered:
-            rank = name.partition("-")[0]
-            if name not in names and rank not in self.joined:
-                self.joined.append(rank)
-        for name in names:
-            known = name in self.answered or name.partition("-")[0] in self.joined
-            if "." not in name and not known:
-                with contextlib.suppress(OSError):
-                    data = json.dumps(self.answer).encode()
-                    _write_file(folder / f"{name}.json", data)
-                    self.answered.append(name)
-
-    def is_open(self) -> bool:
-        return len(self.joined) < self.others
-
-    def serve(self) -> None:
-        """Answer until all have come, or it can be assumed that none will."""
-        while self.is_open() and os.path.isdir(self.answer["run_dir"]):
-            late = time.monotonic() > self.until
-            if late or (self.launcher and not _is_alive(*self.launcher[:2])):
-                break
-            with contextlib.suppress(OSError):
-                self.answer_all()
-            time.sleep(RANK_POLL_SECONDS)
-        self.tidy()
-
-    def tidy(self) -> None:
-        """Remove what ranks that we answered have left, and empty folders."""
-        folder = Path(self.folder)
-        for name in self.answered:
-            for path in (folder / name, folder / f"{name}.json"):
-                with contextlib.suppress(OSError):
-                    path.unlink()
-        for path in (folder, folder.parent):
-            with contextlib.suppress(OSError):
-                path.rmdir()
 
 
 def _record_rank(
@@ -2497,11 +2498,7 @@ class _RecorderProcess:
                 self.meeting = None
                 return self._finish()
             if self.meeting is not None:
-                with _tolerating("the other ranks"):
-                    self.meeting.answer_all()
-                if not self.meeting.is_open():
-                    self.meeting.tidy()
-                    self.meeting = None
+                self.meeting = self.meeting if self.meeting.answer_all() else None
             if waiting and not self.captures.is_alive():
                 waiting = False
                 self._reply("captured")

@@ -906,8 +906,10 @@ class SeveralProcesses(RunCase):
         request = self.wait_for("results/exp/.ranks/*/1-*")
         waiting.kill()
         waiting.wait()
-        for name in ("1-0123456789abcdef", "1-0123456789abcdee.json"):
-            request.with_name(name).write_text('{"run_dir": "/", "attempt": 1}')
+        identity = run_utils._process_identity(os.getpid())
+        answer = {"run_dir": "/", "attempt": 1, "pid": waiting.pid, "process": identity}
+        for name in ("1-0123abcd", "1-0123abce.json", "1-0123abcf.joined", "run.json"):
+            request.with_name(name).write_text(json.dumps(answer), "ascii")
         paths = self.outputs(self.start(body, 1), self.start(body, 0))
         self.assertEqual(set(paths), {f"{self.run_dir()}\n"})
 

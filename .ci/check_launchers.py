@@ -30,8 +30,8 @@ TRAIN = """
 import os, random, sys, time
 from run_utils import run_context
 
-rank = next(os.environ[n] for n in
-            ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID") if n in os.environ)
+names = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+rank = next(os.environ[name] for name in names if name in os.environ)
 time.sleep(float(sys.argv[1]) * random.random())
 with run_context("results/exp", "exp", resume=os.environ.get("RESUME")) as run_dir:
     if "torch" in sys.argv:
@@ -199,7 +199,14 @@ class Torchrun(Case):
         if importlib.util.find_spec("accelerate") is None:
             self.skipTest("accelerate is not installed")
         module = "accelerate.commands.accelerate_cli"
-        options = ("launch", "--cpu", "--num_processes", "4", "--num_machines", "1")
+        options = (
+            "launch",
+            "--multi_gpu",
+            "--num_processes",
+            "4",
+            "--num_machines",
+            "1",
+        )
         more = ("--mixed_precision", "no", "--dynamo_backend", "no")
         words = ("-m", module, *options, *more, "train.py", "0", "torch")
         self.check_one_run(self.launch(sys.executable, *words))
@@ -262,8 +269,8 @@ class Srun(Case):
             "SelectType": "select/cons_tres",
             "MpiDefault": "none",
             "ReturnToService": 2,
-            "NodeName": f"{host} NodeAddr=127.0.0.1 CPUs=4 State=UNKNOWN",
-            "PartitionName": "all Nodes=ALL Default=YES State=UP OverSubscribe=FORCE",
+            "NodeName": f"{host} NodeAddr=127.0.0.1 CPUs={os.cpu_count()}",
+            "PartitionName": "all Nodes=ALL Default=YES OverSubscribe=FORCE",
         }
         lines = [f"{name}={value}" for name, value in settings.items()]
         (place / "slurm.conf").write_text("\n".join(lines) + "\n", "utf-8")
@@ -302,9 +309,19 @@ class Srun(Case):
             script = self.tmp / "job.sh"
             python = f"{sys.executable} train.py 0"
             script.write_text(
-                f"#!/bin/sh\n{python}\nsrun -n2 {python}\nsrun -n2 {python}\n", "utf-8"
+                f"#!/bin/sh\n{python}\nsrun -n2 -O {python}\nsrun -n2 -O {python}\n",
+                "utf-8",
             )
-            words = ("sbatch", "--wait", "-n", "4", "-o", "job.out", "job.sh")
+            words = (
+                "sbatch",
+                "--wait",
+                "-n",
+                "4",
+                "--overcommit",
+                "-o",
+                "job.out",
+                "job.sh",
+            )
             self.launch(*words)
             worlds = [
                 self.read(path / "metadata.json")["launcher"].get("world_size")
