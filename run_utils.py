@@ -921,25 +921,25 @@ class _Launch:
     """Which of how many processes this is, and the name that they share."""
 
     def __init__(self, env: Mapping[str, str], options: Mapping[str, Any]) -> None:
-        found = _rank(env)
-        self.rank, self.world, self.shared, mark = found or (0, 1, {}, [])
-        self.launcher = _launcher_process(mark) if mark else None
+        self.rank, self.world, self.shared, mark = _rank(env) or (0, 1, {}, [])
         self.base_dir: Path = options["base_dir"]
-        name = options["run_prefix"] or _script_name()
-        _entered.append((os.getpid(), str(self.base_dir), str(name)))
-        separate = options["ranks"] == "separate"
-        which = [str(name), _entered.count(_entered[-1]), separate and self.rank]
+        self.facts: dict[str, Any] = {}  # for metadata.json
+        slurm = {key: env[key] for key in _SLURM_JOB if key in env}
+        if not slurm and not self.shared:
+            return
+        launcher = _launcher_process(mark) if mark else None
+        name, separate = options["run_prefix"], options["ranks"] == "separate"
+        own = (os.getpid(), self.base_dir, name)  # the n-th of one rank meets the n-th
+        _entered[own] = _entered.get(own, 0) + 1
+        which = [str(name or _script_name()), _entered[own], separate and self.rank]
         counts = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
         restarts = [_whole(env.get(count)) or 0 for count in counts]
-        slurm = {key: env[key] for key in _SLURM_JOB if key in env}
-        job = _short_hash([slurm or [self.shared, self.launcher], which])
-        self.facts: dict[str, Any] = {"job": job, "restarts": restarts}
-        if found:
+        job = _short_hash([slurm or [self.shared, launcher], which])
+        self.facts = {"job": job, "restarts": restarts}
+        if self.world > 1:
             self.facts.update(rank=self.rank, world_size=self.world)
-        elif not slurm:
-            self.facts = {}
-        key = _short_hash([self.shared, self.launcher, restarts, self.world, which])
-        self.folder = self.base_dir / ".ranks" / key
+        key = _short_hash([self.shared, launcher, restarts, self.world, which])
+        self.folder, self.launcher = self.base_dir / ".ranks" / key, launcher
         if separate:
             self.rank, self.world = 0, 1
 
@@ -1056,7 +1056,7 @@ class _Meeting:
                 path.rmdir()
 
 
-_entered: list[tuple[int, str, str]] = []  # the n-th of one rank meets the n-th
+_entered: dict[tuple[int, Path, Any], int] = {}  # how often this process has
 _SLURM_JOB = ("SLURM_CLUSTER_NAME", "SLURM_JOB_ID")
 # Rank, number of ranks, ranks on this host; what all ranks of a launch have in common.
 _LAUNCHERS = (
@@ -1084,10 +1084,10 @@ def _rank(
         return None
     name, size, local, shared = known[0]
     rank, world = _whole(env[name]), _whole(env[size])
-    names = (*shared, *_SLURM_JOB, "PBS_JOBID")
+    names = (*shared, *_SLURM_JOB, "PBS_JOBID", size)
     ids: dict[str, Any] = {key: env[key] for key in names if key in env}
     step = _whole(env.get("SLURM_STEP_ID", ""))
-    if rank is None or world is None or not rank < world > 1 or _is_child(name):
+    if rank is None or world is None or not rank < world > 1 or _is_child(name, ids):
         return None
     if name == "RANK" and not {"MASTER_PORT", "TORCHELASTIC_RUN_ID"}.intersection(ids):
         return None  # somebody's own variable
@@ -1104,12 +1104,13 @@ def _whole(text: str | None) -> int | None:
     return int(text) if text and re.fullmatch(r"[0-9]{1,10}", text) else None
 
 
-def _is_child(name: str) -> bool:
-    """Return whether we were started by a rank inside its run, and are none."""
+def _is_child(name: str, ids: Mapping[str, str]) -> bool:
+    """Return whether a rank of this launch started us inside its run: we are none."""
     if any(run.pid == os.getpid() for run in _active) or "RUN_DIR" not in os.environ:
         return False
     metadata = _read_json(Path(os.environ["RUN_DIR"]) / "metadata.json")
-    return name in _mapping(metadata, "launcher")
+    launcher = _mapping(metadata, "launcher")
+    return name in launcher and all(launcher.get(k, ids[k]) == ids[k] for k in ids)
 
 
 def _launcher_process(mark: Sequence[str]) -> list[Any] | None:

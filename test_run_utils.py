@@ -920,7 +920,7 @@ class SeveralProcesses(RunCase):
         ).communicate()
         self.assertIn(
             "TimeoutError: rank 1 of 2 waited 0.1 s for rank 0 to create the run below "
-            f"'{self.tmp / 'results/exp'}' (MASTER_ADDR=127.0.0.1 MASTER_PORT=12345",
+            f"'{self.tmp / 'results/exp'}' (MASTER_ADDR=127.0.0.1 MASTER_PORT=12345 ",
             errors,
         )
         self.assertEqual(self.run_dirs(), [])

@@ -312,17 +312,8 @@ class Srun(Case):
                 f"#!/bin/sh\n{python}\nsrun -n2 -O {python}\nsrun -n2 -O {python}\n",
                 "utf-8",
             )
-            words = (
-                "sbatch",
-                "--wait",
-                "-n",
-                "4",
-                "--overcommit",
-                "-o",
-                "job.out",
-                "job.sh",
-            )
-            self.launch(*words)
+            options = ("--wait", "-n", "4", "--overcommit", "-o", "job.out")
+            self.launch("sbatch", *options, "job.sh")
             worlds = [
                 self.read(path / "metadata.json")["launcher"].get("world_size")
                 for path in self.run_dirs()
