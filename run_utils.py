@@ -934,7 +934,8 @@ class _Launch:
         which = [str(name or _script_name()), _entered[own], separate and self.rank]
         counts = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
         restarts = [_whole(env.get(count)) or 0 for count in counts]
-        job = _short_hash([slurm or [self.shared, launcher], which])
+        step = env.get("SLURM_STEP_ID")
+        job = _short_hash([[slurm, step] if slurm else [self.shared, launcher], which])
         self.facts = {"job": job, "restarts": restarts}
         if self.world > 1:
             self.facts.update(rank=self.rank, world_size=self.world)
@@ -970,7 +971,8 @@ class _Launch:
                         request.touch()
                 answer = self._published_here() or _read_json(reply)
                 if answer:
-                    request.rename(request.with_suffix(".joined"))
+                    with contextlib.suppress(OSError):
+                        request.rename(request.with_suffix(".joined"))
                     return Path(answer["run_dir"]), answer["attempt"]
                 time.sleep(RANK_POLL_SECONDS)
         except OSError as error:
@@ -990,7 +992,7 @@ class _Launch:
         published = _read_json(self.folder / "run.json")
         then, here = _mapping(published, "process"), _process_identity(os.getpid())
         same = all(then.get(key) == here[key] for key in ("boot_id", "pid_namespace"))
-        if not published or not same or then["start_ticks"] is None:
+        if not published or not same or not then.get("start_ticks"):
             return None
         return published if _is_alive(published["pid"], then["start_ticks"]) else None
 
@@ -1063,11 +1065,10 @@ _LAUNCHERS = (
     ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE",
      ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE",
-     ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "OMPI_MCA_orte_hnp_uri")),
-    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALNRANKS", ("PMI_JOBID", "PMI_ID_JOB")),
-    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE",
-     ("SLURM_STEP_ID",)),
-    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_TASKS_PER_NODE", ("SLURM_STEP_ID",)),
+     ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid")),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALNRANKS", ("PMI_JOBID",)),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "", ("SLURM_STEP_ID",)),
+    ("SLURM_PROCID", "SLURM_NTASKS", "", ("SLURM_STEP_ID",)),
 )  # fmt: skip
 
 
@@ -1087,7 +1088,7 @@ def _rank(
     names = (*shared, *_SLURM_JOB, "PBS_JOBID", size)
     ids: dict[str, Any] = {key: env[key] for key in names if key in env}
     step = _whole(env.get("SLURM_STEP_ID", ""))
-    if rank is None or world is None or not rank < world > 1 or _is_child(name, ids):
+    if rank is None or world is None or not rank < world > 1 or _is_child(ids):
         return None
     if name == "RANK" and not {"MASTER_PORT", "TORCHELASTIC_RUN_ID"}.intersection(ids):
         return None  # somebody's own variable
@@ -1095,7 +1096,7 @@ def _rank(
         return None  # the numbers of what is no step of srun (slurm.h)
     if re.match(r"localhost|127\.|::1", env.get("MASTER_ADDR", "")):
         ids["host"] = [_hostname(), _process_identity(os.getpid())["boot_id"]]
-    here = env.get(local) == env[size] and name != "SLURM_PROCID"
+    here = env.get(local) == env[size]  # all of them
     mark = [f"{key}={env[key]}" for key in (name, size, local)] if here else []
     return rank, world, ids, mark
 
@@ -1104,13 +1105,14 @@ def _whole(text: str | None) -> int | None:
     return int(text) if text and re.fullmatch(r"[0-9]{1,10}", text) else None
 
 
-def _is_child(name: str, ids: Mapping[str, str]) -> bool:
+def _is_child(ids: Mapping[str, str]) -> bool:
     """Return whether a rank of this launch started us inside its run: we are none."""
     if any(run.pid == os.getpid() for run in _active) or "RUN_DIR" not in os.environ:
         return False
     metadata = _read_json(Path(os.environ["RUN_DIR"]) / "metadata.json")
-    launcher = _mapping(metadata, "launcher")
-    return name in launcher and all(launcher.get(k, ids[k]) == ids[k] for k in ids)
+    then = _mapping(metadata, "launcher")
+    known = [key for key in ids if not key.startswith(("PMIX_", "OMPI_MCA_"))]
+    return "world_size" in then and all(then.get(key) == ids[key] for key in known)
 
 
 def _launcher_process(mark: Sequence[str]) -> list[Any] | None:
@@ -1170,14 +1172,13 @@ def _name_failed_rank(folder: Path) -> dict[str, Any] | None:
     own = _mapping(status, "ranks").get("0", own)
     causes = failed if own["status"] != "failed" else {"0": own, **failed}
     first = min(causes, key=lambda rank: _failed_at(causes[rank]))
+    brief = ("exit_reason", "exit_code", "ended")  # the files tell more
+    ranks = {rank: {key: failed[rank].get(key) for key in brief} for rank in failed}
+    if len(_mapping(status, "ranks")) == 1 + len(ranks):
+        return status
     rest = {key: value for key, value in status.items() if key not in _OUTCOME}
     facts = {key: causes[first][key] for key in _OUTCOME if key in causes[first]}
-    facts = {**facts, **rest, "failed_rank": int(first), "ranks": {"0": own}}
-    for rank, outcome in failed.items():  # the files tell more
-        brief = {key: outcome.get(key) for key in ("exit_reason", "exit_code", "ended")}
-        facts["ranks"][rank] = brief
-    if facts["ranks"].keys() == _mapping(status, "ranks").keys():
-        return status
+    facts.update(rest, failed_rank=int(first), ranks={"0": own, **ranks})
     _write_json(folder / "status.json", facts, durable=True)
     return _name_failed_rank(folder)  # another rank may have failed meanwhile
 
