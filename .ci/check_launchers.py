@@ -9,7 +9,6 @@ import importlib.util
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -92,11 +91,7 @@ class Case(unittest.TestCase):
 
     def check_one_run(self, output: str, world: int = 4) -> Path:
         """All ranks had one path; one record, one start and one end; logs of each."""
-        told = dict(re.findall(r"rank (\d+) (/\S+)", output))
-        self.assertEqual(len(told), world, output)
-        self.assertEqual(len(set(told.values())), 1, output)
         (run_dir,) = self.run_dirs()
-        self.assertEqual(str(run_dir), told["0"])
         self.assertEqual(self.read(run_dir / "status.json")["status"], "success")
         metadata = self.read(run_dir / "metadata.json")
         self.assertEqual(metadata["launcher"]["world_size"], world)
@@ -107,7 +102,7 @@ class Case(unittest.TestCase):
             prefix = f"rank{rank}." if rank else "[so]*"
             logs = run_dir.glob(f"logs/{prefix}*.log" if rank else f"logs/{prefix}.log")
             text = "".join(path.read_text("utf-8") for path in logs)
-            self.assertIn(f"rank {rank} ", text)
+            self.assertIn(f"rank {rank} {run_dir}\n", text, output)
         return run_dir
 
     def check_failure(self, rank: int, why: str) -> dict[str, Any]:
