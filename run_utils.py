@@ -921,26 +921,26 @@ class _Launch:
     """Which of how many processes this is, and the name that they share."""
 
     def __init__(self, env: Mapping[str, str], options: Mapping[str, Any]) -> None:
-        self.rank, self.world, self.shared, mark = _rank(env) or (0, 1, {}, [])
+        found = _rank(env) or (0, 1, {}, None)
+        self.rank, self.world, self.shared, self.launcher = found
         self.base_dir: Path = options["base_dir"]
         self.facts: dict[str, Any] = {}  # for metadata.json
         slurm = {key: env[key] for key in _SLURM_JOB if key in env}
         if not slurm and not self.shared:
             return
-        launcher = _launcher_process(mark) if mark else None
         name, separate = options["run_prefix"], options["ranks"] == "separate"
         own = (os.getpid(), self.base_dir, name)  # the n-th of one rank meets the n-th
         _entered[own] = _entered.get(own, 0) + 1
         which = [str(name or _script_name()), _entered[own], separate and self.rank]
         counts = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
         restarts = [_whole(env.get(count)) or 0 for count in counts]
-        step = env.get("SLURM_STEP_ID")
-        job = _short_hash([[slurm, step] if slurm else [self.shared, launcher], which])
+        launch = [slurm, env.get("SLURM_STEP_ID")] if slurm else self.shared
+        job = _short_hash([launch, which])
         self.facts = {"job": job, "restarts": restarts}
         if self.world > 1:
             self.facts.update(rank=self.rank, world_size=self.world)
-        key = _short_hash([self.shared, launcher, restarts, self.world, which])
-        self.folder, self.launcher = self.base_dir / ".ranks" / key, launcher
+        key = _short_hash([self.shared, restarts, which])
+        self.folder = self.base_dir / ".ranks" / key
         if separate:
             self.rank, self.world = 0, 1
 
@@ -983,7 +983,8 @@ class _Launch:
                     path.unlink()
         who = f"rank {self.rank} of {self.world} waited {RANK_WAIT_SECONDS:g} s"
         what = f"rank 0 to create the run below {str(self.base_dir)!r}"
-        names = " ".join(f"{key}={value}" for key, value in self.shared.items())
+        known = {k: v for k, v in self.shared.items() if isinstance(v, str)}
+        names = " ".join(f"{key}={value}" for key, value in known.items())
         todo = "let all ranks enter run_context, or give ranks='separate'"
         raise TimeoutError(f"{who} for {what} ({names}); {todo}")
 
@@ -998,10 +999,11 @@ class _Launch:
 
     def earlier_attempt(self) -> Path | None:
         """Return the run that this job recorded before it was started again."""
-        for path in sorted(self.base_dir.glob("*"), key=_started, reverse=True):
+        restarts = self.facts.get("restarts", [])
+        places = self.base_dir.glob("*") if any(restarts) else []
+        for path in sorted(places, key=_started, reverse=True):
             then = _mapping(_read_json(path / "metadata.json"), "launcher")
-            ours = then.get("job") == self.facts.get("job") is not None
-            if ours and then.get("restarts", []) < self.facts["restarts"]:
+            if then.get("job") == self.facts["job"] and then["restarts"] < restarts:
                 return path
         return None
 
@@ -1074,8 +1076,8 @@ _LAUNCHERS = (
 
 def _rank(
     env: Mapping[str, str]
-) -> tuple[int, int, dict[str, Any], list[str]] | None:
-    """Return rank, world size, what all ranks share and what tells one of this host.
+) -> tuple[int, int, dict[str, Any], list[Any] | None] | None:
+    """Return rank, world size, what the ranks of this launch alone share, its launcher.
 
     The first launcher that names both decides. None for an ordinary process, such as
     the script of sbatch, a shell of salloc, or a program that a rank starts.
@@ -1096,9 +1098,11 @@ def _rank(
         return None  # the numbers of what is no step of srun (slurm.h)
     if re.match(r"localhost|127\.|::1", env.get("MASTER_ADDR", "")):
         ids["host"] = [_hostname(), _process_identity(os.getpid())["boot_id"]]
-    here = env.get(local) == env[size]  # all of them
-    mark = [f"{key}={env[key]}" for key in (name, size, local)] if here else []
-    return rank, world, ids, mark
+    mark = [f"{key}={env[key]}" for key in (name, size, local) if key in env]
+    launcher = _launcher_process(mark)
+    if env.get(local) == env[size]:  # all are here, so it is the same for all
+        ids["launcher"] = launcher
+    return rank, world, ids, launcher
 
 
 def _whole(text: str | None) -> int | None:
