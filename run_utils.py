@@ -612,6 +612,7 @@ def _open_run(
         if chosen is None:
             run_dir = _make_run_dir(base_dir, name)
         else:
+            _results_root(base_dir).mkdir(parents=True, exist_ok=True)
             _archive_attempt(run_dir)
         _twice(ensure_run_dir, run_dir, subdirs=options["subdirs"])
         running = {**_running_status(options), "attempt": _attempt(run_dir)}
@@ -712,39 +713,32 @@ def _record_of(run_dir: Path, attempt: int) -> Path:
     return archive if archive.is_dir() else run_dir
 
 
-def _record_changes(run_dir: Path, attempt: int, *kinds: str) -> None:
-    """Add to metadata.json what changed since the last attempt; warn of `kinds`."""
+def _record_changes(run_dir: Path, attempt: int, *warn_of: str) -> None:
+    """Add to metadata.json what changed since the last attempt."""
     before = _read_json(run_dir / "attempts" / str(attempt - 1) / "metadata.json")
     folder = _record_of(run_dir, attempt)
     metadata = _read_json(folder / "metadata.json")
     if before is None or metadata is None:
         return
     changes: dict[str, Any] = {"attempt": attempt - 1}
-    for kind, facts in (("config", _config_facts), ("code", _code_facts),
-                        ("packages", _package_facts)):  # fmt: skip
-        old, new = facts(before), facts(metadata)
+    for (kind, old), new in zip(_facts(before).items(), _facts(metadata).values()):
         both = {**old, **new} if old and new else {}  # one may not be known yet
         pairs = {key: [old.get(key), new.get(key)] for key in both}
         changes[kind] = {k: pair for k, pair in pairs.items() if pair[0] != pair[1]}
     _write_json(folder / "metadata.json", {**metadata, "changes": changes})
-    _warn_of_changes(folder, *kinds)
+    _warn_of_changes(folder, *warn_of)
 
 
-def _config_facts(metadata: dict[str, Any]) -> dict[str, Any]:
-    pairs = _mapping(metadata, "config").items()
-    flat = (_flattened(key, value) for key, value in pairs if key != "command")
-    return {key: value for part in flat for key, value in part.items()}
-
-
-def _code_facts(metadata: dict[str, Any]) -> dict[str, Any]:
-    git = _mapping(metadata, "git")
+def _facts(metadata: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return what must be equal for two attempts to do the same."""
+    config = _flattened("", {**_mapping(metadata, "config"), "command": None})
+    git, lines = _mapping(metadata, "git"), metadata.get("pip_freeze") or []
     names = ("commit_full", "is_dirty", "changed", "untracked")
-    return {name: git.get(name) for name in names if "commit_full" in git}
-
-
-def _package_facts(metadata: dict[str, Any]) -> dict[str, Any]:
-    lines = metadata.get("pip_freeze") or []
-    return {re.split(r"==| @ ", line)[0]: line for line in lines}
+    return {
+        "config": {key.lstrip("."): value for key, value in config.items()},
+        "code": {name: git[name] for name in names if name in git},
+        "packages": {re.split(r"==| @ ", line)[0]: line for line in lines},
+    }
 
 
 def _warn_of_changes(folder: Path, *kinds: str) -> None:
@@ -928,50 +922,51 @@ def _complete_metadata(
 
 
 # === Several processes ===
-# Rank 0 creates the run. Another rank asks for it by a file of its own below base_dir,
-# and only a rank 0 that is alive, or ended well, answers: what an earlier launch left
-# there is never joined, and rank 0 waits for nobody.
+# Rank 0 creates the run and waits for nobody. Another rank asks below base_dir for it:
+# on one host it sees that the rank 0 which published is alive; elsewhere, or when that
+# has ended, rank 0's recorder answers its very request. So no stale file is believed.
 
 
 class _Launch:
     """Which of how many processes this is, and the name that they share."""
 
     def __init__(self, env: Mapping[str, str], options: Mapping[str, Any]) -> None:
-        found = _rank(env)
-        self.rank, self.world, ids, mark = found or (0, 1, {}, [])
-        self.launcher = _launcher_process(mark) if mark else None
+        found = _rank(env) or (0, 1, {}, None)
+        self.rank, self.world, self.shared, self.launcher = found
         self.base_dir: Path = options["base_dir"]
-        prefix = options["run_prefix"]
-        name = _script_name() if prefix is None else str(prefix)
-        _entered.append((os.getpid(), self.base_dir, name))
-        ordinal = _entered.count(_entered[-1])
-        slurm = {k: env[k] for k in _SLURM_JOB if k in env}
-        where = [name, ordinal, options["ranks"]]
-        together = options["ranks"] == "together"
-        job = [slurm or [ids, self.launcher], *where, not together and self.rank]
+        self.facts: dict[str, Any] = {}  # for metadata.json
+        slurm = {key: env[key] for key in _SLURM_JOB if key in env}
+        if not slurm and not self.shared:
+            return
+        name, separate = options["run_prefix"], options["ranks"] == "separate"
+        own = (os.getpid(), self.base_dir, name)  # the n-th of one rank meets the n-th
+        _entered[own] = _entered.get(own, 0) + 1
+        which = [str(name or _script_name()), _entered[own], separate and self.rank]
         counts = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
-        self.restarts = [_whole(env.get(count)) or 0 for count in counts]
-        self.facts: dict[str, Any] = {}
-        if slurm or found:
-            self.facts = {"job": _short_hash(job), "restarts": self.restarts}
-        if found:
+        restarts = [_whole(env.get(count)) or 0 for count in counts]
+        launch = [slurm, env.get("SLURM_STEP_ID")] if slurm else self.shared
+        job = _short_hash([launch, which])
+        self.facts = {"job": job, "restarts": restarts}
+        if self.world > 1:
             self.facts.update(rank=self.rank, world_size=self.world)
-        self.about = " ".join(f"{k}={v}" for k, v in ids.items())
-        key = _short_hash([ids, self.launcher, self.restarts, self.world, *where])
+        key = _short_hash([self.shared, restarts, which])
         self.folder = self.base_dir / ".ranks" / key
-        if not together:
+        if separate:
             self.rank, self.world = 0, 1
 
     def publish(self, run_dir: Path, attempt: int) -> _Meeting | None:
-        """Answer the ranks that wait already; return what answers the others."""
+        """Tell the other ranks where the run is, in .ranks/<key>/run.json."""
         if self.world == 1:
             return None
+        ours = {"pid": os.getpid(), "process": _process_identity(os.getpid())}
+        answer = {"run_dir": str(run_dir), "attempt": attempt, **ours}
+        with _tolerating("the other ranks"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for path in self.folder.glob("*.joined"):  # of a launch that crashed
+                path.unlink()
+            _write_file(self.folder / "run.json", json.dumps(answer).encode())
         until = time.monotonic() + RANK_WAIT_SECONDS
-        answer = {"run_dir": str(run_dir), "attempt": attempt}
-        meeting = _Meeting(str(self.folder), answer, self.world - 1, until)
-        meeting.launcher = self.launcher
-        meeting.answer_all()
-        return meeting
+        return _Meeting(str(self.folder), answer, self.world - 1, until, self.launcher)
 
     def join(self) -> tuple[Path, int]:
         """Wait until rank 0 has created the run; return its path and attempt."""
@@ -984,8 +979,10 @@ class _Launch:
                     if not request.exists():
                         self.folder.mkdir(parents=True, exist_ok=True)
                         request.touch()
-                answer = _read_json(reply)
-                if answer is not None:
+                answer = self._published_here() or _read_json(reply)
+                if answer:
+                    with contextlib.suppress(OSError):
+                        request.rename(request.with_suffix(".joined"))
                     return Path(answer["run_dir"]), answer["attempt"]
                 time.sleep(RANK_POLL_SECONDS)
         except OSError as error:
@@ -995,39 +992,102 @@ class _Launch:
                 with contextlib.suppress(OSError):
                     path.unlink()
         who = f"rank {self.rank} of {self.world} waited {RANK_WAIT_SECONDS:g} s"
-        what = f"rank 0 to create the run below {str(self.base_dir)!r} ({self.about})"
+        what = f"rank 0 to create the run below {str(self.base_dir)!r}"
+        known = {k: v for k, v in self.shared.items() if isinstance(v, str)}
+        names = " ".join(f"{key}={value}" for key, value in known.items())
         todo = "let all ranks enter run_context, or give ranks='separate'"
-        raise TimeoutError(f"{who} for {what}; {todo}")
+        raise TimeoutError(f"{who} for {what} ({names}); {todo}")
+
+    def _published_here(self) -> dict[str, Any] | None:
+        """Return what a rank 0 published that is alive on this host (Linux)."""
+        published = _read_json(self.folder / "run.json")
+        then, here = _mapping(published, "process"), _process_identity(os.getpid())
+        same = all(then.get(key) == here[key] for key in ("boot_id", "pid_namespace"))
+        if not published or not same or not then.get("start_ticks"):
+            return None
+        return published if _is_alive(published["pid"], then["start_ticks"]) else None
 
     def earlier_attempt(self) -> Path | None:
         """Return the run that this job recorded before it was started again."""
-        for path in sorted(self.base_dir.glob("*"), key=_started, reverse=True):
+        restarts = self.facts.get("restarts", [])
+        places = self.base_dir.glob("*") if any(restarts) else []
+        for path in sorted(places, key=_started, reverse=True):
             then = _mapping(_read_json(path / "metadata.json"), "launcher")
-            ours = then.get("job") and then.get("job") == self.facts.get("job")
-            if ours and then.get("restarts", self.restarts) < self.restarts:
+            if then.get("job") == self.facts["job"] and then["restarts"] < restarts:
                 return path
         return None
 
 
-_entered: list[tuple[int, Path, str]] = []  # by this process: the n-th meets the n-th
+class _Meeting:
+    """How rank 0, and then its recorder, answers the ranks that have not come yet."""
+
+    def __init__(
+        self, folder: str, answer: dict[str, Any], others: int, until: float,
+        launcher: Any, answered: Sequence[str] = (), joined: Sequence[str] = (),
+    ) -> None:
+        self.folder, self.answer, self.others = folder, answer, others
+        self.until, self.launcher = until, launcher
+        self.answered, self.joined = list(answered), list(joined)
+
+    def answer_all(self) -> bool:
+        """Tell all that ask where the run is; return False once all have come."""
+        known = self.answered + self.joined
+        for path in Path(self.folder).glob("*-*"):
+            rank, kind = path.name.partition("-")[0], path.suffix
+            with contextlib.suppress(OSError):
+                if kind == ".joined":
+                    path.unlink()
+                    self.joined.append(rank)
+                elif not kind and not {path.name, rank}.intersection(known):
+                    reply = json.dumps(self.answer).encode()
+                    _write_file(path.with_suffix(".json"), reply)
+                    self.answered.append(path.name)
+        if len(set(self.joined)) == self.others:
+            self.tidy()
+            return False
+        return True
+
+    def serve(self) -> None:
+        """Answer until all have come, or it can be assumed that none will."""
+        while self.answer_all():
+            late = time.monotonic() > self.until
+            over = self.launcher and not _is_alive(*self.launcher[:2])
+            if late or over or not os.path.isdir(self.answer["run_dir"]):
+                return self.tidy()
+            time.sleep(RANK_POLL_SECONDS)
+
+    def tidy(self) -> None:
+        """Remove what is ours; a folder goes when no other launch has a file there."""
+        folder = Path(self.folder)
+        mine = [folder / name for name in self.answered]
+        if _read_json(folder / "run.json") == self.answer:
+            mine.append(folder / "run.json")
+        for path in (*mine, *(path.with_suffix(".json") for path in mine)):
+            with contextlib.suppress(OSError):
+                path.unlink()
+        for path in (folder, folder.parent):
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
+_entered: dict[tuple[int, Path, Any], int] = {}  # how often this process has
 _SLURM_JOB = ("SLURM_CLUSTER_NAME", "SLURM_JOB_ID")
 # Rank, number of ranks, ranks on this host; what all ranks of a launch have in common.
 _LAUNCHERS = (
     ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE",
      ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE",
-     ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "OMPI_MCA_orte_hnp_uri")),
-    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALNRANKS", ("PMI_JOBID", "PMI_ID_JOB")),
-    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE",
-     ("SLURM_STEP_ID",)),
-    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_TASKS_PER_NODE", ("SLURM_STEP_ID",)),
+     ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid")),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALNRANKS", ("PMI_JOBID",)),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "", ("SLURM_STEP_ID",)),
+    ("SLURM_PROCID", "SLURM_NTASKS", "", ("SLURM_STEP_ID",)),
 )  # fmt: skip
 
 
 def _rank(
     env: Mapping[str, str]
-) -> tuple[int, int, dict[str, Any], list[str]] | None:
-    """Return rank, world size, what all ranks share and what tells one of this host.
+) -> tuple[int, int, dict[str, Any], list[Any] | None] | None:
+    """Return rank, world size, what the ranks of this launch alone share, its launcher.
 
     The first launcher that names both decides. None for an ordinary process, such as
     the script of sbatch, a shell of salloc, or a program that a rank starts.
@@ -1037,10 +1097,10 @@ def _rank(
         return None
     name, size, local, shared = known[0]
     rank, world = _whole(env[name]), _whole(env[size])
-    names = (*shared, *_SLURM_JOB, "PBS_JOBID")
+    names = (*shared, *_SLURM_JOB, "PBS_JOBID", size)
     ids: dict[str, Any] = {key: env[key] for key in names if key in env}
     step = _whole(env.get("SLURM_STEP_ID", ""))
-    if rank is None or world is None or not rank < world > 1 or _is_child(name):
+    if rank is None or world is None or not rank < world > 1 or _is_child(ids):
         return None
     if name == "RANK" and not {"MASTER_PORT", "TORCHELASTIC_RUN_ID"}.intersection(ids):
         return None  # somebody's own variable
@@ -1048,21 +1108,25 @@ def _rank(
         return None  # the numbers of what is no step of srun (slurm.h)
     if re.match(r"localhost|127\.|::1", env.get("MASTER_ADDR", "")):
         ids["host"] = [_hostname(), _process_identity(os.getpid())["boot_id"]]
-    here = env.get(local) == env[size] and name != "SLURM_PROCID"
-    mark = [f"{key}={env[key]}" for key in (name, size, local)] if here else []
-    return rank, world, ids, mark
+    mark = [f"{key}={env[key]}" for key in (name, size, local) if key in env]
+    launcher = _launcher_process(mark)
+    if env.get(local) == env[size]:  # all are here, so it is the same for all
+        ids["launcher"] = launcher
+    return rank, world, ids, launcher
 
 
 def _whole(text: str | None) -> int | None:
     return int(text) if text and re.fullmatch(r"[0-9]{1,10}", text) else None
 
 
-def _is_child(name: str) -> bool:
-    """Return whether we were started by a rank inside its run, and are none."""
+def _is_child(ids: Mapping[str, str]) -> bool:
+    """Return whether a rank of this launch started us inside its run: we are none."""
     if any(run.pid == os.getpid() for run in _active) or "RUN_DIR" not in os.environ:
         return False
     metadata = _read_json(Path(os.environ["RUN_DIR"]) / "metadata.json")
-    return name in _mapping(metadata, "launcher")
+    then = _mapping(metadata, "launcher")
+    known = [key for key in ids if not key.startswith(("PMIX_", "OMPI_MCA_"))]
+    return "world_size" in then and all(then.get(key) == ids[key] for key in known)
 
 
 def _launcher_process(mark: Sequence[str]) -> list[Any] | None:
@@ -1089,62 +1153,6 @@ def _short_hash(value: Any) -> str:
     import hashlib
 
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
-
-
-class _Meeting:
-    """Rank 0's answers; the recorder goes on with them from the same attributes."""
-
-    def __init__(
-        self, folder: str, answer: dict[str, Any], others: int, until: float,
-        answered: Sequence[str] = (), joined: Sequence[str] = (), launcher: Any = None,
-    ) -> None:
-        self.folder, self.answer, self.until = folder, answer, until
-        self.others, self.launcher = others, launcher
-        self.answered, self.joined = list(answered), list(joined)
-
-    def answer_all(self) -> None:
-        """Tell all ranks that ask where the run is, each once: it then takes its file.
-
-        A file that is never taken is of an earlier launch.
-        """
-        folder = Path(self.folder)
-        names = os.listdir(folder) if folder.is_dir() else []
-        for name in self.answered:
-            rank = name.partition("-")[0]
-            if name not in names and rank not in self.joined:
-                self.joined.append(rank)
-        for name in names:
-            known = name in self.answered or name.partition("-")[0] in self.joined
-            if "." not in name and not known:
-                with contextlib.suppress(OSError):
-                    data = json.dumps(self.answer).encode()
-                    _write_file(folder / f"{name}.json", data)
-                    self.answered.append(name)
-
-    def is_open(self) -> bool:
-        return len(self.joined) < self.others
-
-    def serve(self) -> None:
-        """Answer until all have come, or it can be assumed that none will."""
-        while self.is_open() and os.path.isdir(self.answer["run_dir"]):
-            late = time.monotonic() > self.until
-            if late or (self.launcher and not _is_alive(*self.launcher[:2])):
-                break
-            with contextlib.suppress(OSError):
-                self.answer_all()
-            time.sleep(RANK_POLL_SECONDS)
-        self.tidy()
-
-    def tidy(self) -> None:
-        """Remove what ranks that we answered have left, and empty folders."""
-        folder = Path(self.folder)
-        for name in self.answered:
-            for path in (folder / name, folder / f"{name}.json"):
-                with contextlib.suppress(OSError):
-                    path.unlink()
-        for path in (folder, folder.parent):
-            with contextlib.suppress(OSError):
-                path.rmdir()
 
 
 def _record_rank(
@@ -1178,14 +1186,13 @@ def _name_failed_rank(folder: Path) -> dict[str, Any] | None:
     own = _mapping(status, "ranks").get("0", own)
     causes = failed if own["status"] != "failed" else {"0": own, **failed}
     first = min(causes, key=lambda rank: _failed_at(causes[rank]))
+    brief = ("exit_reason", "exit_code", "ended")  # the files tell more
+    ranks = {rank: {key: failed[rank].get(key) for key in brief} for rank in failed}
+    if len(_mapping(status, "ranks")) == 1 + len(ranks):
+        return status
     rest = {key: value for key, value in status.items() if key not in _OUTCOME}
     facts = {key: causes[first][key] for key in _OUTCOME if key in causes[first]}
-    facts = {**facts, **rest, "failed_rank": int(first), "ranks": {"0": own}}
-    for rank, outcome in failed.items():  # the files tell more
-        brief = {key: outcome.get(key) for key in ("exit_reason", "exit_code", "ended")}
-        facts["ranks"][rank] = brief
-    if facts["ranks"].keys() == _mapping(status, "ranks").keys():
-        return status
+    facts.update(rest, failed_rank=int(first), ranks={"0": own, **ranks})
     _write_json(folder / "status.json", facts, durable=True)
     return _name_failed_rank(folder)  # another rank may have failed meanwhile
 
@@ -2716,11 +2723,7 @@ class _RecorderProcess:
                 self.meeting = None
                 return self._finish()
             if self.meeting is not None:
-                with _tolerating("the other ranks"):
-                    self.meeting.answer_all()
-                if not self.meeting.is_open():
-                    self.meeting.tidy()
-                    self.meeting = None
+                self.meeting = self.meeting if self.meeting.answer_all() else None
             if waiting and not self.captures.is_alive():
                 waiting = False
                 self._reply("captured")

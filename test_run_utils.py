@@ -910,8 +910,10 @@ class SeveralProcesses(RunCase):
         request = self.wait_for("results/exp/.ranks/*/1-*")
         waiting.kill()
         waiting.wait()
-        for name in ("1-0123456789abcdef", "1-0123456789abcdee.json"):
-            request.with_name(name).write_text('{"run_dir": "/", "attempt": 1}')
+        identity = run_utils._process_identity(os.getpid())
+        answer = {"run_dir": "/", "attempt": 1, "pid": waiting.pid, "process": identity}
+        for name in ("1-0123abcd", "1-0123abce.json", "1-0123abcf.joined", "run.json"):
+            request.with_name(name).write_text(json.dumps(answer), "ascii")
         paths = self.outputs(self.start(body, 1), self.start(body, 0))
         self.assertEqual(set(paths), {f"{self.run_dir()}\n"})
 
@@ -922,7 +924,7 @@ class SeveralProcesses(RunCase):
         ).communicate()
         self.assertIn(
             "TimeoutError: rank 1 of 2 waited 0.1 s for rank 0 to create the run below "
-            f"'{self.tmp / 'results/exp'}' (MASTER_ADDR=127.0.0.1 MASTER_PORT=12345",
+            f"'{self.tmp / 'results/exp'}' (MASTER_ADDR=127.0.0.1 MASTER_PORT=12345 ",
             errors,
         )
         self.assertEqual(self.run_dirs(), [])

@@ -9,7 +9,6 @@ import importlib.util
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -30,8 +29,8 @@ TRAIN = """
 import os, random, sys, time
 from run_utils import run_context
 
-rank = next(os.environ[n] for n in
-            ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID") if n in os.environ)
+names = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+rank = next(os.environ[name] for name in names if name in os.environ)
 time.sleep(float(sys.argv[1]) * random.random())
 with run_context("results/exp", "exp", resume=os.environ.get("RESUME")) as run_dir:
     if "torch" in sys.argv:
@@ -92,11 +91,7 @@ class Case(unittest.TestCase):
 
     def check_one_run(self, output: str, world: int = 4) -> Path:
         """All ranks had one path; one record, one start and one end; logs of each."""
-        told = dict(re.findall(r"rank (\d+) (/\S+)", output))
-        self.assertEqual(len(told), world, output)
-        self.assertEqual(len(set(told.values())), 1, output)
         (run_dir,) = self.run_dirs()
-        self.assertEqual(str(run_dir), told["0"])
         self.assertEqual(self.read(run_dir / "status.json")["status"], "success")
         metadata = self.read(run_dir / "metadata.json")
         self.assertEqual(metadata["launcher"]["world_size"], world)
@@ -107,7 +102,7 @@ class Case(unittest.TestCase):
             prefix = f"rank{rank}." if rank else "[so]*"
             logs = run_dir.glob(f"logs/{prefix}*.log" if rank else f"logs/{prefix}.log")
             text = "".join(path.read_text("utf-8") for path in logs)
-            self.assertIn(f"rank {rank} ", text)
+            self.assertIn(f"rank {rank} {run_dir}\n", text, output)
         return run_dir
 
     def check_failure(self, rank: int, why: str) -> dict[str, Any]:
@@ -199,7 +194,14 @@ class Torchrun(Case):
         if importlib.util.find_spec("accelerate") is None:
             self.skipTest("accelerate is not installed")
         module = "accelerate.commands.accelerate_cli"
-        options = ("launch", "--cpu", "--num_processes", "4", "--num_machines", "1")
+        options = (
+            "launch",
+            "--multi_gpu",
+            "--num_processes",
+            "4",
+            "--num_machines",
+            "1",
+        )
         more = ("--mixed_precision", "no", "--dynamo_backend", "no")
         words = ("-m", module, *options, *more, "train.py", "0", "torch")
         self.check_one_run(self.launch(sys.executable, *words))
@@ -262,8 +264,8 @@ class Srun(Case):
             "SelectType": "select/cons_tres",
             "MpiDefault": "none",
             "ReturnToService": 2,
-            "NodeName": f"{host} NodeAddr=127.0.0.1 CPUs=4 State=UNKNOWN",
-            "PartitionName": "all Nodes=ALL Default=YES State=UP OverSubscribe=FORCE",
+            "NodeName": f"{host} NodeAddr=127.0.0.1 CPUs={os.cpu_count()}",
+            "PartitionName": "all Nodes=ALL Default=YES OverSubscribe=FORCE",
         }
         lines = [f"{name}={value}" for name, value in settings.items()]
         (place / "slurm.conf").write_text("\n".join(lines) + "\n", "utf-8")
@@ -302,10 +304,11 @@ class Srun(Case):
             script = self.tmp / "job.sh"
             python = f"{sys.executable} train.py 0"
             script.write_text(
-                f"#!/bin/sh\n{python}\nsrun -n2 {python}\nsrun -n2 {python}\n", "utf-8"
+                f"#!/bin/sh\n{python}\nsrun -n2 -O {python}\nsrun -n2 -O {python}\n",
+                "utf-8",
             )
-            words = ("sbatch", "--wait", "-n", "4", "-o", "job.out", "job.sh")
-            self.launch(*words)
+            options = ("--wait", "-n", "4", "--overcommit", "-o", "job.out")
+            self.launch("sbatch", *options, "job.sh")
             worlds = [
                 self.read(path / "metadata.json")["launcher"].get("world_size")
                 for path in self.run_dirs()
