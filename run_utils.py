@@ -35,6 +35,8 @@ Contents (search for the heading):
     Index and notes      runs_index.jsonl, a cache of what the directories say
     Files                whole or absent, never half-written
     Reading runs         run directories back into Python
+    Reading YAML         what PyYAML writes, without PyYAML
+    Showing runs         tables, paragraphs, graphs
     Command line         run, inspect, list, diff, lineage, note, reindex
 
 The rules: recording never stops an experiment; a caller's mistake raises at once;
@@ -3546,6 +3548,10 @@ def _flattened(name: str, value: Any, depth: int = 0) -> dict[str, Any]:
     return {key: item for part in parts for key, item in part.items()}
 
 
+# === Reading YAML ===
+# config.yaml of the ancestors, and ours, where PyYAML is not installed.
+
+
 def _parse_yaml(text: str) -> Any:
     """Return a YAML document as plain data: by PyYAML, or by a reader of our own."""
     try:
@@ -3737,303 +3743,9 @@ def _yaml_plain(text: str) -> Any:
     return float(special[1] + special[2]) if special else text
 
 
-# === Command line ===
-# Exit status 0: yes, same, done; 1: no, different; 2: trouble. Whatever comes from a
-# run directory is escaped before it reaches a terminal.
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line with `argv` (default: sys.argv[1:]); return its status."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["--recorder"]:
-        return _recorder_main(int(words[1]), int(words[2]))
-    parser = _parser()
-    try:
-        args = parser.parse_args(words)
-        status: int = args.command(args)
-        print(end="", flush=True)
-        return status
-    except BrokenPipeError:  # `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 0
-    except (ValueError, OSError) as error:
-        print(f"{parser.prog}: {_printable(str(error))}", file=sys.stderr)
-        return 2
-
-
-def _parser() -> argparse.ArgumentParser:
-    import argparse
-
-    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
-    prog = os.path.basename((getattr(sys, "argv", None) or ["run_utils"])[0])
-    if spec is not None:
-        prog = f"python -m {spec.name.replace('.__main__', '')}"
-    parser = argparse.ArgumentParser(prog=prog, description="Record experiments.")
-    version = f"run_utils {__version__}"
-    parser.add_argument("--version", action="version", version=version)
-    # Without `prog` argparse would import shutil, for 5 ms.
-    commands = parser.add_subparsers(metavar="COMMAND", required=True, prog=prog)
-    _add_run(commands)
-    _add_inspect(commands)
-    _add_list(commands)
-    _add_diff(commands)
-    _add_lineage(commands)
-    _add_note(commands)
-    _add_reindex(commands)
-    return parser
-
-
-RUN_HELP = "a path, anything in a run, a part of a name, or latest"
-ROOT_HELP = "a folder with runs (default: results, else the working directory)"
-
-
-def _add_run(commands: Any) -> None:
-    run = commands.add_parser("run", help="record any command, in any language")
-    run.add_argument("--base-dir", default="results/runs", metavar="DIR")
-    run.add_argument("--prefix", metavar="NAME", help="default: the script's name")
-    run.add_argument("--config", metavar="FILE", help="JSON or YAML to keep as config")
-    run.add_argument("words", nargs="+", metavar="CMD", help="after --")
-    run.set_defaults(command=_cmd_run)
-
-
-def _cmd_run(args: argparse.Namespace) -> int:
-    """Record a command; return its exit status, 128+n when signal n ended it."""
-    import shutil
-
-    words: list[str] = args.words
-    if shutil.which(words[0]) is None:
-        raise ValueError(f"{words[0]!r} is not a program on PATH; nothing was recorded")
-    config = {**_read_options(args.config), **_flags(words)}
-    script = Path(next(filter(os.path.isfile, words[1:]), words[0])).stem
-    module = words[words.index("-m") + 1] if "-m" in words[1:-1] else script
-    recording = run_context(args.base_dir, args.prefix or module, config)
-    recording.argv = words
-    run = _run_on_terminal if all(map(os.isatty, (0, 1, 2))) else _run_attached
-    with recording as run_dir:
-        code = run(words)
-        how = ("failed", "system_exit") if code else ("success", "normal")
-        recording.ending = _killed_by(-code) if code < 0 else _outcome(*how, code)
-    print(f"run_utils: recorded in {_printable(str(run_dir))}", file=sys.stderr)
-    return 128 - code if code < 0 else code
-
-
-def _read_options(name: str | None) -> dict[str, Any]:
-    """Return the mapping in a JSON file, or in a YAML file where there is PyYAML."""
-    if name is None:
-        return {}
-    try:
-        text = _read_bytes(Path(name))
-        is_json = text.lstrip()[:1] == b"{"
-        value = json.loads(text) if is_json else _pyyaml().safe_load(text)
-    except ImportError:
-        raise ValueError(f"--config {name!r}: PyYAML is missing; give JSON") from None
-    except Exception as error:  # yaml.YAMLError cannot be named without PyYAML
-        raise ValueError(f"--config {name!r} cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"--config {name!r} is not a mapping; give key: value lines")
-    return value
-
-
-def _flags(words: Sequence[str]) -> dict[str, Any]:
-    """Return the options of a command as a config.
-
-    >>> _flags(["train.py", "--lr", "0.1", "--fp16", "optim.beta=0.9"])
-    {'lr': 0.1, 'fp16': True, 'optim.beta': 0.9}
-    """
-    config: dict[str, Any] = {}
-    waiting = ""
-    for word in words[1:]:
-        option = re.fullmatch(r"(--|\+\+?|)([A-Za-z_][\w.-]*)(?:=(.*))?", word, re.S)
-        if option and option[3] is not None:
-            config[option[2]], waiting = option[3], ""
-        elif option and option[1] == "--":
-            config[option[2]], waiting = "true", option[2]
-        elif waiting:
-            config[waiting], waiting = word, ""
-    for name, text in config.items():
-        if re.fullmatch(r"[-+]?\d{1,18}", text):
-            config[name] = int(text)
-        elif re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", text):
-            config[name] = float(text)
-        elif text.lower() in ("true", "false"):
-            config[name] = text.lower() == "true"
-    return config
-
-
-def _run_attached(words: Sequence[str]) -> int:
-    """Run a command on our streams; return its status, -n when signal n ended it."""
-    children: list[subprocess.Popen[bytes]] = []
-    early: list[int] = []
-    typed: tuple[int, ...] = ()  # what the terminal sends to the command as well
-    with contextlib.suppress(OSError), open("/dev/tty", "rb") as terminal:
-        if os.tcgetpgrp(terminal.fileno()) == os.getpgrp():
-            typed = (signal.SIGINT, signal.SIGQUIT)
-
-    def forward(number: int, frame: object) -> None:
-        if not children:
-            early.append(number)
-        elif number not in typed:
-            children[0].send_signal(number)
-
-    with _handling(FORWARDED_SIGNALS, forward):
-        children.append(subprocess.Popen(words))
-        for number in early:
-            children[0].send_signal(number)
-        return children[0].wait()
-
-
-def _run_on_terminal(words: Sequence[str]) -> int:
-    """Run a command on a pseudo-terminal of the same size; copy it to the log."""
-    import fcntl
-    import pty
-    import termios
-
-    inner: list[int] = []  # our end of the pseudo-terminal
-    early: list[int] = []
-
-    def resize(*_: object) -> None:
-        for descriptor in inner:
-            size = fcntl.ioctl(0, termios.TIOCGWINSZ, bytes(8))
-            fcntl.ioctl(descriptor, termios.TIOCSWINSZ, size)
-
-    def forward(number: int, frame: object) -> None:
-        if not inner:
-            early.append(number)
-        for descriptor in inner:
-            os.killpg(os.tcgetpgrp(descriptor), number)
-
-    def read(descriptor: int) -> bytes:
-        shown, marker = os.read(descriptor, FORWARD_BYTES), b""
-        if not inner:
-            marker, shown = shown[:1], shown[1:]  # the first output tells us `inner`
-            inner.append(descriptor)
-            resize()
-            while early:
-                forward(early.pop(), None)
-        if isinstance(sys.stdout, _Tee):
-            sys.stdout.copy(shown)
-        return shown or marker
-
-    shell = ["/bin/sh", "-c", 'printf "\\0"; exec "$@"', "sh"]
-    with _handling([signal.SIGWINCH], resize), _handling(FORWARDED_SIGNALS, forward):
-        return _exit_of(pty.spawn([*shell, *words], read))
-
-
-@contextlib.contextmanager
-def _handling(numbers: Iterable[int], handler: Any) -> Iterator[None]:
-    """Handle signals that are not ignored, and put back what was there."""
-    with contextlib.ExitStack() as stack:
-        for number in numbers:
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                stack.callback(signal.signal, number, signal.signal(number, handler))
-        yield
-
-
-def _add_inspect(commands: Any) -> None:
-    inspect = commands.add_parser("inspect", help="show one run on one screen")
-    inspect.add_argument("run", metavar="RUN", help=RUN_HELP)
-    inspect.add_argument("--json", action="store_true", help="for programs")
-    inspect.set_defaults(command=_cmd_inspect)
-
-
-def _cmd_inspect(args: argparse.Namespace) -> int:
-    """Print what ran, how it ended, what it left, and what differs from now."""
-    run = Run(_find_run(args.run))
-    lineage = _Lineage(_results_root(run.path.parent), run.path)
-    users = [there for (here, there) in lineage.edges if here == run.path]
-    facts = {
-        "run_dir": str(run.path), "status": run.status, "attempts": run.attempts,
-        "config": run.config, "metadata": run.metadata, "metrics": _series(run),
-        "outputs": run.outputs, "used_by": sorted({path.name for path in users}),
-        "notes": run.notes, "tags": run["tags"], "problems": run.problems,
-        "now": _differences_from_now(run.metadata),
-    }
-    if args.json:
-        print(_format_json(facts), end="")
-        return 0
-    for name, lines in _format_inspect(run, facts):
-        for number, line in enumerate(lines):
-            print(f"{'' if number else name:<10}{_printable(line)}".rstrip())
-    return 0
-
-
-def _find_run(text: str) -> Path:
-    """Return the run that a path, a part of a name, or "latest" means."""
-    path = Path(text)
-    if path.exists() or path.is_symlink():
-        found = _run_of(path.absolute())
-        if found is None:
-            raise ValueError(f"{text!r} is not in a run directory; give one, or a name")
-        return Path(os.path.realpath(found))
-    root = _root(None)
-    paths = _walk_runs(root)
-    if text == "latest":
-        runs = [path for path in paths[:100] if _looks_like_run(path)][:1]
-    else:
-        runs = [path for path in paths if text in os.path.basename(path)]
-        runs = [path for path in runs if os.path.basename(path) == text] or runs
-    if not runs:
-        raise ValueError(f"no run {text!r} below {str(root)!r}")
-    if len(runs) > 1:
-        names = ", ".join(map(os.path.basename, runs[:3]))
-        many = f"{len(runs)} names ({names}, ...)"
-        raise ValueError(f"{text!r} is a part of {many}; say more")
-    return Path(runs[0])
-
-
-def _root(text: str | None) -> Path:
-    """Return the folder to look for runs in, as an absolute path without links."""
-    root = text or ("results" if os.path.isdir("results") else os.curdir)
-    if not os.path.isdir(root):
-        raise ValueError(f"{root!r} is not a folder; give one that holds runs")
-    return Path(os.path.realpath(root))
-
-
-def _add_list(commands: Any) -> None:
-    parser = commands.add_parser("list", help="list runs, newest first")
-    parser.add_argument("root", nargs="?", metavar="ROOT", help=ROOT_HELP)
-    parser.add_argument("--where", metavar="EXPR", help="'lr<1e-3 and acc>0.9'")
-    parser.add_argument("--status", metavar="WORD", help="running, success, lost, ...")
-    parser.add_argument("--since", metavar="TIME", help="12h, 7d, 2026-01-31")
-    parser.add_argument("--contains", metavar="TEXT", help="a part of the path")
-    parser.add_argument("--tag", metavar="TAG", help="one that is in force")
-    parser.add_argument("--has-outputs", action="store_true", help="not the empty ones")
-    parser.add_argument("--sort", metavar="KEY", help="by a value; =-KEY: reversed")
-    parser.add_argument(
-        "-n", "--limit", type=int, metavar="N",
-        help=f"at most N, 0 for all (default: {MAX_ROWS} in a table, else all)",
-    )  # fmt: skip
-    parser.add_argument("--by-script", action="store_true", help="one table a script")
-    formats = parser.add_mutually_exclusive_group()
-    form = {"dest": "format", "action": "store_const"}
-    for name in ("json", "csv", "md"):
-        formats.add_argument(f"--{name}", const=name, **form)
-    parser.set_defaults(command=_cmd_list)
-
-
-def _cmd_list(args: argparse.Namespace) -> int:
-    """Print one row for each run that was asked for."""
-    root = _root(args.root)
-    limit = MAX_ROWS if args.limit is None and not args.format else args.limit
-    runs, unseen = _select_runs(
-        root, args.where, args.status, args.since, args.contains, args.tag,
-        args.has_outputs, args.sort, limit or None,
-    )  # fmt: skip
-    if args.format:
-        runs = _with_lineage(runs, root)
-    if args.format == "json":
-        print(_format_json([_row(run, root) for run in runs]), end="")
-    elif args.format == "csv":
-        _print_csv([_row(run, root) for run in runs])
-    else:
-        _print_tables(runs, root, args.format == "md", args.by_script)
-    if unseen and not args.format:
-        print(f"{unseen} older runs are not shown; -n 0 shows all")
-    problems = [problem for run in runs for problem in run.problems]
-    if problems:
-        count = f"{len(problems)} file{'s' * (len(problems) > 1)}"
-        print(f"{count} cannot be read: {_printable(problems[0])}", file=sys.stderr)
-    return 0
+# === Showing runs ===
+# Rows, paragraphs and graphs for people. Whatever comes from a run directory is
+# escaped before it reaches a terminal, a page or a spreadsheet.
 
 
 def _print_tables(runs: list[Run], root: Path, markdown: bool, split: bool) -> None:
@@ -4370,6 +4082,365 @@ def _format_outputs(run: Run) -> list[str]:
     return [*lines, f"largest: {names}"] if largest else lines
 
 
+def _format_change(key: str, then: Any, now: Any) -> list[str]:
+    """Return "key: then -> now"; of two long texts the lines that differ."""
+    if isinstance(then, str) and isinstance(now, str) and "\n" in then + now:
+        import difflib
+
+        texts = then.splitlines(), now.splitlines()
+        lines = list(difflib.unified_diff(*texts, lineterm="", n=1))
+        return [f"{key}:", *(f"  {line}" for line in lines[2 : MAX_SHOWN + 2])]
+    shown = ["none" if side is None else _text(side) for side in (then, now)]
+    return [f"{key}: {shown[0][:MAX_REPR]} -> {shown[1][:MAX_REPR]}".split("\n")[0]]
+
+
+def _format_commits(run: Run, commits: Sequence[Any]) -> list[str]:
+    """Return the commits that lie between, where the repository is at hand."""
+    root = str(_mapping(run.metadata, "git").get("root") or "")
+    known = all(re.fullmatch(r"[0-9a-f]{4,64}", str(commit)) for commit in commits)
+    if not known or not os.path.isdir(root):
+        return []
+    between = f"{commits[0]}...{commits[1]}"
+    options = ("--oneline", "--left-right", "--no-decorate", "-n", "10", between, "--")
+    return [f"  {line}" for line in _git_run(root, "log", *options).text.splitlines()]
+
+
+def _format_graph(
+    form: str, runs: Sequence[Path], edges: Sequence[tuple[Path, Path, str]]
+) -> Iterator[str]:
+    """Yield the lines of a graph from producers to consumers."""
+    if form == "json":
+        keys = ("producer", "consumer", "path")
+        rows = [dict(zip(keys, map(str, edge))) for edge in edges]
+        yield _format_json({"runs": list(map(str, runs)), "edges": rows}).rstrip()
+        return
+    dot = form == "dot"
+
+    def label(text: str) -> str:
+        shown = _printable(text)
+        if dot:
+            return '"' + re.sub(r'(["\\])', r"\\\1", shown) + '"'
+        return '"' + re.sub(r'["#<>&\\`|]', lambda m: f"#{ord(m[0])};", shown) + '"'
+
+    names = {run: f"n{number}" for number, run in enumerate(runs)}
+    yield "digraph lineage {" if dot else "graph TD"
+    for run, name in names.items():
+        shown = label(run.name)
+        yield f"  {name} [label={shown}];" if dot else f"  {name}[{shown}]"
+    for producer, consumer, path in edges:
+        a, b, shown = names[producer], names[consumer], label(path)
+        yield f"  {a} -> {b} [label={shown}];" if dot else f"  {a} -->|{shown}| {b}"
+    if dot:
+        yield "}"
+
+
+def _printable(text: str) -> str:
+    """Escape what could steer a terminal, hide text, or not be printed at all."""
+    hidden = r"\0-\x08\n-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f"
+    hidden = rf"[{hidden}\ufeff\ud800-\udfff]"
+    text = re.sub(hidden, lambda m: m[0].encode("unicode_escape").decode("ascii"), text)
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+# === Command line ===
+# Exit status 0: yes, same, done; 1: no, different; 2: trouble.
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line with `argv` (default: sys.argv[1:]); return its status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["--recorder"]:
+        return _recorder_main(int(words[1]), int(words[2]))
+    parser = _parser()
+    try:
+        args = parser.parse_args(words)
+        status: int = args.command(args)
+        print(end="", flush=True)
+        return status
+    except BrokenPipeError:  # `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    except (ValueError, OSError) as error:
+        print(f"{parser.prog}: {_printable(str(error))}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    import argparse
+
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    prog = os.path.basename((getattr(sys, "argv", None) or ["run_utils"])[0])
+    if spec is not None:
+        prog = f"python -m {spec.name.replace('.__main__', '')}"
+    parser = argparse.ArgumentParser(prog=prog, description="Record experiments.")
+    version = f"run_utils {__version__}"
+    parser.add_argument("--version", action="version", version=version)
+    # Without `prog` argparse would import shutil, for 5 ms.
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, prog=prog)
+    _add_run(commands)
+    _add_inspect(commands)
+    _add_list(commands)
+    _add_diff(commands)
+    _add_lineage(commands)
+    _add_note(commands)
+    _add_reindex(commands)
+    return parser
+
+
+RUN_HELP = "a path, anything in a run, a part of a name, or latest"
+ROOT_HELP = "a folder with runs (default: results, else the working directory)"
+
+
+def _add_run(commands: Any) -> None:
+    run = commands.add_parser("run", help="record any command, in any language")
+    run.add_argument("--base-dir", default="results/runs", metavar="DIR")
+    run.add_argument("--prefix", metavar="NAME", help="default: the script's name")
+    run.add_argument("--config", metavar="FILE", help="JSON or YAML to keep as config")
+    run.add_argument("words", nargs="+", metavar="CMD", help="after --")
+    run.set_defaults(command=_cmd_run)
+
+
+def _cmd_run(args: argparse.Namespace) -> int:
+    """Record a command; return its exit status, 128+n when signal n ended it."""
+    import shutil
+
+    words: list[str] = args.words
+    if shutil.which(words[0]) is None:
+        raise ValueError(f"{words[0]!r} is not a program on PATH; nothing was recorded")
+    config = {**_read_options(args.config), **_flags(words)}
+    script = Path(next(filter(os.path.isfile, words[1:]), words[0])).stem
+    module = words[words.index("-m") + 1] if "-m" in words[1:-1] else script
+    recording = run_context(args.base_dir, args.prefix or module, config)
+    recording.argv = words
+    run = _run_on_terminal if all(map(os.isatty, (0, 1, 2))) else _run_attached
+    with recording as run_dir:
+        code = run(words)
+        how = ("failed", "system_exit") if code else ("success", "normal")
+        recording.ending = _killed_by(-code) if code < 0 else _outcome(*how, code)
+    print(f"run_utils: recorded in {_printable(str(run_dir))}", file=sys.stderr)
+    return 128 - code if code < 0 else code
+
+
+def _read_options(name: str | None) -> dict[str, Any]:
+    """Return the mapping in a JSON file, or in a YAML file where there is PyYAML."""
+    if name is None:
+        return {}
+    try:
+        text = _read_bytes(Path(name))
+        is_json = text.lstrip()[:1] == b"{"
+        value = json.loads(text) if is_json else _pyyaml().safe_load(text)
+    except ImportError:
+        raise ValueError(f"--config {name!r}: PyYAML is missing; give JSON") from None
+    except Exception as error:  # yaml.YAMLError cannot be named without PyYAML
+        raise ValueError(f"--config {name!r} cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"--config {name!r} is not a mapping; give key: value lines")
+    return value
+
+
+def _flags(words: Sequence[str]) -> dict[str, Any]:
+    """Return the options of a command as a config.
+
+    >>> _flags(["train.py", "--lr", "0.1", "--fp16", "optim.beta=0.9"])
+    {'lr': 0.1, 'fp16': True, 'optim.beta': 0.9}
+    """
+    config: dict[str, Any] = {}
+    waiting = ""
+    for word in words[1:]:
+        option = re.fullmatch(r"(--|\+\+?|)([A-Za-z_][\w.-]*)(?:=(.*))?", word, re.S)
+        if option and option[3] is not None:
+            config[option[2]], waiting = option[3], ""
+        elif option and option[1] == "--":
+            config[option[2]], waiting = "true", option[2]
+        elif waiting:
+            config[waiting], waiting = word, ""
+    for name, text in config.items():
+        if re.fullmatch(r"[-+]?\d{1,18}", text):
+            config[name] = int(text)
+        elif re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", text):
+            config[name] = float(text)
+        elif text.lower() in ("true", "false"):
+            config[name] = text.lower() == "true"
+    return config
+
+
+def _run_attached(words: Sequence[str]) -> int:
+    """Run a command on our streams; return its status, -n when signal n ended it."""
+    children: list[subprocess.Popen[bytes]] = []
+    early: list[int] = []
+    typed: tuple[int, ...] = ()  # what the terminal sends to the command as well
+    with contextlib.suppress(OSError), open("/dev/tty", "rb") as terminal:
+        if os.tcgetpgrp(terminal.fileno()) == os.getpgrp():
+            typed = (signal.SIGINT, signal.SIGQUIT)
+
+    def forward(number: int, frame: object) -> None:
+        if not children:
+            early.append(number)
+        elif number not in typed:
+            children[0].send_signal(number)
+
+    with _handling(FORWARDED_SIGNALS, forward):
+        children.append(subprocess.Popen(words))
+        for number in early:
+            children[0].send_signal(number)
+        return children[0].wait()
+
+
+def _run_on_terminal(words: Sequence[str]) -> int:
+    """Run a command on a pseudo-terminal of the same size; copy it to the log."""
+    import fcntl
+    import pty
+    import termios
+
+    inner: list[int] = []  # our end of the pseudo-terminal
+    early: list[int] = []
+
+    def resize(*_: object) -> None:
+        for descriptor in inner:
+            size = fcntl.ioctl(0, termios.TIOCGWINSZ, bytes(8))
+            fcntl.ioctl(descriptor, termios.TIOCSWINSZ, size)
+
+    def forward(number: int, frame: object) -> None:
+        if not inner:
+            early.append(number)
+        for descriptor in inner:
+            os.killpg(os.tcgetpgrp(descriptor), number)
+
+    def read(descriptor: int) -> bytes:
+        shown, marker = os.read(descriptor, FORWARD_BYTES), b""
+        if not inner:
+            marker, shown = shown[:1], shown[1:]  # the first output tells us `inner`
+            inner.append(descriptor)
+            resize()
+            while early:
+                forward(early.pop(), None)
+        if isinstance(sys.stdout, _Tee):
+            sys.stdout.copy(shown)
+        return shown or marker
+
+    shell = ["/bin/sh", "-c", 'printf "\\0"; exec "$@"', "sh"]
+    with _handling([signal.SIGWINCH], resize), _handling(FORWARDED_SIGNALS, forward):
+        return _exit_of(pty.spawn([*shell, *words], read))
+
+
+@contextlib.contextmanager
+def _handling(numbers: Iterable[int], handler: Any) -> Iterator[None]:
+    """Handle signals that are not ignored, and put back what was there."""
+    with contextlib.ExitStack() as stack:
+        for number in numbers:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                stack.callback(signal.signal, number, signal.signal(number, handler))
+        yield
+
+
+def _add_inspect(commands: Any) -> None:
+    inspect = commands.add_parser("inspect", help="show one run on one screen")
+    inspect.add_argument("run", metavar="RUN", help=RUN_HELP)
+    inspect.add_argument("--json", action="store_true", help="for programs")
+    inspect.set_defaults(command=_cmd_inspect)
+
+
+def _cmd_inspect(args: argparse.Namespace) -> int:
+    """Print what ran, how it ended, what it left, and what differs from now."""
+    run = Run(_find_run(args.run))
+    lineage = _Lineage(_results_root(run.path.parent), run.path)
+    users = [there for (here, there) in lineage.edges if here == run.path]
+    facts = {
+        "run_dir": str(run.path), "status": run.status, "attempts": run.attempts,
+        "config": run.config, "metadata": run.metadata, "metrics": _series(run),
+        "outputs": run.outputs, "used_by": sorted({path.name for path in users}),
+        "notes": run.notes, "tags": run["tags"], "problems": run.problems,
+        "now": _differences_from_now(run.metadata),
+    }
+    if args.json:
+        print(_format_json(facts), end="")
+        return 0
+    for name, lines in _format_inspect(run, facts):
+        for number, line in enumerate(lines):
+            print(f"{'' if number else name:<10}{_printable(line)}".rstrip())
+    return 0
+
+
+def _find_run(text: str) -> Path:
+    """Return the run that a path, a part of a name, or "latest" means."""
+    path = Path(text)
+    if path.exists() or path.is_symlink():
+        found = _run_of(path.absolute())
+        if found is None:
+            raise ValueError(f"{text!r} is not in a run directory; give one, or a name")
+        return Path(os.path.realpath(found))
+    root = _root(None)
+    paths = _walk_runs(root)
+    if text == "latest":
+        runs = [path for path in paths[:100] if _looks_like_run(path)][:1]
+    else:
+        runs = [path for path in paths if text in os.path.basename(path)]
+        runs = [path for path in runs if os.path.basename(path) == text] or runs
+    if not runs:
+        raise ValueError(f"no run {text!r} below {str(root)!r}")
+    if len(runs) > 1:
+        names = ", ".join(map(os.path.basename, runs[:3]))
+        many = f"{len(runs)} names ({names}, ...)"
+        raise ValueError(f"{text!r} is a part of {many}; say more")
+    return Path(runs[0])
+
+
+def _root(text: str | None) -> Path:
+    """Return the folder to look for runs in, as an absolute path without links."""
+    root = text or ("results" if os.path.isdir("results") else os.curdir)
+    if not os.path.isdir(root):
+        raise ValueError(f"{root!r} is not a folder; give one that holds runs")
+    return Path(os.path.realpath(root))
+
+
+def _add_list(commands: Any) -> None:
+    parser = commands.add_parser("list", help="list runs, newest first")
+    parser.add_argument("root", nargs="?", metavar="ROOT", help=ROOT_HELP)
+    parser.add_argument("--where", metavar="EXPR", help="'lr<1e-3 and acc>0.9'")
+    parser.add_argument("--status", metavar="WORD", help="running, success, lost, ...")
+    parser.add_argument("--since", metavar="TIME", help="12h, 7d, 2026-01-31")
+    parser.add_argument("--contains", metavar="TEXT", help="a part of the path")
+    parser.add_argument("--tag", metavar="TAG", help="one that is in force")
+    parser.add_argument("--has-outputs", action="store_true", help="not the empty ones")
+    parser.add_argument("--sort", metavar="KEY", help="by a value; =-KEY: reversed")
+    parser.add_argument(
+        "-n", "--limit", type=int, metavar="N",
+        help=f"at most N, 0 for all (default: {MAX_ROWS} in a table, else all)",
+    )  # fmt: skip
+    parser.add_argument("--by-script", action="store_true", help="one table a script")
+    formats = parser.add_mutually_exclusive_group()
+    form = {"dest": "format", "action": "store_const"}
+    for name in ("json", "csv", "md"):
+        formats.add_argument(f"--{name}", const=name, **form)
+    parser.set_defaults(command=_cmd_list)
+
+
+def _cmd_list(args: argparse.Namespace) -> int:
+    """Print one row for each run that was asked for."""
+    root = _root(args.root)
+    limit = MAX_ROWS if args.limit is None and not args.format else args.limit
+    runs, unseen = _select_runs(
+        root, args.where, args.status, args.since, args.contains, args.tag,
+        args.has_outputs, args.sort, limit or None,
+    )  # fmt: skip
+    if args.format:
+        runs = _with_lineage(runs, root)
+    if args.format == "json":
+        print(_format_json([_row(run, root) for run in runs]), end="")
+    elif args.format == "csv":
+        _print_csv([_row(run, root) for run in runs])
+    else:
+        _print_tables(runs, root, args.format == "md", args.by_script)
+    if unseen and not args.format:
+        print(f"{unseen} older runs are not shown; -n 0 shows all")
+    problems = [problem for run in runs for problem in run.problems]
+    if problems:
+        count = f"{len(problems)} file{'s' * (len(problems) > 1)}"
+        print(f"{count} cannot be read: {_printable(problems[0])}", file=sys.stderr)
+    return 0
+
+
 def _differences_from_now(metadata: Mapping[str, Any]) -> dict[str, str]:
     """Return what of machine and code is not as it was: "then -> now"."""
     git = _mapping(metadata, "git")
@@ -4464,29 +4535,6 @@ def _comparable_facts(
     }  # fmt: skip
 
 
-def _format_change(key: str, then: Any, now: Any) -> list[str]:
-    """Return "key: then -> now"; of two long texts the lines that differ."""
-    if isinstance(then, str) and isinstance(now, str) and "\n" in then + now:
-        import difflib
-
-        texts = then.splitlines(), now.splitlines()
-        lines = list(difflib.unified_diff(*texts, lineterm="", n=1))
-        return [f"{key}:", *(f"  {line}" for line in lines[2 : MAX_SHOWN + 2])]
-    shown = ["none" if side is None else _text(side) for side in (then, now)]
-    return [f"{key}: {shown[0][:MAX_REPR]} -> {shown[1][:MAX_REPR]}".split("\n")[0]]
-
-
-def _format_commits(run: Run, commits: Sequence[Any]) -> list[str]:
-    """Return the commits that lie between, where the repository is at hand."""
-    root = str(_mapping(run.metadata, "git").get("root") or "")
-    known = all(re.fullmatch(r"[0-9a-f]{4,64}", str(commit)) for commit in commits)
-    if not known or not os.path.isdir(root):
-        return []
-    between = f"{commits[0]}...{commits[1]}"
-    options = ("--oneline", "--left-right", "--no-decorate", "-n", "10", between, "--")
-    return [f"  {line}" for line in _git_run(root, "log", *options).text.splitlines()]
-
-
 def _add_lineage(commands: Any) -> None:
     about = "show which runs a run used, and which used it"
     lineage = commands.add_parser("lineage", help=about)
@@ -4517,35 +4565,6 @@ def _cmd_lineage(args: argparse.Namespace) -> int:
             line = "  " * depth + f"{run.name} ({_text(status)}): {path}"
             print(f"{'' if number else title:<8}{_printable(line)}")
     return 0
-
-
-def _format_graph(
-    form: str, runs: Sequence[Path], edges: Sequence[tuple[Path, Path, str]]
-) -> Iterator[str]:
-    """Yield the lines of a graph from producers to consumers."""
-    if form == "json":
-        keys = ("producer", "consumer", "path")
-        rows = [dict(zip(keys, map(str, edge))) for edge in edges]
-        yield _format_json({"runs": list(map(str, runs)), "edges": rows}).rstrip()
-        return
-    dot = form == "dot"
-
-    def label(text: str) -> str:
-        shown = _printable(text)
-        if dot:
-            return '"' + re.sub(r'(["\\])', r"\\\1", shown) + '"'
-        return '"' + re.sub(r'["#<>&\\`|]', lambda m: f"#{ord(m[0])};", shown) + '"'
-
-    names = {run: f"n{number}" for number, run in enumerate(runs)}
-    yield "digraph lineage {" if dot else "graph TD"
-    for run, name in names.items():
-        shown = label(run.name)
-        yield f"  {name} [label={shown}];" if dot else f"  {name}[{shown}]"
-    for producer, consumer, path in edges:
-        a, b, shown = names[producer], names[consumer], label(path)
-        yield f"  {a} -> {b} [label={shown}];" if dot else f"  {a} -->|{shown}| {b}"
-    if dot:
-        yield "}"
 
 
 def _add_note(commands: Any) -> None:
@@ -4592,15 +4611,6 @@ def _cmd_reindex(args: argparse.Namespace) -> int:
         lines = [_format_json(_redact(row), indent=None) for row in rows]
         _write_file(path, "".join(lines).encode("ascii"))
     return 0
-
-
-def _printable(text: str) -> str:
-    """Escape what could steer a terminal, hide text, or not be printed at all."""
-    hidden = r"\0-\x08\n-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f"
-    hidden = rf"[{hidden}\ufeff\ud800-\udfff]"
-    text = re.sub(hidden, lambda m: m[0].encode("unicode_escape").decode("ascii"), text)
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 if __name__ == "__main__":
