@@ -1380,11 +1380,10 @@ def _python() -> dict[str, Any]:
 def _platform() -> dict[str, Any]:
     """Return the keys of the platform module, and CPU and memory."""
     name = os.uname() if hasattr(os, "uname") else None
-    known = {"platform": sys.platform, "system": None, "machine": None, "release": None}
+    known = dict.fromkeys(("platform", "system", "machine", "release"))
+    known["platform"] = _platform_name()
     if name is not None:
-        text = f"{name.sysname}-{name.release}-{name.machine}"
-        known.update(platform=text, system=name.sysname, release=name.release)
-        known["machine"] = name.machine
+        known.update(system=name.sysname, release=name.release, machine=name.machine)
     affinity = getattr(os, "sched_getaffinity", None)
     return {
         **known,
@@ -1393,6 +1392,12 @@ def _platform() -> dict[str, Any]:
         "usable_cpus": len(affinity(0)) if affinity else None,
         "memory_kib": _first_match("/proc/meminfo", r"^MemTotal:\s*(\d+)"),
     }
+
+
+def _platform_name() -> str:
+    """Return "Linux-6.1.0-x86_64"."""
+    name = os.uname() if hasattr(os, "uname") else None
+    return f"{name.sysname}-{name.release}-{name.machine}" if name else sys.platform
 
 
 def _first_match(path: str, pattern: str) -> str | int | None:
@@ -2952,6 +2957,20 @@ def _rebuilt_index(root: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def _replace_index(path: Path, size: int, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Put rows in the place of the first `size` bytes; what runs append stays."""
+    path.parent.mkdir(exist_ok=True)
+    lines = [_format_json(_redact(row), indent=None) for row in rows]
+    old = io.FileIO(_open(path, os.O_RDWR | os.O_CREAT), "r+")
+    with old:
+        _write_file(path, "".join(lines).encode("ascii"))
+        old.seek(size)
+        late = old.readall()  # of runs that started or ended meanwhile
+        if late:
+            with io.FileIO(_open_for_lines(path), "a") as new:
+                new.write(late)
+
+
 def _append_note(
     run_dir: Path, text: str, tags: Sequence[str], untag: Sequence[str] = ()
 ) -> None:
@@ -4449,6 +4468,7 @@ def _differences_from_now(metadata: Mapping[str, Any]) -> dict[str, str]:
         "commit": (git.get("commit_short"), _git_head(root) if root else None),
         "python": (_mapping(metadata, "python").get("version"), sys.version),
         "hostname": (metadata.get("hostname"), _hostname()),
+        "platform": (_mapping(metadata, "platform").get("platform"), _platform_name()),
     }
     short = {name: [str(v).split(" ")[0] for v in pair] for name, pair in now.items()}
     return {k: " -> ".join(v) for k, v in short.items() if v[0] != v[1] and all(now[k])}
@@ -4488,11 +4508,13 @@ def _cmd_diff(args: argparse.Namespace) -> int:
 
 def _comparable(run: Run) -> dict[str, dict[str, Any]]:
     """Return what `diff` compares, in its order."""
-    patches = {}
+    patches: dict[str, str] = {}
     for path in sorted(run.path.glob("git*.patch")):
         with contextlib.suppress(OSError):
             patches[path.name] = _read_bytes(path).decode("utf-8", "replace")
     metrics = {k: v for k, v in run.metrics.items() if k not in _NO_METRICS}
+    if _mapping(run.metadata, "git").get("is_dirty") and not patches:
+        patches["uncommitted changes"] = f"not kept by {run.path.name}"
     return {
         "config": {k[7:]: v for k, v in run.items() if k.startswith("config.")},
         **_comparable_facts(run.metadata, patches),
@@ -4601,15 +4623,14 @@ def _cmd_reindex(args: argparse.Namespace) -> int:
     """Replace the index by one line for each run; keep what is appended meanwhile."""
     root = _root(args.root)
     path = root / INDEX_FILE
-    rows = _rebuilt_index(root)
     before = {str(row.get("path")) for row in _read_lines(path, MAX_INDEX)}
+    size = os.path.getsize(path) if path.exists() else 0
+    rows = _rebuilt_index(root)
     now = {row["path"] for row in rows}
     change = f"{len(now - before)} added, {len(before - now)} removed"
     print(f"{len(rows)} runs: {change}" + ", if it were done" * args.dry_run)
     if not args.dry_run:
-        path.parent.mkdir(exist_ok=True)
-        lines = [_format_json(_redact(row), indent=None) for row in rows]
-        _write_file(path, "".join(lines).encode("ascii"))
+        _replace_index(path, size, rows)
     return 0
 
 

@@ -3477,6 +3477,13 @@ class Diffing(ReadingCase):
         out = self.ask("diff", "results/exp/a", "results/exp/b")[1]
         self.assertIn(f"            >{commits[1][:7]} second\n", out.replace("> ", ">"))
 
+    def test_changes_whose_content_was_not_kept_are_not_called_the_same(self) -> None:
+        for name in "ab":
+            self.make_run(f"exp/{name}", metadata={"git": {"is_dirty": True}})
+        code, out, _ = self.ask("diff", "results/exp/a", "results/exp/b")
+        expected = "code      uncommitted changes: not kept by a -> not kept by b\n"
+        self.assertEqual((code, out), (1, expected))
+
     def test_trouble_is_2(self) -> None:
         self.assertEqual(self.ask("diff", "nothing")[0], 2)
 
@@ -3547,6 +3554,31 @@ class Reindexing(ReadingCase):
         self.assertEqual(before, again)
         shutil.rmtree("results/exp/t-20260101-000000")
         self.assertEqual(self.ask("reindex")[1], "1 runs: 0 added, 1 removed\n")
+
+    def test_lines_that_runs_append_meanwhile_stay(self) -> None:
+        run = self.make_run("exp/a")
+        rebuild = run_utils._rebuilt_index
+
+        def slowly(root: Path) -> Any:
+            rows = rebuild(root)
+            run_utils._append_index(run_utils._index_row(run, root), "end", "late")
+            return rows
+
+        with mock.patch.object(run_utils, "_rebuilt_index", slowly):
+            self.ask("reindex", "results")
+        found = [(row["event"], row["status"]) for row in self.index()]
+        self.assertEqual(found, [("backfill", "success"), ("end", "late")])
+
+    def test_runs_of_the_ancestors(self) -> None:
+        run = self.make_run("exp/old-20250101-000000")
+        (run / "metadata.json").write_text('{"timestamp_utc": "2025-01-01T00:00:00Z"}')
+        (run / "status.json").write_text('{"status": "failed", "exit_reason": "x"}')
+        (run / "config.yaml").write_text("lr: 0.1\ncommand: python old.py\n")
+        self.ask("reindex", "results")
+        (row,) = self.index()
+        facts = [row[key] for key in ("event", "status", "exit_reason", "script_name")]
+        self.assertEqual(facts, ["backfill", "failed", "x", "old"])
+        self.assertEqual(self.rows("--where", "lr==0.1"), ["old-20250101-000000"])
 
 
 class YamlOfTheAncestors(unittest.TestCase):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import importlib
 import sys
+import tempfile
 import unittest
 from pathlib import Path
 
@@ -212,6 +213,17 @@ class PandasTest(LibraryTestCase):
         found = run_utils._plain(pd.Series([1.5, 2]))
         self.assertRegex(found, r"^<pandas\..*Series shape=\(2,\) dtype=float64>$")
         self.check(pd.Timestamp("2024-01-02"), "2024-01-02T00:00:00")
+
+    def test_runs_are_the_rows_of_a_table(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            for lr in (0.1, 0.2):
+                path = run_utils.start_run(folder, f"lr{lr}")
+                run_utils.write_config_yaml(path, "train", {"lr": lr, "m": {"n": "q"}})
+                run_utils.log_metrics(path, {"loss": 1 / lr}, 1)
+            table = self.lib.DataFrame(run_utils.find_runs(folder, sort="lr"))
+        self.assertEqual(list(table["config.lr"]), [0.1, 0.2])
+        self.assertEqual(list(table["metrics.loss"]), [10.0, 5.0])
+        self.assertEqual(list(table["config.m.n"]), ["q", "q"])
 
 
 class NothingIsImportedTest(unittest.TestCase):
