@@ -855,6 +855,18 @@ class SeveralProcesses(RunCase):
         first = self.outputs(self.start(body, 0))
         self.assertEqual(self.outputs(self.start(body, 1)), first)
 
+    def test_a_rank_of_another_host_is_answered_by_the_recorder(self) -> None:
+        elsewhere = (
+            "import run_utils\nrun_utils._Launch._published_here = lambda self: None\n"
+        )
+        body = elsewhere + self.enter + "    print(run_dir, flush=True)\n"
+        body += "    sys.stdin.read()\n"
+        rank_0, rank_1 = self.start(body, 0), self.start(body, 1)
+        assert rank_0.stdout is not None and rank_1.stdout is not None
+        self.assertEqual(rank_1.stdout.readline(), rank_0.stdout.readline())
+        self.wait_until(lambda: not (self.tmp / "results/exp/.ranks").exists())
+        self.outputs(rank_0, rank_1)
+
     def test_a_rank_that_raises_is_the_cause_even_when_rank_0_is_killed(self) -> None:
         body = self.enter + "    sys.stdin.read()\n"
         body += "    if os.environ['RANK'] == '1': raise ValueError('bad batch')\n"
