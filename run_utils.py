@@ -1524,21 +1524,33 @@ def _inputs(
     Looked at are the strings of the config, in lists too, and the words of the command
     line: ``a/b.pt``, ``--init=a/b.pt``, ``key=a.pt,b.pt``, relative to `cwd`.
     """
-    config = {k: v for k, v in config.items() if k != "command"} if config else {}
-    named = [*_strings("config", config), *(("argv", word) for word in argv[1:])]
+    own = os.path.realpath(run_dir)
     entries: dict[str, dict[str, Any]] = {}
-    for key, text in named[:MAX_INPUTS]:
-        parts = [text, text.partition("=")[2], *text.partition("=")[2].split(",")]
-        for part in [*parts, *text.split(",")] if "," in text else parts[:2]:
-            path = os.path.join(cwd or "", os.path.expanduser(part))
-            if not part or len(part) > 4096 or "\0" in part or not os.path.exists(path):
-                continue
-            producer = _run_of(Path(os.path.abspath(path)))
-            if producer is not None and producer != run_dir:
-                key = key.partition(".")[2] or key
-                entry = _input(key, Path(os.path.abspath(path)), producer, run_dir)
+    for _, (key, text) in zip(range(MAX_INPUTS), _named(config or {}, argv)):
+        for path in _existing_paths(text, cwd or ""):
+            producer = _run_of(path)
+            if producer is not None and os.path.realpath(producer) != own:
+                entry = _input(key, path, producer, run_dir)
                 entries.setdefault(os.path.join(producer, entry["path"]), entry)
     return list(entries.values())
+
+
+def _named(config: Any, argv: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield the strings of a config with their dotted keys, then those of argv."""
+    for key, value in config.items():
+        yield from _strings(key, value) if key != "command" else ()
+    for word in argv[1:]:
+        yield "argv", word
+
+
+def _existing_paths(text: str, cwd: str) -> Iterator[Path]:
+    """Yield what exists of "a/b.pt", "--init=a/b.pt", "key=a.pt,b.pt"."""
+    value = text.partition("=")[2]
+    parts = [text, value, *text.split(","), *value.split(",")]
+    for part in dict.fromkeys(parts if "," in text else parts[:2]):
+        path = os.path.join(cwd, os.path.expanduser(part))
+        if part and len(part) <= 4096 and "\0" not in part and os.path.exists(path):
+            yield Path(os.path.abspath(path))
 
 
 def _strings(key: str, value: Any) -> Iterator[tuple[str, str]]:
@@ -1627,7 +1639,8 @@ class _Lineage:
         """Read all runs below `root`, or only what tells who used `run`."""
         self.root = root
         self.named: dict[str, str] = {}  # where the run of a name is
-        self.edges: dict[tuple[Path, Path], str] = {}  # (producer, consumer): file
+        # (producer, consumer): the files
+        self.edges: dict[tuple[Path, Path], list[str]] = {}
         since = _started(run) if run else ""
         for line in _stamped_runs(root, known=_runs_without_inputs(root)):
             path = line[STAMP_WIDTH:]
@@ -1635,7 +1648,7 @@ class _Lineage:
                 consumer = Path(path)
                 for entry in _read_inputs(consumer):
                     producer = self.producer(entry, consumer)
-                    self.edges[producer, consumer] = str(entry["path"])
+                    self.add(producer, consumer, str(entry["path"]))
         for path in [str(run)] if run else _walk_runs(root):
             if os.path.exists(f"{path}/artifacts/USED_BY.jsonl"):
                 self.add_users(Path(path))
@@ -1645,8 +1658,11 @@ class _Lineage:
         for row in _read_lines(producer / "artifacts" / "USED_BY.jsonl"):
             consumer = Path(str(row.get("consumer_run_dir") or "?"))
             consumer = consumer if _is_run(consumer) else self.find(consumer)
-            artifact = f"artifacts/{row.get('artifact_relpath')}"
-            self.edges.setdefault((producer, consumer), artifact)
+            self.add(producer, consumer, f"artifacts/{row.get('artifact_relpath')}")
+
+    def add(self, producer: Path, consumer: Path, path: str) -> None:
+        paths = self.edges.setdefault((producer, consumer), [])
+        paths += [path] if path not in paths[:MAX_INPUTS] else []
 
     def producer(self, entry: Mapping[str, Any], consumer: Path) -> Path:
         """Return where the producer is now: moved with us, in its place, or renamed."""
@@ -1671,9 +1687,9 @@ class _Lineage:
     def walk(self, start: Path, users: bool) -> Iterator[tuple[int, Path, str]]:
         """Yield (depth, run, file) from `start` on; a run met again is not entered."""
         following: dict[Path, list[tuple[Path, str]]] = {}
-        for (producer, consumer), path in sorted(self.edges.items()):
+        for (producer, consumer), paths in sorted(self.edges.items()):
             here, there = (producer, consumer) if users else (consumer, producer)
-            following.setdefault(here, []).append((there, path))
+            following.setdefault(here, []).append((there, _format_paths(paths)))
         seen, waiting = {start}, [(1, *step) for step in following.get(start, [])[::-1]]
         while waiting:
             depth, run, path = waiting.pop()
@@ -3791,12 +3807,18 @@ def _row(run: Run, root: Path) -> dict[str, Any]:
 def _with_lineage(runs: list[Run], root: Path) -> list[Run]:
     """Complete runs by the files of others they used, and the runs that used them."""
     known = {run.path: run for run in runs}
-    for (producer, consumer), path in _Lineage(_results_root(root)).edges.items():
+    for (producer, consumer), paths in _Lineage(_results_root(root)).edges.items():
         if consumer in known:
-            known[consumer].inputs.append(f"{producer.name}/{path}")
+            known[consumer].inputs.append(f"{producer.name}/{_format_paths(paths)}")
         if producer in known:
             known[producer].used_by.append(consumer.name)
     return runs
+
+
+def _format_paths(paths: Sequence[str]) -> str:
+    """Return "a.pt, b.pt, c.pt and 7 more"."""
+    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+    return ", ".join(paths[:3]) + more
 
 
 def _table(runs: list[Run], root: Path, lineage: bool = False) -> list[list[str]]:
@@ -4451,6 +4473,8 @@ def _cmd_list(args: argparse.Namespace) -> int:
         _print_csv([_row(run, root) for run in runs])
     else:
         _print_tables(runs, root, args.format == "md", args.by_script)
+    if not runs and not args.format:
+        print(f"no such runs below {str(root)!r}", file=sys.stderr)
     if unseen and not args.format:
         print(f"{unseen} older runs are not shown; -n 0 shows all")
     problems = [problem for run in runs for problem in run.problems]
@@ -4489,12 +4513,14 @@ def _cmd_diff(args: argparse.Namespace) -> int:
     b = Run(_find_run(args.b)) if args.b else None
     sides = _comparable(a), _comparable(b) if b else _comparable_now(a)
     found: dict[str, dict[str, Any]] = {}
-    for section in sides[0]:
-        then, now = sides[0][section], sides[1].get(section)
-        for key in dict.fromkeys([*then, *(now or ())]) if now is not None else ():
-            pair = then.get(key), now.get(key) if now else None
-            if pair[0] != pair[1]:
-                found.setdefault(section, {})[key] = pair
+    for section in filter(sides[1].__contains__, sides[0]):
+        then, now = (side[section] for side in sides)
+        if then is None or now is None:  # None: it was not recorded
+            then, now = ({section: side is not None} for side in (then, now))
+        pairs = {key: (then.get(key), now.get(key)) for key in {**then, **now}}
+        pairs = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+        if pairs:
+            found[section] = pairs
     if args.json:
         print(_format_json(found), end="")
         return 1 if found else 0
@@ -4506,7 +4532,7 @@ def _cmd_diff(args: argparse.Namespace) -> int:
     return 1 if found else 0
 
 
-def _comparable(run: Run) -> dict[str, dict[str, Any]]:
+def _comparable(run: Run) -> dict[str, Any]:
     """Return what `diff` compares, in its order."""
     patches: dict[str, str] = {}
     for path in sorted(run.path.glob("git*.patch")):
@@ -4522,7 +4548,7 @@ def _comparable(run: Run) -> dict[str, dict[str, Any]]:
     }
 
 
-def _comparable_now(run: Run) -> dict[str, dict[str, Any]]:
+def _comparable_now(run: Run) -> dict[str, Any]:
     """Return the same of here and now; it has no config and no metrics."""
     root = _mapping(run.metadata, "git").get("root")
     directory = root if os.path.isdir(str(root)) else _working_dir() or "/"
@@ -4535,7 +4561,7 @@ def _comparable_now(run: Run) -> dict[str, dict[str, Any]]:
 
 def _comparable_facts(
     metadata: Mapping[str, Any], patches: Mapping[str, str]
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Any]:
     git, python = _mapping(metadata, "git"), _mapping(metadata, "python")
     machine = {**_mapping(metadata, "platform"), **_mapping(metadata, "cuda")}
     packages = metadata.get("pip_freeze")
@@ -4548,7 +4574,8 @@ def _comparable_facts(
             **{k: git.get(k) or [] for k in ("changed", "untracked")},
             **patches,
         },
-        "packages": {n[2].lower().replace("_", "-"): n[4] or n[1] for n in names if n},
+        "packages": None if packages is None else
+        {n[2].lower().replace("_", "-"): n[4] or n[1] for n in names if n},
         "machine": {
             "hostname": metadata.get("hostname"),
             **{f"python {k}": python.get(k) for k in ("version", "executable")},
@@ -4575,8 +4602,8 @@ def _cmd_lineage(args: argparse.Namespace) -> int:
     ways = {users: list(lineage.walk(start, users)) for users in (False, True)}
     if args.format:
         related = {start, *(run for way in ways.values() for _, run, _ in way)}
-        found = lineage.edges.items()
-        edges = [(*pair, path) for pair, path in found if related.issuperset(pair)]
+        edges = [(*pair, _format_paths(paths)) for pair, paths in
+                 lineage.edges.items() if related.issuperset(pair)]  # fmt: skip
         print("\n".join(_format_graph(args.format, sorted(related), edges)))
         return 0
     print(_printable(f"{start.name} ({_text(_status_now(start).get('status'))})"))

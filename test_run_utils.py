@@ -3144,6 +3144,16 @@ class LineageCommand(ReadingCase):
         self.assertEqual(deep.count("\n"), 4)
         self.assertIn("            c (success)", deep)
 
+    def test_several_files_of_one_run(self) -> None:
+        metadata = self.tmp / "results/exp/d/metadata.json"
+        facts = json.loads(metadata.read_text("utf-8"))
+        (entry,) = facts["inputs"]
+        facts["inputs"] += [{**entry, "path": f"artifacts/{n}"} for n in range(4)]
+        metadata.write_text(json.dumps(facts), "utf-8")
+        out = self.ask("lineage", "results/exp/d")[1]
+        files = "artifacts/m.pt, artifacts/0, artifacts/1 and 2 more"
+        self.assertIn(f"used      b (success): {files}\n", out)
+
     def test_cycles_end(self) -> None:
         self.use("exp/a", "exp/c")
         out = self.ask("lineage", "results/exp/a")[1]
@@ -3152,7 +3162,7 @@ class LineageCommand(ReadingCase):
     def test_a_chain_of_5000_runs(self) -> None:
         lineage = run_utils._Lineage(self.tmp / "none")
         runs = [Path(f"/r{number}") for number in range(5000)]
-        lineage.edges.update(dict.fromkeys(zip(runs, runs[1:]), "m.pt"))
+        lineage.edges.update({pair: ["m.pt"] for pair in zip(runs, runs[1:])})
         for start, users in ((runs[0], True), (runs[-1], False)):
             depths = [depth for depth, _, _ in lineage.walk(start, users)]
             self.assertEqual(depths, list(range(1, 5000)))
@@ -3310,6 +3320,9 @@ class FindingRuns(ReadingCase):
         )
         self.assertIn("  2 (2.05 kB)  lr=0.3  loss=0.333333", lines[0])
         self.assertIn("  empty        lr=0.2", lines[1])
+        none = self.ask("list", "--tag", "x")
+        here = str(self.tmp / "results")
+        self.assertEqual(none, (0, "", f"no such runs below {here!r}\n"))
         self.assertNotIn("same", out)
 
     def test_it_fits_the_terminal(self) -> None:
