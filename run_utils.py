@@ -4578,7 +4578,8 @@ def _comparable_facts(
         {n[2].lower().replace("_", "-"): n[4] or n[1] for n in names if n},
         "machine": {
             "hostname": metadata.get("hostname"),
-            **{f"python {k}": python.get(k) for k in ("version", "executable")},
+            "python": _text(python.get("version")).split(" ")[0],
+            "executable": python.get("executable"),
             **{k: v for k, v in machine.items() if k != "memory_kib"},
         },
     }  # fmt: skip

@@ -3483,7 +3483,7 @@ class Diffing(ReadingCase):
         done = self.command("diff", "latest")
         self.assertEqual(done.returncode, 1)
         self.assertTrue(
-            done.stdout.startswith("machine   python version: 2.7.18 -> 3.")
+            done.stdout.startswith("machine   python: 2.7.18 -> 3.")
         )
 
     def test_the_commits_between(self) -> None:
