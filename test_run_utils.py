@@ -3486,6 +3486,7 @@ class Diffing(ReadingCase):
             done.stdout.startswith("machine   python: 2.7.18 -> 3.")
         )
 
+    @unittest.skipUnless(GIT, "git is not installed")
     def test_the_commits_between(self) -> None:
         git = ["git", "-c", "user.name=x", "-c", "user.email=x@example.org"]
         commits = []

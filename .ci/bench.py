@@ -22,7 +22,7 @@ import venv
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 RUN_UTILS = Path(__file__).resolve().parent.parent / "run_utils.py"
 HEADER = (
@@ -200,6 +200,24 @@ def measure_metrics(place: Place, rounds: int) -> Times:
     return floor, ours
 
 
+def measure_rank(place: Place, rounds: int) -> Times:
+    """Time from rank 0's publication to the first line of a rank that waits for it."""
+    times = []
+    for _ in range(rounds):
+        ours = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+        env = {**place.env, **ours, "MASTER_PORT": "29500"}
+        command = [place.python, "rank.py"]
+        pipe: Any = {"cwd": place.folder, "stdout": subprocess.PIPE}
+        waiting = subprocess.Popen(command, env=env, **pipe)
+        time.sleep(0.5)
+        first = subprocess.Popen(command, env={**env, "RANK": "0"}, **pipe)
+        published, entered = (
+            int(rank.communicate(timeout=60)[0]) for rank in (first, waiting)
+        )
+        times.append((entered - published) / 1e6)
+    return [], times
+
+
 def measure_list(place: Place, rounds: int) -> Times:
     """Compare `list` over 10,000 runs with a Python that does nothing."""
     place.make_runs(10_000)
@@ -247,6 +265,7 @@ SCENARIOS = (
     Scenario("exit", 10, 6, measure_exit),
     Scenario("million-lines", 1.2, 6, measure_lines),
     Scenario("log_metrics", 1.5, 30, measure_metrics),
+    Scenario("another rank", 50, 10, measure_rank),
     Scenario("list of 10,000", 10, 15, measure_list),
     Scenario("inspect", 6, 15, measure_inspect),
     Scenario("diff", 6, 15, measure_diff),
@@ -282,6 +301,25 @@ def await_captures(run_dir):
 """
 
 PROGRAMS = {
+    "rank.py": """\
+import os, sys, time
+import run_utils
+
+moments = []
+publish = run_utils._Launch.publish
+
+def published(*args):
+    meeting = publish(*args)
+    moments.append(time.monotonic_ns())
+    return meeting
+
+run_utils._Launch.publish = published
+with run_utils.run_context("ranks", capture_output=False):
+    moments.append(time.monotonic_ns())
+    if os.environ["RANK"] == "0":
+        time.sleep(0.5)
+print(moments[0])
+""",
     "make_runs.py": """\
 import json, os, sys, time
 
