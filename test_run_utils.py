@@ -880,6 +880,7 @@ class SeveralProcesses(RunCase):
         self.assertEqual(facts["exception"]["type"], "ValueError")
         self.assertEqual((facts["status"], facts["exit_code"]), ("failed", 1))
         self.assertEqual(facts["ranks"]["0"]["signal"], "SIGTERM" if LINUX else None)
+        self.wait_until(lambda: len(self.index()) > 1)  # the recorder's last act
         self.assertEqual([row["event"] for row in self.index()], ["start", "end"])
 
     def test_a_rank_that_is_killed_fails_the_run_although_rank_0_succeeds(self) -> None:
@@ -893,14 +894,14 @@ class SeveralProcesses(RunCase):
         facts = self.wait_for_rank(1)
         self.assertEqual((facts["status"], facts["exit_reason"]), ("failed", "killed"))
         self.assertEqual(facts["ranks"]["0"]["status"], "success")
-        self.assertEqual(self.index()[-1]["status"], "failed")
+        self.wait_until(lambda: self.index()[-1]["status"] == "failed")
 
     def test_a_rank_that_fails_after_rank_0_ended_fails_the_run(self) -> None:
         body = self.enter + "    if os.environ['RANK'] == '1': sys.exit(7)\n"
         self.outputs(self.start(body, 0))
         self.start(body, 1).communicate()
         self.assertEqual(self.wait_for_rank(1)["exit_code"], 7)
-        self.assertEqual(self.index()[-1]["status"], "failed")
+        self.wait_until(lambda: self.index()[-1]["status"] == "failed")
 
     def test_what_a_crashed_launch_left_is_never_joined(self) -> None:
         body = self.enter + "    print(run_dir, flush=True); sys.stdin.read()\n"
@@ -3176,7 +3177,9 @@ class LineageCommand(ReadingCase):
 
     def test_a_copy_beside_the_original_is_its_own_tree(self) -> None:
         shutil.copytree("results", "copy")
-        (self.tmp / "copy/exp/a/status.json").write_text('{"status": "failed"}')
+        (self.tmp / "copy/exp/a/status.json").write_text(
+            '{"status": "failed"}', "utf-8"
+        )
         self.assertIn("a (failed)", self.ask("lineage", "copy/exp/b")[1])
         self.assertIn("a (success)", self.ask("lineage", "results/exp/b")[1])
 
@@ -3276,7 +3279,7 @@ class FindingRuns(ReadingCase):
             name = f"exp/train-2026010{day}-000000"
             self.make_run(name, config=config, status=facts, metrics=rows)
         (self.tmp / "results/exp/train-20260103-000000/artifacts/m").write_text(
-            "x" * 2000
+            "x" * 2000, "utf-8"
         )
         for run in self.run_dirs()[:2]:
             (run / "metrics" / "metrics.jsonl").unlink()
@@ -3482,9 +3485,7 @@ class Diffing(ReadingCase):
         path.write_text(json.dumps(facts), "utf-8")
         done = self.command("diff", "latest")
         self.assertEqual(done.returncode, 1)
-        self.assertTrue(
-            done.stdout.startswith("machine   python: 2.7.18 -> 3.")
-        )
+        self.assertTrue(done.stdout.startswith("machine   python: 2.7.18 -> 3."))
 
     @unittest.skipUnless(GIT, "git is not installed")
     def test_the_commits_between(self) -> None:
@@ -3597,9 +3598,13 @@ class Reindexing(ReadingCase):
 
     def test_runs_of_the_ancestors(self) -> None:
         run = self.make_run("exp/old-20250101-000000")
-        (run / "metadata.json").write_text('{"timestamp_utc": "2025-01-01T00:00:00Z"}')
-        (run / "status.json").write_text('{"status": "failed", "exit_reason": "x"}')
-        (run / "config.yaml").write_text("lr: 0.1\ncommand: python old.py\n")
+        (run / "metadata.json").write_text(
+            '{"timestamp_utc": "2025-01-01T00:00:00Z"}', "utf-8"
+        )
+        (run / "status.json").write_text(
+            '{"status": "failed", "exit_reason": "x"}', "utf-8"
+        )
+        (run / "config.yaml").write_text("lr: 0.1\ncommand: python old.py\n", "utf-8")
         self.ask("reindex", "results")
         (row,) = self.index()
         facts = [row[key] for key in ("event", "status", "exit_reason", "script_name")]
@@ -3755,7 +3760,9 @@ class ReadersTrustNothing(ReadingCase):
         ]
         more = {"metadata": facts, "status": status, "metrics": rows, "notes": notes}
         self.make_run("exp/t-20260101-000000", config=config, **more)
-        odd = self.tmp / "results" / "exp" / f"t{evil.replace('/', '')}-20260102-000000"
+        encoding = sys.getfilesystemencoding()
+        name = evil.replace("/", "").encode(encoding, "ignore").decode(encoding)
+        odd = self.tmp / "results" / "exp" / f"t{name}-20260102-000000"
         shutil.copytree(self.tmp / "results/exp/t-20260101-000000", odd)
         self.readable()
 
