@@ -732,6 +732,19 @@ class Resuming(RunCase):
         status = Path(runs[0].strip(), "status.json")
         self.assertEqual(json.loads(status.read_text("utf-8"))["attempt"], 2)
 
+    @unittest.skipUnless(GIT, "git is not installed")
+    def test_code_that_changed_between_attempts_is_warned_about(self) -> None:
+        git = ["git", "-c", "user.name=x", "-c", "user.email=x@example.org"]
+        body = 'with run_context("results/exp", run_dir="results/out"): pass'
+        self.write_script(body)
+        for words in (["init", "-q"], ["add", "train.py"], ["commit", "-qm", "x"]):
+            subprocess.run([*git, *words], check=True)
+        self.script(body)
+        subprocess.run([*git, "commit", "-qm", "y", "--allow-empty"], check=True)
+        done = self.script(body)
+        warning = "run_utils: changed since attempt 1: code (commit_full)\n"
+        self.assertEqual(done.stderr, warning)
+
     def test_what_changed_between_attempts_is_recorded_and_warned_about(self) -> None:
         body = """
         lr, version = sys.argv[1:]
@@ -4156,7 +4169,6 @@ class VendorRunsAnywhere(VendorCase):
         self.assertEqual(self.vendor(self.package), (1, "", sentence))
 
 
-@under_bash_too
 class VendoredCopyWorks(VendorCase):
     """A copy of the real file answers under its own name."""
 
