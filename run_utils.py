@@ -722,25 +722,14 @@ def _record_changes(run_dir: Path, attempt: int, *warn_of: str) -> None:
     metadata = _read_json(folder / "metadata.json")
     if before is None or metadata is None:
         return
+    then, now = _comparable(before), _comparable(metadata)
     changes: dict[str, Any] = {"attempt": attempt - 1}
-    for (kind, old), new in zip(_facts(before).items(), _facts(metadata).values()):
-        both = {**old, **new} if old and new else {}  # one may not be known yet
-        pairs = {key: [old.get(key), new.get(key)] for key in both}
-        changes[kind] = {k: pair for k, pair in pairs.items() if pair[0] != pair[1]}
+    for kind in ("config", "code", "packages"):
+        known = then[kind] and now[kind]  # code and packages are found out later
+        pairs = _differences({kind: then[kind]}, {kind: now[kind]}) if known else {}
+        changes[kind] = pairs.get(kind, {})
     _write_json(folder / "metadata.json", {**metadata, "changes": changes})
     _warn_of_changes(folder, *warn_of)
-
-
-def _facts(metadata: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return what must be equal for two attempts to do the same."""
-    config = _flattened("", {**_mapping(metadata, "config"), "command": None})
-    git, lines = _mapping(metadata, "git"), metadata.get("pip_freeze") or []
-    names = ("commit_full", "is_dirty", "changed", "untracked")
-    return {
-        "config": {key.lstrip("."): value for key, value in config.items()},
-        "code": {name: git[name] for name in names if name in git},
-        "packages": {re.split(r"==| @ ", line)[0]: line for line in lines},
-    }
 
 
 def _warn_of_changes(folder: Path, *kinds: str) -> None:
@@ -3575,6 +3564,50 @@ def _mapping(facts: Any, key: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def _comparable(
+    metadata: Mapping[str, Any], patches: Mapping[str, str] | None = None
+) -> dict[str, dict[str, Any] | None]:
+    """Return what can differ between two runs, by section; None: it is not known."""
+    config = {k: v for k, v in _mapping(metadata, "config").items() if k != "command"}
+    git, python = _mapping(metadata, "git"), _mapping(metadata, "python")
+    machine = {**_mapping(metadata, "platform"), **_mapping(metadata, "cuda")}
+    packages = metadata.get("pip_freeze")
+    lines = map(str, packages) if isinstance(packages, list) else []
+    names = [re.match(r"(-e )?([^=@<> ]+)( ?@ ?|==)?(.*)", line) for line in lines]
+    code = ("commit_full", "branch", "is_dirty", "remote_origin_url")
+    return {
+        "config": {key[7:]: v for key, v in _flattened("config", config).items()},
+        "code": None if "commit_full" not in git else {
+            **{key: git.get(key) for key in code},
+            **{key: git.get(key) or [] for key in ("changed", "untracked")},
+            **(patches or {}),
+        },
+        "packages": None if packages is None else
+        {n[2].lower().replace("_", "-"): n[4] or n[1] for n in names if n},
+        "machine": {
+            "hostname": metadata.get("hostname"),
+            "python": _text(python.get("version")).split(" ")[0],
+            "executable": python.get("executable"),
+            **{k: v for k, v in machine.items() if k != "memory_kib"},
+        },
+    }  # fmt: skip
+
+
+def _differences(
+    then: Mapping[str, Any], now: Mapping[str, Any]
+) -> dict[str, dict[str, list[Any]]]:
+    """Return [before, after] of what differs, by section, where both have that."""
+    found: dict[str, dict[str, list[Any]]] = {}
+    for section in filter(now.__contains__, then):
+        a, b = then[section], now[section]
+        if a is None or b is None:
+            a, b = ({"recorded": side is not None} for side in (a, b))
+        pairs = {key: [a.get(key), b.get(key)] for key in {**a, **b}}
+        changed = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+        found.update({section: changed} if changed else {})
+    return found
+
+
 def _flattened(name: str, value: Any, depth: int = 0) -> dict[str, Any]:
     """Return nested mappings as one, with dotted keys."""
     if not isinstance(value, dict) or depth > MAX_DEPTH:
@@ -4511,78 +4544,44 @@ def _cmd_diff(args: argparse.Namespace) -> int:
     """Print the differences; return 0 when there are none, else 1."""
     a = Run(_find_run(args.a))
     b = Run(_find_run(args.b)) if args.b else None
-    sides = _comparable(a), _comparable(b) if b else _comparable_now(a)
-    found: dict[str, dict[str, Any]] = {}
-    for section in filter(sides[1].__contains__, sides[0]):
-        then, now = (side[section] for side in sides)
-        if then is None or now is None:  # None: it was not recorded
-            then, now = ({section: side is not None} for side in (then, now))
-        pairs = {key: (then.get(key), now.get(key)) for key in {**then, **now}}
-        pairs = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
-        if pairs:
-            found[section] = pairs
+    sides = _comparable_run(a), _comparable_run(b) if b else _comparable_now(a)
+    found = _differences(*sides)
     if args.json:
         print(_format_json(found), end="")
         return 1 if found else 0
     for section, pairs in found.items():
         lines = [line for key in pairs for line in _format_change(key, *pairs[key])]
-        lines += _format_commits(a, pairs["commit"]) if "commit" in pairs else []
+        if "commit_full" in pairs:
+            lines += _format_commits(a, pairs["commit_full"])
         for number, line in enumerate(lines):
             print(f"{'' if number else section:<10}{_printable(line)}".rstrip())
     return 1 if found else 0
 
 
-def _comparable(run: Run) -> dict[str, Any]:
-    """Return what `diff` compares, in its order."""
+def _comparable_run(run: Run) -> dict[str, Any]:
+    """Return what `diff` compares of a run, in its order."""
     patches: dict[str, str] = {}
     for path in sorted(run.path.glob("git*.patch")):
         with contextlib.suppress(OSError):
             patches[path.name] = _read_bytes(path).decode("utf-8", "replace")
-    metrics = {k: v for k, v in run.metrics.items() if k not in _NO_METRICS}
     if _mapping(run.metadata, "git").get("is_dirty") and not patches:
         patches["uncommitted changes"] = f"not kept by {run.path.name}"
-    return {
-        "config": {k[7:]: v for k, v in run.items() if k.startswith("config.")},
-        **_comparable_facts(run.metadata, patches),
-        "metrics": metrics,
-    }
+    metrics = {k: v for k, v in run.metrics.items() if k not in _NO_METRICS}
+    facts = _comparable({**run.metadata, "config": run.config}, patches)
+    return {**facts, "metrics": metrics}
 
 
 def _comparable_now(run: Run) -> dict[str, Any]:
     """Return the same of here and now; it has no config and no metrics."""
     root = _mapping(run.metadata, "git").get("root")
-    directory = root if os.path.isdir(str(root)) else _working_dir() or "/"
-    metadata = _immediate_metadata([], str(directory), None)
-    metadata["git"], _ = _git(str(directory), str(_results_root(run.path.parent)))
+    directory = str(root if os.path.isdir(str(root)) else _working_dir() or "/")
+    metadata = _immediate_metadata([], directory, None)
+    metadata["git"], _ = _git(directory, str(_results_root(run.path.parent)))
     metadata["cuda"] = {**metadata["cuda"], **_cuda()[0]}
     metadata["pip_freeze"], _ = _packages(sys.executable, sys.path)
-    return _comparable_facts(metadata, {})
-
-
-def _comparable_facts(
-    metadata: Mapping[str, Any], patches: Mapping[str, str]
-) -> dict[str, Any]:
-    git, python = _mapping(metadata, "git"), _mapping(metadata, "python")
-    machine = {**_mapping(metadata, "platform"), **_mapping(metadata, "cuda")}
-    packages = metadata.get("pip_freeze")
-    lines = map(str, packages) if isinstance(packages, list) else []
-    names = [re.match(r"(-e )?([^=@<> ]+)( ?@ ?|==)?(.*)", line) for line in lines]
-    return {
-        "code": {
-            "commit": git.get("commit_full") or git.get("commit_short"),
-            **{k: git.get(k) for k in ("branch", "is_dirty", "remote_origin_url")},
-            **{k: git.get(k) or [] for k in ("changed", "untracked")},
-            **patches,
-        },
-        "packages": None if packages is None else
-        {n[2].lower().replace("_", "-"): n[4] or n[1] for n in names if n},
-        "machine": {
-            "hostname": metadata.get("hostname"),
-            "python": _text(python.get("version")).split(" ")[0],
-            "executable": python.get("executable"),
-            **{k: v for k, v in machine.items() if k != "memory_kib"},
-        },
-    }  # fmt: skip
+    facts = _comparable(metadata)
+    del facts["config"]
+    return facts
 
 
 def _add_lineage(commands: Any) -> None:

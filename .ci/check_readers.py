@@ -71,7 +71,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Corrupt a tree of runs at random.")
     parser.add_argument("--count", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=1)
-    options = parser.parse_args()
+    options, _ = parser.parse_known_args()  # all checks are told of the corpora
     passed = failed = skipped = 0
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
