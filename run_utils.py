@@ -104,7 +104,7 @@ MAX_MESSAGE = 4096  # characters of an exception's message
 MAX_TRACEBACK = 40_000  # characters
 MAX_READ = 50_000_000  # a larger JSON file is not read
 MAX_CONFIG = 1_000_000  # a larger YAML file is not read
-MAX_INDEX = 1_000_000_000  # a larger index is not read
+MAX_INDEX = 400_000_000  # a larger index is not read
 MAX_TAIL = 65_536  # of metrics.jsonl, for the last values
 MAX_INPUTS = 1000  # words of config and argv that are looked at for files of other runs
 MAX_LISTED = 200  # changed files named in metadata.json
@@ -2927,6 +2927,7 @@ def _index_row(run_dir: Path, root: Path | None = None) -> dict[str, Any]:
     root = root or _results_root(run_dir.parent)
     metadata = _read_json(run_dir / "metadata.json")
     inputs = (metadata or {}).get("inputs")
+    used = inputs if isinstance(inputs, list) else []
     return {
         "event": None, "timestamp_utc": None, "run_dir": str(run_dir),
         "run_basename": run_dir.name, "experiment_name": run_dir.parent.name,
@@ -2935,7 +2936,7 @@ def _index_row(run_dir: Path, root: Path | None = None) -> dict[str, Any]:
         "git_commit_short": _mapping(metadata, "git").get("commit_short"),
         "script_name": _script_name(), "status": None, "exit_reason": None,
         "path": os.path.relpath(run_dir, root),  # holds when the tree is moved
-        "inputs": [str(entry.get("run")) for entry in inputs or []],
+        "inputs": [str(e.get("run")) for e in used if isinstance(e, dict)],
     }
 
 
@@ -3639,7 +3640,7 @@ class _YamlReader:
 
     # Tags, literal blocks, odd ends of line, complex keys in brackets, two keys a line.
     BEYOND = (
-        r"\A[!|>%@`]|[\x85\u2028\u2029]|\A(?=[\[{])[\s\S]*?[\[{,]\s*\?\s"
+        r"(?a)\A[!|>%@`]|[\x85\u2028\u2029]|\A(?=[\[{])[\s\S]*?[\[{,]\s*\?\s"
         r"|\A[^\"'\[{](?:(?!\s#).|\n)*:(?=\s|\Z)"
     )
 
@@ -3660,7 +3661,7 @@ class _YamlReader:
 
     def tokenized(self) -> Iterator[tuple[str, int, str, int]]:
         step = re.compile(
-            r"([-?:](?= |$))|&([^\s,]+)(?= |$)|"
+            r"(?a)([-?:](?= |$))|&([^\s,]+)(?= |$)|"
             r"(\"(?:[^\"\\]|\\.)*\"|'(?:[^']|'')*'"
             r"|(?:[^\s,[\]{}#&*!|>'\"%@`?:-]|[?:-](?=\S))(?:(?! #).)*?) *:(?= |$)"
         )
@@ -3681,11 +3682,11 @@ class _YamlReader:
                 column = len(line) - len(rest)
                 found = step.match(line, column)
             value, first = line[column:], number
-            if value.strip() and value[0] != "#":
+            if value.strip(" \t") and value[0] != "#":
                 while number < len(self.lines) and self.goes_on(value, number, parent):
                     value += "\n" + self.lines[number]
                     number += 1
-                token = "value", column, value.rstrip(), first
+                token = "value", column, value.rstrip(" \t\n"), first
                 if re.search(self.BEYOND, value):
                     raise self.beyond(token)
                 yield token
@@ -3693,7 +3694,7 @@ class _YamlReader:
     def goes_on(self, value: str, number: int, parent: int) -> bool:
         """Return whether the next line belongs to a value that was begun."""
         if value[0] in "\"'":
-            whole = r"(?s)(\"(?:[^\"\\]|\\.)*\"|'(?:[^']|'')*')\s*( #.*)?"
+            whole = r"(?as)(\"(?:[^\"\\]|\\.)*\"|'(?:[^']|'')*')\s*( #.*)?"
             return not re.fullmatch(whole, value)
         if value[0] in "[{":
             words = _flow_words(value)
@@ -3766,7 +3767,8 @@ class _YamlReader:
         if text[0] == "'":
             body = text[1 : text.rindex("'")]
             return re.sub(fold, joined, body).replace("''", "'")
-        text = re.sub(fold, joined, re.sub(r"(?m)(^|\s)#.*", "", text).rstrip())
+        text = re.sub(r"(?am)(^|\s)#.*", "", text).rstrip(" \t\n")
+        text = re.sub(fold, joined, text)
         if text[:1] == "*":
             return self.anchors[text[1:]]
         return _yaml_plain(text)
@@ -3785,7 +3787,7 @@ class _YamlReader:
 def _flow_words(text: str) -> list[str]:
     """Split "[a, {b: 'c d'}]" into its brackets, commas, colons and scalars."""
     return re.findall(
-        r"""\"(?:[^\"\\]|\\[\s\S])*\"|'(?:[^']|'')*'|[\"'][\s\S]*|[\[\]{},]"""
+        r"""(?a)\"(?:[^\"\\]|\\[\s\S])*\"|'(?:[^']|'')*'|[\"'][\s\S]*|[\[\]{},]"""
         r"""|:(?=[\s,\[\]{}"']|$)"""
         r"""|[^\s,\[\]{}"':](?:[^,\[\]{}:]|:(?![\s,\[\]{}]|$))*(?<!\s)""",
         text,
@@ -3801,11 +3803,11 @@ def _yaml_plain(text: str) -> Any:
         known = text in (word, word.title(), word.upper())
         return word in ("yes", "on", "true") if known else text
     digits = text.replace("_", "")
-    if re.fullmatch(r"[-+]?(0|[1-9][\d_]*)", text):
+    if re.fullmatch(r"[-+]?(0|[1-9][0-9_]*)", text):
         return int(digits)
-    if re.fullmatch(r"[-+]?0(x[\da-fA-F_]+|b[01_]+|[0-7_]+)", text):
+    if re.fullmatch(r"[-+]?0(x[0-9a-fA-F_]+|b[01_]+|[0-7_]+)", text):
         return int(re.sub(r"0(?=[0-7])", "0o", digits, count=1), 0)
-    if re.fullmatch(r"([-+]?\d[\d_]*\.[\d_]*|\.\d[\d_]*)([eE][-+]\d+)?", text):
+    if re.fullmatch(r"(?a)([-+]?\d[\d_]*\.[\d_]*|\.\d[\d_]*)([eE][-+]\d+)?", text):
         return float(digits)
     special = re.fullmatch(r"([-+]?)\.(inf|Inf|INF|nan|NaN|NAN)", text)
     return float(special[1] + special[2]) if special else text

@@ -3759,6 +3759,7 @@ class ReadersTrustNothing(ReadingCase):
             inner = inner["x"]
         facts: dict[str, Any] = dict.fromkeys(("hostname", "user", "command"), evil)
         facts["inputs"] = [{"path": evil, "run": evil, "run_dir": evil, "status": 3}]
+        facts["inputs"].append(evil)
         facts["git"] = {"commit_short": evil, "branch": [evil], "unpushed": evil}
         facts["run_utils"] = {"schema_version": 99}
         facts["pip_freeze"] = [evil, 3, None]

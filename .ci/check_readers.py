@@ -73,6 +73,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     options, _ = parser.parse_known_args()  # all checks are told of the corpora
     passed = failed = skipped = 0
+    signal.signal(signal.SIGALRM, hangs)
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         make_tree(Path("sound/results"))
@@ -90,6 +91,10 @@ def main() -> int:
         skipped += result is None
     print(f"{passed} passed, {failed} failed, {skipped} skipped")
     return 1 if failed else 0
+
+
+def hangs(*_: object) -> None:
+    raise TimeoutError("it took more than 20 s")
 
 
 def make_tree(root: Path) -> None:
@@ -158,7 +163,7 @@ def survives(rng: random.Random, name: str) -> bool:
             if "audit" not in words:
                 problem = f"usage: {err.getvalue()[-300:]}"
         except BaseException:
-            status, problem = 0, traceback.format_exc(limit=-4)
+            status, problem = 0, traceback.format_exc(limit=-6)
         finally:
             signal.alarm(0)
     if status not in (0, 1, 2) or re.search(

@@ -349,17 +349,16 @@ def check_own_reader(text: str, value: object, report: Report) -> None:
         import yaml
     except ImportError:
         return
-    for layout in LAYOUTS:
-        text = yaml.safe_dump(value, **layout)
-        wanted = run_utils._plain(yaml.safe_load(text))
-        if not same(wanted, value):
-            continue  # PyYAML cannot read what it wrote
-        try:
-            found = run_utils._YamlReader(text).document()
-        except ValueError as beyond:
-            report.check("takes PyYAML to read" in str(beyond), "our refusal", text)
-        else:
-            report.check(same(found, wanted), "our reader", text)
+    text = yaml.safe_dump(value, **LAYOUTS[report.passed % len(LAYOUTS)])
+    wanted = run_utils._plain(yaml.safe_load(text))
+    if not same(wanted, value):
+        return  # PyYAML cannot read what it wrote
+    try:
+        found = run_utils._YamlReader(text).document()
+    except ValueError as beyond:
+        report.check("takes PyYAML to read" in str(beyond), "our refusal", text)
+    else:
+        report.check(same(found, wanted), "our reader", text)
 
 
 LAYOUTS: list[dict[str, Any]] = [{"sort_keys": False}, {"allow_unicode": True}]
