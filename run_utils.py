@@ -56,7 +56,6 @@ import select
 import shlex
 import signal
 import stat
-import subprocess
 import sys
 import threading
 import time
@@ -66,6 +65,7 @@ from pathlib import Path
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
+    import subprocess
     from types import TracebackType
     from typing import Any, Union
 
@@ -378,7 +378,11 @@ def capture_metadata(
     with _tolerating(filename):
         if recording is None:
             directory = _code_directory()
-            _write_json(path, _immediate_metadata(_argv(), directory, None))
+            facts = _immediate_metadata(_argv(), directory, None)
+            facts["inputs"] = _inputs(Run(folder).config, facts["argv"], folder)
+            _write_json(path, facts)
+            if facts["inputs"]:
+                _append_index(_index_row(folder), "artifact_used", None)
             request = _capture_request(folder, directory, _index_row(folder))
             _complete_metadata(folder, request, filename)
         elif recording.recorder is not None:
@@ -1473,6 +1477,8 @@ def _run(
 ) -> _Output:
     """Start a foreign program, the only way here; kill it at its limits."""
     output = _Output(argv[0])
+    import subprocess  # here and below: commands that only read go without
+
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     pipes.update(stdin=subprocess.DEVNULL, start_new_session=True)
     try:
@@ -2576,7 +2582,7 @@ class _Recorder:
         if problem is None:
             try:
                 return _spawn_recorder(request, forwards)
-            except (OSError, ValueError, subprocess.SubprocessError) as error:
+            except (OSError, ValueError) as error:
                 problem = str(error)
         _warn(f"no recorder ({problem}): its work is done in this process, slower")
         with _tolerating("status.json"):
@@ -2638,6 +2644,8 @@ def _spawn_recorder(request: dict[str, Any], forwards: Sequence[_Forward]) -> _R
     code is used, from the last place on the path, so that no neighbour of ours takes
     the place of a module of the standard library.
     """
+    import subprocess
+
     commands_end, commands = map(_above_stderr, os.pipe())
     replies, replies_end = map(_above_stderr, os.pipe())
     ends = [commands_end, replies_end]
@@ -2665,6 +2673,9 @@ def _spawn_recorder(request: dict[str, Any], forwards: Sequence[_Forward]) -> _R
         )
         if started.returncode != 0:
             raise OSError("no process could be started")
+    except subprocess.SubprocessError as error:
+        recorder.close()
+        raise OSError(str(error)) from None
     except BaseException:
         recorder.close()
         raise
@@ -2947,6 +2958,8 @@ def _append_index(
     path = Path(row["results_root"]) / INDEX_FILE
     path.parent.mkdir(exist_ok=True)
     facts = {"event": event, "timestamp_utc": _utc(), "status": status}
+    if event == "end":  # the start has told it
+        row = {key: value for key, value in row.items() if key != "inputs"}
     _append_line(path, {**row, **facts, "exit_reason": why, **more})
 
 
@@ -4228,7 +4241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["--recorder"]:
         return _recorder_main(int(words[1]), int(words[2]))
-    parser = _parser()
+    parser = _parser(words)
     try:
         args = parser.parse_args(words)
         status: int = args.command(args)
@@ -4242,7 +4255,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    """Return the parser of the command that `words` name, or of all."""
     import argparse
 
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
@@ -4254,13 +4268,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=version)
     # Without `prog` argparse would import shutil, for 5 ms.
     commands = parser.add_subparsers(metavar="COMMAND", required=True, prog=prog)
-    _add_run(commands)
-    _add_inspect(commands)
-    _add_list(commands)
-    _add_diff(commands)
-    _add_lineage(commands)
-    _add_note(commands)
-    _add_reindex(commands)
+    table = {
+        "run": _add_run, "inspect": _add_inspect, "list": _add_list, "diff": _add_diff,
+        "lineage": _add_lineage, "note": _add_note, "reindex": _add_reindex,
+    }  # fmt: skip
+    for name in [word for word in words[:1] if word in table] or table:
+        table[name](commands)
     return parser
 
 
@@ -4343,6 +4356,8 @@ def _flags(words: Sequence[str]) -> dict[str, Any]:
 
 def _run_attached(words: Sequence[str]) -> int:
     """Run a command on our streams; return its status, -n when signal n ended it."""
+    import subprocess
+
     children: list[subprocess.Popen[bytes]] = []
     early: list[int] = []
     typed: tuple[int, ...] = ()  # what the terminal sends to the command as well

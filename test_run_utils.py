@@ -3071,7 +3071,16 @@ class InputsWithoutACall(ReadingCase):
         (entry,) = run.metadata["inputs"]
         facts = [entry[key] for key in ("key", "run", "path", "size", "status")]
         self.assertEqual(facts, ["init", "a", "artifacts/a.pt", 1, "success"])
-        self.assertEqual([row["inputs"] for row in self.index()], [["a"], ["a"]])
+        self.assertEqual([row.get("inputs") for row in self.index()], [["a"], None])
+
+    def test_by_hand(self) -> None:
+        body = """
+        run_dir = start_run("results/exp", "hand")
+        write_config_yaml(run_dir, "x", {"init": "results/exp/a/artifacts/a.pt"})
+        capture_metadata(run_dir)
+        """
+        self.assertEqual(self.script(body).stderr, "")
+        self.assertRegex(self.ask("lineage", "results/exp/a")[1], r"used by +hand-")
 
     def test_every_way_of_naming_a_file(self) -> None:
         file = "results/exp/a/artifacts/a.pt"
