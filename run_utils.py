@@ -1717,12 +1717,15 @@ def _runs_without_inputs(root: Path) -> set[str]:
         index = _read_bytes(root / INDEX_FILE, MAX_INDEX)
     except OSError:
         return set()
-    idle = re.findall(rb'"path": "([^"\\]+)", "inputs": \[\]', index)
-    above = f"{root}/"
-    paths = b"\n".join(idle).decode("utf-8", "surrogateescape").split("\n")
-    before = index.split(b'", "inputs": ["')[:-1]
-    used = {os.fsdecode(part[part.rfind(b'"') + 1 :]) for part in before}
-    return {above + path for path in set(paths) - used}
+    # ..., "path": "exp/train-20260131-142501", "inputs": []
+    idle, used = (_paths_before(index, mark) for mark in (b"[]", b'["'))
+    return {f"{root}/{path}" for path in idle.difference(used)}
+
+
+def _paths_before(index: bytes, mark: bytes) -> set[str]:
+    rows = index.split(b'", "inputs": ' + mark)[:-1]
+    paths = [row[row.rfind(b'"path": "') + 9 :] for row in rows]
+    return set(b"\n".join(paths).decode("utf-8", "surrogateescape").split("\n"))
 
 
 # === Redaction ===

@@ -361,6 +361,7 @@ for n in range(count):
     row.update(git_commit_short="1a2b3c4", script_name="train", status="running")
     row.update(exit_reason=None, path=f"exp{n % 20}/{name}", inputs=[])
     index.write(json.dumps(row) + "\\n")
+    del row["inputs"]
     index.write(json.dumps({**row, "event": "end", "status": "success"}) + "\\n")
 """,
     ".gitignore": "answer.json\nout.txt\nresults/\nfloor/\n__pycache__/\n",
