@@ -1713,19 +1713,15 @@ def _read_inputs(run_dir: Path) -> list[dict[str, Any]]:
 
 def _runs_without_inputs(root: Path) -> set[str]:
     """Return the paths of runs that used no other run, as the index tells."""
-    try:
-        index = _read_bytes(root / INDEX_FILE, MAX_INDEX)
-    except OSError:
-        return set()
-    # ..., "path": "exp/train-20260131-142501", "inputs": []
-    idle, used = (_paths_before(index, mark) for mark in (b"[]", b'["'))
-    return {f"{root}/{path}" for path in idle.difference(used)}
-
-
-def _paths_before(index: bytes, mark: bytes) -> set[str]:
-    rows = index.split(b'", "inputs": ' + mark)[:-1]
-    paths = [row[row.rfind(b'"path": "') + 9 :] for row in rows]
-    return set(b"\n".join(paths).decode("utf-8", "surrogateescape").split("\n"))
+    idle, used = set(), set()
+    with contextlib.suppress(OSError), _opened(root / INDEX_FILE, MAX_INDEX) as file:
+        for line in io.BufferedReader(file, FORWARD_BYTES):
+            # {..., "path": "exp/train-20260131-142501", "inputs": []}
+            if line.endswith(b'", "inputs": []}\n'):
+                idle.add(line[line.rfind(b'"path": "') + 9 : -17])
+            elif b'", "inputs": ["' in line:
+                used.add(line[line.rfind(b'"path": "') + 9 :].partition(b'"')[0])
+    return {f"{root}/{os.fsdecode(path)}" for path in idle - used}
 
 
 # === Redaction ===
@@ -3133,16 +3129,23 @@ def _read_bytes(path: Path, limit: int = 0, tail: int | None = None) -> bytes:
 
     A FIFO or device raises OSError, and never blocks.
     """
-    at_once = getattr(os, "O_NONBLOCK", 0)
-    with io.FileIO(path, opener=lambda name, how: _open(name, how | at_once)) as file:
-        info = os.fstat(file.fileno())
-        limit = limit or MAX_READ
-        if not stat.S_ISREG(info.st_mode) or (tail is None and info.st_size > limit):
-            raise OSError(f"{str(path)!r} is not a file of at most {limit} bytes")
-        if tail is None or info.st_size <= tail:
+    with _opened(path, sys.maxsize if tail else limit or MAX_READ) as file:
+        size = os.fstat(file.fileno()).st_size
+        if tail is None or size <= tail:
             return file.readall()
         file.seek(-tail, os.SEEK_END)
         return file.readall().partition(b"\n")[2]  # the first line is cut
+
+
+def _opened(path: Path, limit: int) -> io.FileIO:
+    """Open a regular file of at most `limit` bytes; never wait for a FIFO."""
+    at_once = getattr(os, "O_NONBLOCK", 0)
+    file = io.FileIO(path, opener=lambda name, how: _open(name, how | at_once))
+    info = os.fstat(file.fileno())
+    if stat.S_ISREG(info.st_mode) and info.st_size <= limit:
+        return file
+    file.close()
+    raise OSError(f"{str(path)!r} is not a file of at most {limit} bytes")
 
 
 @contextlib.contextmanager
