@@ -79,7 +79,7 @@ def main() -> int:
         make_tree(Path("sound/results"))
         rng = random.Random(options.seed)
         for number in range(options.count):
-            if number % 5 == 0:
+            if number % 8 == 0:
                 shutil.rmtree("results", ignore_errors=True)
                 shutil.copytree("sound/results", "results", symlinks=True)
             good = survives(rng, f"{options.seed}.{number}")
