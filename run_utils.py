@@ -1714,8 +1714,9 @@ def _read_inputs(run_dir: Path) -> list[dict[str, Any]]:
 def _runs_without_inputs(root: Path) -> set[str]:
     """Return the paths of runs that used no other run, as the index tells."""
     idle, used = set(), set()
-    with contextlib.suppress(OSError), _opened(root / INDEX_FILE, MAX_INDEX) as file:
-        for line in io.BufferedReader(file, FORWARD_BYTES):
+    with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+        raw = stack.enter_context(_opened(root / INDEX_FILE, MAX_INDEX))
+        for line in stack.enter_context(io.BufferedReader(raw, FORWARD_BYTES)):
             # {..., "path": "exp/train-20260131-142501", "inputs": []}
             if line.endswith(b'", "inputs": []}\n'):
                 idle.add(line[line.rfind(b'"path": "') + 9 : -17])
