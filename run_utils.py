@@ -3981,7 +3981,7 @@ def _print_csv(rows: list[dict[str, Any]]) -> None:
 
     keys = list(dict.fromkeys(key for row in rows for key in row))
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(keys)
+    writer.writerow(map(_csv_cell, keys))
     for row in rows:
         values = [row.get(key) for key in keys]
         writer.writerow([v if type(v) is float else _csv_cell(v) for v in values])

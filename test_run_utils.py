@@ -3367,11 +3367,13 @@ class FindingRuns(ReadingCase):
 
     def test_csv_is_safe_in_a_spreadsheet(self) -> None:
         config = {"a": "=cmd()", "b": "-1+1", "c": -1.5, "d": 'x,"y"', "e": "-x"}
+        config["\x1b[2J"] = 1
         start = {"started_utc": "2026-01-05T00:00:00Z"}
         self.make_run("exp/odd-20260105-000000", config=config, status=start)
         import csv
 
         row = next(csv.DictReader(io.StringIO(self.ask("list", "--csv")[1])))
+        self.assertEqual(row["config.\\x1b[2J"], "1")
         found = [row[f"config.{key}"] for key in "abcde"]
         self.assertEqual(found, ["'=cmd()", "-1+1", "-1.5", 'x,"y"', "'-x"])
 
