@@ -1854,8 +1854,9 @@ def _is_secret(name: str, value: str) -> bool:
 
 def _is_mixed(value: str, length: int) -> bool:
     """Return whether a value looks chosen by a machine, or as a password is."""
-    mixed = re.search(r"\d|[a-z][A-Z]|[^\w\s.]", value[:4096]) or len(value) >= 20
-    return bool(mixed) and len(value) >= length
+    mixed = re.search(r"\d|[a-z][A-Z]|[^\w\s.]", value[:4096])
+    long = len(value) >= 20 and not _is_name(value)
+    return len(value) >= length and (long or bool(mixed))
 
 
 _HARMLESS = (  # numbers, placeholders, public keys, paths, names of files
@@ -1887,6 +1888,8 @@ def _is_token(text: str) -> bool:
     (True, False)
     """
     prefix, *rest = re.split(r"[-_.~]", text)
+    if re.fullmatch(r"sha\d+", prefix):
+        return False  # of a package, in a lock file
     need = 10 if _compiled(_MARKED).search(text) else 16
     longest = max(rest, key=len, default=text)  # without a prefix it must be long
     if len(longest) < (need if rest else 40) or len(text) < 20:
@@ -1898,9 +1901,18 @@ def _is_token(text: str) -> bool:
     if re.fullmatch(r"[0-9a-f]+|[0-9A-F]+", longest):  # a token, unless it is a hash
         is_hash = not rest or len(rest) > 3 or _compiled(_HASH).fullmatch(prefix)
         return len(longest) >= 32 and not is_hash
+    if _is_name(longest):
+        return False
     kinds = re.sub(r"[A-Z]", "A", re.sub(r"[a-z]", "a", re.sub(r"\d", "0", longest)))
     changes = sum(a != b for a, b in zip(kinds, kinds[1:]))
     return "0" in kinds and changes * 5 >= len(longest) + (0 if need == 10 else 5)
+
+
+def _is_name(text: str) -> bool:
+    """Return whether a word is made of words, as names in code are: Conv2dBlock3."""
+    words, numbers = re.findall("[A-Z]?[a-z]{2,}", text), re.findall(r"\d+", text)
+    in_words = sum(map(len, words)) >= 0.6 * len(text)
+    return in_words and len(numbers) <= 1 + len(text) / 10
 
 
 # What to do with a match: group 1 stays, the last group may be a secret. All are
@@ -1915,6 +1927,8 @@ def _redact_userinfo(match: re.Match[str]) -> str:
     scheme, user, password = match.groups()
     if not password and not _is_token(user) and len(user) <= 30:
         return match[0]  # git@github.com
+    if re.search(r"[][{}<>]|:(\$\w+|%s)$", password or ""):
+        return match[0]  # the template of a URL
     return f"{scheme}{_secret((password or ':' + user)[1:])}@"
 
 
@@ -1922,9 +1936,18 @@ def _redact_assignment(match: re.Match[str]) -> str:
     start, name, value = match.groups()
     signed = re.fullmatch(r"(?i)sig|signature|code|x-.*-(signature|credential)", name)
     in_url = start[0] in "?&;"
-    if (in_url and signed) or (_is_secret(name, value) and _is_mixed(value, 8)):
+    quoted = re.search("[=: ][\"']$", start)
+    if in_url and signed:
+        return start + _secret(value)
+    if not (quoted or in_url) and _compiled(_EXPRESSION).match(value):
+        return match[0]
+    if _is_secret(name, value) and _is_mixed(value, 8):
         return start + _secret(value)
     return match[0]
+
+
+# In code a name is given what a call, an item, an attribute or another name stands for.
+_EXPRESSION = r"[\w.]*[(\[{]|[^`]*`|[A-Za-z_]\w*(\.[A-Za-z_]\w*)+\W*$|[A-Za-z_]+\W*$"
 
 
 def _redact_token(match: re.Match[str]) -> str:
@@ -1937,12 +1960,12 @@ _SHAPES = (
     r"(?:AKIA|ASIA|ABIA|ACCA|A3T[A-Z0-9])[A-Z0-9]{16}|AIza[\w-]{30,}|ya29\.[\w-]{20,}"
     r"|eyJ[\w-]{8,2000}(?:\.[\w-]{2,4000}){1,2}|eyJ[A-Za-z0-9+/_-]{60,8000}={0,2}"
     r"|xox[a-z]-[\w-]{10,}|hf_[A-Za-z0-9]{30,}|SG\.[\w.-]{20,}|S[Kk][0-9a-fA-F]{32}"
-    r"|\d{8,10}:[\w-]{35}|[\w-]{23,28}\.[\w-]{6,7}\.[\w-]{27,}|EAA[A-Za-z0-9]{60,}"
+    r"|\d{8,10}:[\w-]{35}|[MNO][\w-]{22,27}\.[\w-]{6,7}\.[\w-]{27,}|EAA[A-Za-z0-9]{60,}"
     r"|dapi[0-9a-f]{32}(?:-\d)?|key-[0-9a-f]{32}|GOCSPX-[\w-]{20,}|sk-[A-Za-z0-9]{20,}"
     r"|API-[A-Z0-9]{26}|AGE-SECRET-KEY-1[A-Z0-9]{40,}|[sr]k_(?:live|test)_\w{16,}"
     r"|gl[a-z]{2,6}-[A-Z0-9][\w-]{19,}"
 )
-_NAMED = r"[A-Za-z_][\w.-]{0,80})[\"']{0,2} {0,2}[:=] {0,2}[\"']{0,2})"
+_NAMED = r"[A-Za-z_][\w.-]{0,80})[\"']{0,2}\]? {0,2}[:=] {0,2}[\"']{0,2})"
 _TEXT_RULES: tuple[tuple[str, str, Any], ...] = (  # applied where the first is found
     ("PRIVATE KEY", r"(?s)()-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----.*?"
      r"(?:-----END [^-]*-----|\Z)", _redact_rest),
@@ -1954,7 +1977,7 @@ _TEXT_RULES: tuple[tuple[str, str, Any], ...] = (  # applied where the first is 
      _redact_rest),
     ("", rf"(?<![\w.-])(({_NAMED}([^\s\"',;&}}]{{6,}})", _redact_assignment),
     ("", rf"()(?<![\w/.+-])(?:{_SHAPES})(?![\w])", _redact_rest),
-    ("", r"(?<![\w/.+@:~-])[A-Za-z][\w.~=-]{19,600}(?![\w/])", _redact_token),
+    ("", r"(?<![\w/.+@:~-])[A-Za-z][\w.~=-]{19,600}(?![\w/+])", _redact_token),
 )  # fmt: skip
 
 
