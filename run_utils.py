@@ -37,7 +37,7 @@ Contents (search for the heading):
     Reading runs         run directories back into Python
     Reading YAML         what PyYAML writes, without PyYAML
     Showing runs         tables, paragraphs, graphs
-    Command line         run, inspect, list, diff, lineage, note, reindex
+    Command line         run, inspect, list, diff, lineage, note, reindex, audit
 
 The rules: recording never stops an experiment; a caller's mistake raises at once;
 no file is ever half-written; no secret reaches the disk; the user's process is left
@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     from typing import Any, Union
 
     StrPath = Union[str, os.PathLike[str]]
+    _Blob = tuple[bytes, bytes]  # mode and id of a file in git, empty without one
 
 __all__ = [
     "DEFAULT_SUBDIRS", "Run", "capture_metadata", "ensure_run_dir", "find_runs",
@@ -96,6 +97,12 @@ HEAD_SECONDS = 2.0  # what the short hash may take, which entry waits for
 PROGRAM_SECONDS = 10.0  # what git or nvidia-smi may take
 PIP_SECONDS = 60.0  # what `pip freeze` may take, slow on network disks
 PROGRAM_BYTES = 20_000_000  # a program that prints more is stopped
+PATCH_SECONDS = 20.0  # what reading the files of one patch may take, and its diff
+PATCH_FILE_BYTES = 5_000_000  # a changed file that is larger is listed, not kept
+PATCH_BYTES = 20_000_000  # the same for all changed files of a patch together
+PATCH_FILES = 2000  # and for their number
+BUNDLE_BYTES = 20_000_000  # unpushed commits with more content are not kept
+HASH_BYTES = 100_000_000  # a file left out of a patch is hashed up to this size
 FORWARD_BYTES = 65_536  # how much output is forwarded at a time
 LAST_OUTPUT_LINES = 20  # of the log, in the status.json of a killed run
 MAX_SAME_NAME = 1000  # runs of one name: name, name-2, name-3, ...
@@ -107,12 +114,26 @@ MAX_CONFIG = 1_000_000  # a larger YAML file is not read
 MAX_INDEX = 400_000_000  # a larger index is not read
 MAX_TAIL = 65_536  # of metrics.jsonl, for the last values
 MAX_INPUTS = 1000  # words of config and argv that are looked at for files of other runs
+MAX_LOCAL_PACKAGES = 20  # packages whose own repository is recorded
 MAX_LISTED = 200  # changed files named in metadata.json
 MAX_WALK = 6  # folders between a results root and a run
 MAX_SHOWN = 40  # lines of config that inspect shows
 MAX_ROWS = 50  # runs that list shows
 MIN_SECRET = 8  # a shorter value is replaced under its own name only
 MAX_REDACTED = 32_768  # characters of a text that are kept and searched
+
+LOCK_FILES = (  # of a project, whose sha256 metadata.json tells
+    "uv.lock", "poetry.lock", "pdm.lock", "Pipfile.lock", "pixi.lock", "pylock.toml",
+    "conda-lock.yml", "environment.yml", "environment.yaml", "requirements.txt",
+)  # fmt: skip
+SECRET_FILES = (  # hold secrets by nature: never in a patch or bundle
+    rb"(?i)(^|/)(\.env(\.(?!example$|sample$|template$|dist$)[^/]+)?|[^/]+\.env"
+    rb"|id_(rsa|dsa|ecdsa|ed25519)(_sk)?|credentials|kubeconfig"
+    rb"|secrets?\.(json|ya?ml|toml|ini|env)"
+    rb"|[._](netrc|npmrc|pypirc|pgpass|htpasswd|s3cfg|boto|git-credentials|dockercfg)"
+    rb"|[^/]+\.(pem|key|p12|pfx|p8|jks|keystore|kdbx|ppk)|\.(ssh|aws|gnupg|kube)/.*"
+    rb"|[^/]*(credential|client_secret|service[-_]account)[^/]*\.(json|ya?ml|ini))$"
+)
 
 # Limits of a config: a marker stands for what lies beyond.
 MAX_DEPTH = 64  # levels of nesting
@@ -695,8 +716,8 @@ def _resumable(base_dir: Path, resume: StrPath) -> Path:
 
 def _archive_attempt(run_dir: Path) -> None:
     """Move the record that is in `run_dir` to attempts/<n>/, if there is one."""
-    names = ("config.yaml", "metadata.json", "status.json", "git.patch")
-    record = [Path(name) for name in names if (run_dir / name).exists()]
+    names = ("config.yaml", "metadata.json", "status.json", "git*.patch", "git*.bundle")
+    record = [Path(p.name) for name in names for p in sorted(run_dir.glob(name))]
     if record:
         archive = run_dir / "attempts" / str(_attempt(run_dir))
         (archive / "logs").mkdir(parents=True)
@@ -830,25 +851,38 @@ def _immediate_metadata(
 ) -> dict[str, Any]:
     """Return metadata.json with everything that takes no time; the rest is null."""
     versions = {"version": __version__, "vendored": __vendored__}
-    return {
+    metadata: dict[str, Any] = {
         "timestamp_utc": _utc(),
         "command": shlex.join(argv),
         "argv": argv,
         "working_dir": _working_dir(),
         "hostname": _hostname(),
         "user": _user(),
-        "python": _python(),
-        "platform": _platform(),
+        "python": {},
+        "platform": {},
         "git": {"commit_short": None, "directory": directory},
         "cuda": _loaded_cuda(),
         "pip_freeze": None,
+        "local_packages": None,
+        "environment": None,
+        "container": None,
+        "determinism": {},
         "env": dict(os.environ),
         "inputs": [],
-        "launcher": _launcher(os.environ),
+        "launcher": {},
         "run_utils": {**versions, "schema_version": SCHEMA_VERSION},
         "config": document,  # for readers without PyYAML
         "capture": {},
     }
+    quick: dict[str, Callable[[], tuple[Any, str | None]]] = {
+        "python": lambda: (_python(), None),
+        "platform": lambda: (_platform(), None),
+        "launcher": lambda: (_launcher(os.environ), None),
+        "determinism": lambda: (_determinism(), None),
+    }
+    for name, collect in quick.items():
+        _add_facts(metadata, name, *_ask(collect))
+    return metadata
 
 
 def _capture_request(
@@ -865,11 +899,22 @@ def _capture_request(
         "row": row,
         "executable": python[0] if python and is_python else None,
         "sys_path": [] if argv else [os.path.join(here, place) for place in sys.path],
+        "prefix": sys.prefix,
+        "entered": _entered_at(run_dir, begun),
         "pid": os.getpid(),
         "process": _process_identity(os.getpid()),
         "begun": time.monotonic() if begun is None else begun,
         "secrets": sorted(_known_secrets),
     }
+
+
+def _entered_at(run_dir: Path, begun: float | None) -> list[int] | None:
+    """Return the moment of entry: ns of our clock, and device and ns of the disk's."""
+    if begun is None:
+        return None
+    info = os.stat(run_dir / "status.json")  # the server of a network disk has a clock
+    ago = int((time.monotonic() - begun) * 1e9)
+    return [time.time_ns() - ago, info.st_dev, info.st_mtime_ns]
 
 
 _PYTHON = re.compile(r"(python|pypy)[\d.]*(\.exe)?$", re.I)
@@ -887,33 +932,55 @@ def _complete_metadata(
     run_dir: Path, request: Mapping[str, Any], filename: str = "metadata.json"
 ) -> None:
     """Ask what is slow to answer, and add each answer to metadata.json."""
-    exclude, places = request["row"]["results_root"], request["sys_path"]
+    attempt, places = request.get("attempt", 0), request["sys_path"]
+    directory, known = request["directory"], len(_known_secrets)
+    excluded = [request["row"]["results_root"], str(run_dir)]
+    tree = functools.lru_cache(lambda: _GitTree(
+        directory, excluded, _entry_moment(request["entered"], directory)
+    ))  # fmt: skip
+    keep = functools.partial(_record_of, run_dir, attempt)
     collectors: dict[str, Callable[[], tuple[Any, str | None]]] = {
-        "git": lambda: _git(request["directory"], exclude),
+        "git": lambda: _git(tree()),
+        "git.patch": lambda: _git_patch(tree(), keep() / "git.patch"),
+        "git.bundle": lambda: _git_bundle(tree(), keep() / "git.bundle"),
         "cuda": _cuda,
+        "container": _container,
+        "environment": lambda: _environment(tree().root, request["prefix"]),
         "pip_freeze": lambda: _packages(request["executable"], places),
+        "local_packages": lambda: _local_packages(request, tree(), keep()),
     }
     for name, collect in collectors.items():
-        started, facts = time.monotonic(), None
-        try:
-            facts, problem = collect()
-        except Exception as error:
-            problem = f"{type(error).__name__}: {error}"
-        seconds = round(time.monotonic() - started, 3)
+        facts, report = _ask(collect)
         with _tolerating(filename):
-            folder = _record_of(run_dir, request.get("attempt", 0))
-            metadata = _read_json(folder / filename) or {}
-            if isinstance(facts, dict):  # what is already known is not lost
-                known = _mapping(metadata, name).items()
-                facts = {**facts, **{k: v for k, v in known if v is not None}}
-            metadata[name] = metadata.get(name) if facts is None else facts
-            metadata.setdefault("capture", {})[name] = {
-                "ok": problem is None, "seconds": seconds, "problem": problem
-            }
-            _write_json(folder / filename, metadata)
-    if request.get("attempt", 0) > 1:
+            metadata = _read_json(keep() / filename) or {}
+            _add_facts(metadata, name, facts, report)
+            _write_json(keep() / filename, metadata)
+    if attempt > 1:
         with _tolerating(filename):
-            _record_changes(run_dir, request["attempt"])
+            _record_changes(run_dir, attempt)
+    if len(_known_secrets) > known:  # in a file of the patch, in the URL of a package
+        _redact_again(keep(), filename, "config.yaml", "notes.jsonl")
+
+
+def _entry_moment(entered: Sequence[int] | None, directory: str) -> int | None:
+    """Return the moment of entry by the clock of the disk that holds the code."""
+    if entered is None:
+        return None
+    ours, device, disks = entered
+    return disks if os.stat(directory).st_dev == device else ours
+
+
+def _redact_again(folder: Path, *names: str) -> None:
+    """Replace what was found secret after these files had been written."""
+    for name in names:
+        with _tolerating(name), contextlib.suppress(FileNotFoundError):
+            path = folder / name
+            data = _read_bytes(path)
+            clean = _replace_known(data)
+            if clean != data and name.endswith(".json"):
+                _write_json(path, _read_json(path), durable=True)
+            elif clean != data:
+                _write_file(path, clean)
 
 
 # === Several processes ===
@@ -1212,6 +1279,32 @@ def _failed_at(outcome: Mapping[str, Any]) -> tuple[bool, float]:
 # changes nothing, and gives (facts, None or the reason why it does not know).
 
 
+def _ask(collect: Callable[[], tuple[Any, str | None]]) -> tuple[Any, dict[str, Any]]:
+    """Return what a collector found out, and its entry in `capture`."""
+    started, facts = time.monotonic(), None
+    try:
+        facts, problem = collect()
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}"
+    seconds = round(time.monotonic() - started, 3)
+    return facts, {"ok": problem is None, "seconds": seconds, "problem": problem}
+
+
+def _add_facts(
+    metadata: dict[str, Any], name: str, facts: Any, report: dict[str, Any]
+) -> None:
+    """Put facts at their place ("git.patch": `patch` in `git`); None: leave it."""
+    *above, key = name.split(".")
+    place = metadata
+    for part in above:
+        place = place.setdefault(part, {})
+    if isinstance(facts, dict):  # what is already known is not lost
+        known = _mapping(place, key).items()
+        facts = {**facts, **{k: v for k, v in known if v is not None}}
+    place[key] = place.get(key) if facts is None else facts
+    metadata.setdefault("capture", {})[name] = report
+
+
 def _git_head(directory: str) -> str | None:
     """Return the short hash of the commit in `directory`: one call, for the name."""
     head = _git_run(directory, "rev-parse", "--short", "HEAD", timeout=HEAD_SECONDS)
@@ -1219,70 +1312,524 @@ def _git_head(directory: str) -> str | None:
     return found[0] if found and not head.problem else None
 
 
-def _git(directory: str, exclude: str = "") -> tuple[dict[str, Any], str | None]:
-    """Return what git says about the repository around `directory`.
+def _git(tree: _GitTree) -> tuple[dict[str, Any], str | None]:
+    """Return what git says about a repository.
 
     It is dirty when a tracked file or a submodule differs from the commit, or a file
-    is neither tracked nor ignored; the results tree `exclude` does not count. No
+    is neither tracked nor ignored; what was written after entry does not count. No
     filter is run, so that a touched Git LFS file counts as changed.
     """
     facts: dict[str, Any] = dict.fromkeys(GIT_FACTS)
-    # true\nfalse\n/work/tree\n: the last line is missing in a bare repository
-    asked = ("--is-inside-work-tree", "--is-shallow-repository", "--show-toplevel")
-    where = _git_run(directory, "rev-parse", *asked)
-    inside, shallow, root = [*where.text.split("\n"), "", "", ""][:3]
-    if inside not in ("true", "false"):
-        return facts, where.problem or "git did not answer what it was asked"
-    facts.update(is_shallow=shallow == "true", root=root or None)
-    head = _git_run(directory, "rev-parse", "--verify", "HEAD").text.strip()
-    if re.fullmatch(r"[0-9a-f]{40,64}", head):
-        facts.update(commit_full=head, commit_short=_git_head(directory))
-        count = _git_run(directory, "rev-list", "--count", "HEAD", "--not", "--remotes")
-        facts["unpushed"] = int(count.text) if count.text.strip().isdigit() else None
-    branch = _git_run(directory, "symbolic-ref", "--short", "-q", "HEAD")
-    facts["branch"] = branch.text.strip() or None
-    listed = _git_run(directory, "config", "--list", "-z")
-    # remote.origin.url\nhttps://example.org/x.git\0filter.lfs.clean\ngit-lfs clean\0
-    pairs = (item.partition("\n") for item in listed.text.split("\0"))
-    config = {name: value for name, _, value in pairs}
-    facts["remote_origin_url"] = config.get("remote.origin.url")
-    if inside == "false":
-        return facts, listed.problem
-    filters = {key.rpartition(".")[0] for key in config if key.startswith("filter.")}
-    if any("=" in name for name in filters):
-        return facts, "a git filter has a name that cannot be switched off"
-    off = ("clean=", "process=", "required=false")
-    switches = [word for name in filters for o in off for word in ("-c", f"{name}.{o}")]
-    pathspec = [":/"]
-    tree = os.path.relpath(os.path.realpath(exclude or root), os.path.realpath(root))
-    if tree.split(os.sep)[0] not in (os.curdir, os.pardir):
-        pathspec.append(f":(exclude,top,literal){tree}")
-    options = ("--porcelain=v2", "-z", "--no-renames", "--untracked-files=all", "--")
-    status = _git_run(root, *switches, "status", *options, *pathspec)
-    if not status.problem:
-        # ? untracked name\0     1 .M N... <modes and ids> name\0     u UU N... name\0
-        records = status.text.split("\0")[:-1]
-        untracked = [record[2:] for record in records if record[0] == "?"]
-        changed = [record.split(" ", 8)[-1] for record in records if record[0] != "?"]
-        facts.update(is_dirty=bool(records), untracked=untracked[:MAX_LISTED])
-        facts["changed"] = changed[:MAX_LISTED]
-    return facts, status.problem
+    if tree.is_shallow is None:
+        return facts, tree.problem
+    facts.update(is_shallow=tree.is_shallow, root=tree.root or None, branch=tree.branch)
+    facts["remote_origin_url"] = tree.config.get("remote.origin.url")
+    if tree.head:
+        facts.update(commit_full=tree.head, commit_short=_git_head(tree.directory))
+        unpushed = ("rev-list", "--count", "HEAD", "--not", "--remotes")
+        count = _git_run(tree.directory, *unpushed).text.strip()
+        facts["unpushed"] = int(count) if count.isdigit() else None
+    if tree.problem or not tree.root:
+        return facts, tree.problem
+    modules = [_submodule(*module) for module in tree.submodules(tree.head)]
+    names = sorted(tree.changes.keys() - set(tree.late))
+    untracked = [_show(name) for name in names if name not in tree.tracked]
+    changed = [_show(name) for name in names if name in tree.tracked]
+    dirty = bool(names) or any(module["is_dirty"] for module in modules)
+    facts.update(is_dirty=dirty, submodules=modules, untracked_count=len(untracked))
+    facts.update(changed=changed[:MAX_LISTED], untracked=untracked[:MAX_LISTED])
+    facts["changed_after_entry"] = [_show(name) for name in tree.late[:MAX_LISTED]]
+    return facts, None
 
 
 GIT_FACTS = ["commit_short", "commit_full", "branch", "is_dirty", "remote_origin_url"]
-GIT_FACTS += ["root", "is_shallow", "unpushed", "untracked", "changed"]
+GIT_FACTS += ["root", "is_shallow", "unpushed", "untracked", "untracked_count"]
+GIT_FACTS += ["changed", "changed_after_entry", "submodules"]
 
 
-def _git_run(directory: str, *words: str, timeout: float | None = None) -> _Output:
+def _submodule(name: bytes, recorded: str, tree: _GitTree) -> dict[str, Any]:
+    facts, problem = _git(tree)
+    keys = ("commit_full", "is_dirty", "unpushed", "remote_origin_url")
+    known = {key: facts[key] for key in keys}
+    return {"path": _show(name), "recorded": recorded, **known, "problem": problem}
+
+
+class _GitTree:
+    """A work tree and what differs in it from its commit, read without side effects.
+
+    Not counted are the folders `excluded`, other runs, files that a filter encrypts,
+    and what was written after `entered`, in ns since 1970 (`late`, where tracked).
+    """
+
+    def __init__(
+        self, directory: str, excluded: Sequence[str] = (), entered: int | None = None
+    ) -> None:
+        self.directory, self.excluded, self.entered = directory, excluded, entered
+        self.root = self.head = ""
+        self.branch: str | None = None
+        self.is_shallow: bool | None = None  # None: no repository
+        self.config: dict[str, str] = {}
+        self.switches: list[str] = []  # that turn filters off
+        self.changes: dict[bytes, _Blob] = {}  # name: what the commit has there
+        self.tracked: set[bytes] = set()  # those of them that the commit or index has
+        self.late: list[bytes] = []
+        self.pathspec = [":/"]
+        self.problem = self._open() or self._read_config() or self._read_status()
+
+    def _open(self) -> str | None:
+        # true\nfalse\n/work/tree\n: the last line is missing in a bare repository
+        asked = ("--is-inside-work-tree", "--is-shallow-repository", "--show-toplevel")
+        where = _git_run(self.directory, "rev-parse", *asked)
+        inside, shallow, root = [*where.text.split("\n", 2), "", ""][:3]
+        if inside not in ("true", "false"):
+            return where.problem or "git did not answer what it was asked"
+        self.is_shallow = shallow == "true"
+        self.root = root[:-1] if inside == "true" else ""
+        head = _git_run(self.directory, "rev-parse", "--verify", "HEAD").text.strip()
+        self.head = head if re.fullmatch(r"[0-9a-f]{40,64}", head) else ""
+        branch = _git_run(self.directory, "symbolic-ref", "--short", "-q", "HEAD")
+        self.branch = branch.text.strip() or None
+        return None
+
+    def _read_config(self) -> str | None:
+        listed = _git_run(self.directory, "config", "--list", "-z")
+        # remote.origin.url\nhttps://example.org/x.git\0filter.lfs.clean\ngit-lfs\0
+        pairs = (item.partition("\n") for item in listed.text.split("\0"))
+        self.config = {name: value for name, _, value in pairs}
+        keys = (key for key in self.config if key.startswith("filter."))
+        filters = sorted({key.rpartition(".")[0] for key in keys})
+        if any("=" in name for name in filters):
+            return "a git filter has a name that cannot be switched off"
+        off = ("clean=", "smudge=", "process=", "required=false")
+        settings = [f"{name}.{setting}" for name in filters for setting in off]
+        self.switches = [word for text in settings for word in ("-c", text)]
+        real = os.path.realpath(self.root)
+        for path in self.excluded:
+            inside = os.path.relpath(os.path.realpath(path), real)
+            if inside.split(os.sep)[0] not in (os.curdir, os.pardir):
+                self.pathspec.append(f":(exclude,top,literal){inside}")
+        encrypting = re.compile(r"filter\.([a-z-]*(crypt|sops|vault)[a-z-]*)$")
+        for match in filter(None, map(encrypting.match, filters)):
+            self.pathspec.append(f":(exclude,top,attr:filter={match[1]})")
+        return listed.problem
+
+    def _read_status(self) -> str | None:
+        if not self.root:
+            return None
+        options = ("--porcelain=v2", "-z", "--no-renames", "--untracked-files=all")
+        words = ("status", *options, "--ignore-submodules=dirty", "--", *self.pathspec)
+        output = _git_run(self.root, *self.switches, *words)
+        # ? untracked name
+        # 1 .M N... <old mode> <index mode> <new mode> <old id> <index id> name
+        # u UU N... <base mode> <our mode> ... <base id> <our id> <their id> name
+        for record in output.data.split(b"\0")[:-1]:
+            kind, _, rest = record.partition(b" ")
+            count, mode, oid = (7, 2, 5) if kind == b"1" else (9, 3, 7)
+            fields = [rest] if kind == b"?" else rest.split(b" ", count)
+            name, old = fields[-1], (b"", b"")
+            if kind != b"?":
+                self.tracked.add(name)
+                old = _blob(fields[mode], fields[oid])
+            elif self._is_of_a_run(name):
+                continue
+            if self.is_late(name) and name in self.tracked:
+                self.late.append(name)
+            if name in self.tracked or not self.is_late(name):
+                self.changes[name] = old
+        return output.problem
+
+    def _is_of_a_run(self, name: bytes) -> bool:
+        """Tell whether an untracked file is recorded in a run, or about runs."""
+        folders = name.split(b"/")[:-1]
+        index = os.fsencode(INDEX_FILE)
+        if b".ranks" in folders or name == index or name.endswith(b"/" + index):
+            return True
+        for depth, folder in enumerate(folders, 1):
+            if re.search(rb"-\d{8}-\d{6}", folder):
+                status = self.path(b"/".join([*folders[:depth], b"status.json"]))
+                return os.path.exists(status)
+        return False
+
+    def is_late(self, name: bytes) -> bool:
+        """Tell whether a file was written after entry; a missing one was not."""
+        with contextlib.suppress(OSError):
+            if self.entered is not None:
+                return os.lstat(self.path(name)).st_ctime_ns > self.entered
+        return False
+
+    def changes_since(self, base: str) -> dict[bytes, _Blob]:
+        """Return what differs from the commit `base`, which need not be that here."""
+        if base == self.head or not self.head:
+            return self.changes
+        words = ("diff-tree", "-r", "--raw", "-z", "--no-renames")
+        output = _git_run(self.root, *words, base, self.head, "--", *self.pathspec)
+        self.problem = self.problem or output.problem
+        # :<old mode> <new mode> <old id> <new id> M\0name\0
+        fields = output.data.split(b"\0")
+        olds = (record[1:].split(b" ") for record in fields[::2])
+        moved = {name: _blob(old[0], old[2]) for name, old in zip(fields[1::2], olds)}
+        return {**self.changes, **moved}
+
+    def submodules(self, base: str) -> list[tuple[bytes, str, _GitTree]]:
+        """Return path, commit and tree of the checked-out submodules of `base`."""
+        if not base or not os.path.lexists(self.path(b".gitmodules")):
+            return []
+        # submodule.a.path\nfolder\0
+        asked = ("-z", "-f", ".gitmodules", "--get-regexp", r"^submodule\..*\.path$")
+        items = _git_run(self.root, "config", *asked).text.split("\0")
+        names = [item.partition("\n")[2] for item in items[:-1]]
+        # 160000 commit <id>\tname
+        known = _git_run(self.root, "ls-tree", "-z", base, "--", *names).data
+        modules = []
+        for oid, name in re.findall(rb"160000 commit (\w+)\t([^\0]+)\0", known):
+            if os.path.lexists(self.path(name + b"/.git")):
+                where = os.fsdecode(self.path(name))
+                tree = _GitTree(where, self.excluded, self.entered)
+                modules.append((name, oid.decode(), tree))
+        return modules
+
+    def object_id(self, kind: bytes, data: bytes) -> str:
+        """Return what git calls this content."""
+        import hashlib
+
+        name = self.config.get("extensions.objectformat", "sha1")
+        digest = hashlib.new(name, b"%s %d\0" % (kind, len(data)))
+        digest.update(data)
+        return digest.hexdigest()
+
+    def path(self, name: bytes) -> bytes:
+        """Return where a file of this tree lies."""
+        return os.path.join(os.fsencode(self.root), name)
+
+
+def _blob(mode: bytes, oid: bytes) -> _Blob:
+    return (mode, oid) if oid.strip(b"0") else (b"", b"")
+
+
+def _show(name: bytes) -> str:
+    return name.decode("utf-8", "backslashreplace")
+
+
+def _git_patch(tree: _GitTree, path: Path) -> tuple[dict[str, Any], str | None]:
+    """Write `path`, the way from the commit to the files as they were at entry.
+
+    ``git apply --whitespace=nowarn git.patch`` in a clean checkout of the commit and
+    its submodules gives the same files. Secrets in them are redacted. Not in it are
+    changes after entry, files that hold secrets by nature, and what passes a limit:
+    these are listed. Nothing is written when nothing differs.
+    """
+    patch = _Patch(time.monotonic() + PATCH_SECONDS)
+    if tree.root and tree.problem is None:
+        patch.add(tree, tree.head)
+    elif tree.is_shallow is not None:
+        patch.problems.append(tree.problem or "a bare repository has no files")
+    if patch.text:
+        _write_file(path, bytes(patch.text))
+        patch.facts.update(file=path.name, bytes=len(patch.text))
+    return patch.facts, "; ".join(patch.problems) or None
+
+
+class _Patch:
+    """A patch in the making: its text, and what it leaves out."""
+
+    def __init__(self, deadline: float) -> None:
+        self.deadline, self.text, self.size = deadline, bytearray(), 0
+        self.problems: list[str] = []
+        self.facts: dict[str, Any] = {"file": None, "bytes": 0, "files": 0}
+        self.facts.update(redacted=[], left_out=[], left_out_count=0, left_out_bytes=0)
+
+    def add(self, tree: _GitTree, base: str, prefix: bytes = b"") -> None:
+        """Add what differs in a tree from `base`, then the same of its submodules."""
+        base = base or tree.object_id(b"tree", b"")
+        known, read = tree.changes_since(base), {}
+        sizes = {name: _lstat(tree.path(name)) for name in known}
+        small_first = sorted(known, key=lambda name: (sizes[name][1], name))
+        for name in sorted(small_first, key=lambda name: name not in tree.tracked):
+            new = self._read(tree, prefix + name, name, known[name], *sizes[name])
+            if new is not None:
+                read[name] = new
+        blobs = {}
+        for name, (mode, data, clean) in read.items():
+            same = mode and tree.object_id(b"blob", data).encode() == known[name][1]
+            # What a later file has shown to be secret is replaced here as well.
+            clean = data if same else _replace_known(clean)
+            self.facts["redacted"] += [_show(prefix + name)] if clean != data else []
+            oid = tree.object_id(b"blob", clean).encode() if mode else b""
+            if (mode, oid) != known[name]:
+                blobs[name] = mode, oid, clean
+        if blobs:
+            self._compare(tree, base, prefix, blobs)
+        self.problems += [tree.problem] if tree.problem else []
+        for name, commit, module in tree.submodules(base):
+            self.add(module, commit, prefix + name + b"/")
+
+    def _read(
+        self, tree: _GitTree, title: bytes, name: bytes, old: _Blob, kind: int,
+        size: int,
+    ) -> tuple[bytes, bytes, bytes] | None:
+        """Return mode, content and redacted content, or list a file as left out."""
+        mode = _git_mode(kind, old[0])
+        if tree.config.get("core.filemode") == "false" and old[0][:3] == mode[:3]:
+            mode = old[0]
+        if mode == b"160000" or not (mode or old[0]):
+            return None  # a submodule, whose files come later; or it is gone
+        path, data = tree.path(name), b""
+        problem = self._obstacle(title, mode, size)
+        if mode and not problem:
+            try:
+                data = _content(path, mode)
+            except OSError as error:
+                problem = error.strerror or str(error)
+        # Asked only now, because the file may have been written while it was read.
+        if mode and tree.is_late(name):
+            return None
+        same = tree.object_id(b"blob", data).encode() == old[1]
+        clean = data if same or problem else _redact_bytes(data)
+        if clean != data and b"\0" in data:
+            problem = "a binary file that holds a secret"
+        if problem:
+            self._leave_out(title, size, problem, path)
+            return None
+        self.size += len(clean)
+        self.facts["files"] += 1
+        return mode, data, clean
+
+    def _obstacle(self, title: bytes, mode: bytes, size: int) -> str | None:
+        """Return why a file cannot be in the patch."""
+        reasons = {
+            "no file of this repository": mode == b"other",
+            "holds secrets by nature": mode and _compiled(SECRET_FILES).search(title),
+            "has a secret in its name": _redact_bytes(title) != title,
+            "too large": size > PATCH_FILE_BYTES,
+            "the patch is full": self.size + size > PATCH_BYTES,
+            "too many files": self.facts["files"] >= PATCH_FILES,
+            "no time left": time.monotonic() > self.deadline,
+        }
+        return next((reason for reason, holds in reasons.items() if holds), None)
+
+    def _leave_out(
+        self, title: bytes, size: int, reason: str, path: bytes = b""
+    ) -> None:
+        """List a file that the patch lacks, with its sha256 where that is cheap."""
+        entry = {"path": _show(title), "bytes": size, "reason": reason}
+        self.facts["left_out_count"] += 1
+        self.facts["left_out_bytes"] += size
+        if len(self.facts["left_out"]) < MAX_LISTED:
+            cheap = size <= HASH_BYTES and time.monotonic() < self.deadline
+            if reason in ("too large", "the patch is full") and cheap:
+                entry["sha256"] = _sha256(path)
+            self.facts["left_out"].append(entry)
+
+    def _compare(
+        self, tree: _GitTree, base: str, prefix: bytes,
+        blobs: Mapping[bytes, tuple[bytes, bytes, bytes]],
+    ) -> None:
+        """Let git compare the commit with an index and object store of our own."""
+        import tempfile
+
+        words = "diff-index --cached -p --binary --full-index --no-renames --no-color"
+        ends = [f"--{side}-prefix={letter}/{os.fsdecode(prefix)}"
+                for side, letter in (("src", "a"), ("dst", "b"))]  # fmt: skip
+        options = (*words.split(), "--no-ext-diff", "--no-textconv", *ends, base)
+        with tempfile.TemporaryDirectory(prefix="run_utils-") as scratch:
+            more, problem = _git_store(scratch, tree, base, blobs)
+
+            def compare(*settings: str) -> _Output:
+                left = max(self.deadline - time.monotonic(), 1.0)
+                limits: Any = {"timeout": left, "limit": 3 * PATCH_BYTES, "more": more}
+                return _git_run(tree.root, *settings, *options, **limits)
+
+            texts = compare()
+            sections = {} if texts.problem else _split_patch(texts.data)
+            if texts.problem or any(map(_shows_secret, sections.values())):
+                # What would show the old content is shown as a binary patch.
+                binary = compare("-c", f"core.attributesFile={scratch}/attributes")
+                problem = problem or binary.problem
+                for title, section in _split_patch(binary.data).items():
+                    if texts.problem or _shows_secret(sections[title]):
+                        sections[title] = section
+        if problem:
+            self.problems.append(problem)
+            return
+        for title, section in sections.items():
+            if _shows_secret(section):
+                self._leave_out(title, len(section), "its old version holds a secret")
+            else:
+                self.text += section
+
+
+def _shows_secret(section: bytes) -> bool:
+    """Tell whether the old side of a text patch shows a secret; the new is redacted."""
+    lines = section.partition(b"\n@@")[2].split(b"\n")
+    old = b"\n".join(line[1:] for line in lines if line[:1] != b"+")
+    return _redact_bytes(old) != old
+
+
+def _git_store(
+    scratch: str, tree: _GitTree, base: str,
+    blobs: Mapping[bytes, tuple[bytes, bytes, bytes]],
+) -> tuple[dict[str, str], str | None]:
+    """Make a git index of `base` and the changes; return its environment."""
+    import zlib
+
+    objects = os.path.join(scratch, "objects")
+    os.makedirs(os.path.join(objects, "info"))
+    theirs = _git_run(tree.root, "rev-parse", "--git-path", "objects").data
+    alternates = tree.path(theirs.rstrip(b"\n")) + b"\n"
+    Path(objects, "info", "alternates").write_bytes(alternates)
+    Path(scratch, "attributes").write_bytes(b"* -diff\n")
+    entries = b""
+    # What goes comes first, so that a file can become a folder.
+    for name, (mode, oid, data) in sorted(blobs.items(), key=lambda item: item[1][0]):
+        entries += b"%s %s\t%s\0" % (mode or b"0", oid or b"0" * len(base), name)
+        if oid:
+            loose = Path(objects, oid[:2].decode(), oid[2:].decode())
+            loose.parent.mkdir(exist_ok=True)
+            loose.write_bytes(zlib.compress(b"blob %d\0%s" % (len(data), data), 1))
+    listed = Path(scratch, "entries")
+    listed.write_bytes(entries)
+    more = {"GIT_INDEX_FILE": os.path.join(scratch, "index")}
+    more["GIT_OBJECT_DIRECTORY"] = objects
+    read = _git_run(tree.root, "read-tree", base, more=more)
+    with open(listed, "rb") as file:
+        words = ("update-index", "-z", "--replace", "--index-info")
+        wrote = _git_run(tree.root, *words, more=more, stdin=file)
+    return more, read.problem or wrote.problem
+
+
+def _split_patch(patch: bytes) -> dict[bytes, bytes]:
+    """Split a patch by files, and drop the way back, which git adds to binary ones."""
+    sections: dict[bytes, bytes] = {}
+    for text in re.split(rb"^(?=diff --git )", patch, flags=re.M)[1:]:
+        start, binary, hunk = text.partition(b"\nGIT binary patch\n")
+        text = start + binary + hunk.partition(b"\n\n")[0] + b"\n\n" if binary else text
+        title = text.partition(b"\n")[0]
+        sections[title] = sections.get(title, b"") + text  # a link that became a file
+    return sections
+
+
+def _lstat(path: bytes) -> tuple[int, int]:
+    """Return mode and size of a file, zeros where there is none."""
+    with contextlib.suppress(OSError):
+        info = os.lstat(path)
+        return info.st_mode, 0 if stat.S_ISDIR(info.st_mode) else info.st_size
+    return 0, 0
+
+
+def _git_mode(kind: int, old: bytes) -> bytes:
+    """Return what git writes for the mode of a file: empty when there is none."""
+    if stat.S_ISLNK(kind):
+        return b"120000"
+    if stat.S_ISREG(kind):
+        return b"100755" if kind & 0o100 else b"100644"
+    if old == b"160000" and (stat.S_ISDIR(kind) or not kind):
+        return old
+    return b"other" if kind and not (old and stat.S_ISDIR(kind)) else b""
+
+
+def _content(path: bytes, mode: bytes) -> bytes:
+    """Return where a link leads, or what is in a file, as far as a patch has room."""
+    if mode == b"120000":
+        return os.readlink(path)
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    with open(os.open(path, flags), "rb") as file:
+        return file.read(PATCH_FILE_BYTES + 1)
+
+
+def _sha256(path: bytes | str) -> str | None:
+    import hashlib
+
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            for chunk in iter(lambda: file.read(1 << 20), b""):
+                digest.update(chunk)
+    except OSError:
+        return None
+    return digest.hexdigest()
+
+
+def _git_bundle(tree: _GitTree, path: Path) -> tuple[dict[str, Any], str | None]:
+    """Write `path`, the commits that no remote has, unless they hold a secret.
+
+    ``git fetch git.bundle HEAD`` in a clone gets them. Without a remote that is the
+    whole history. A bundle cannot be redacted: one secret keeps all of it away.
+    """
+    facts: dict[str, Any] = {"file": None, "bytes": 0, "commit": None, "commits": 0}
+    unpushed = ("HEAD", "--not", "--remotes")
+    if not tree.head:
+        return facts, None
+    # <id of a commit>\n<id> name of a file or folder\n
+    listed = _git_run(tree.directory, "rev-list", "--objects", *unpushed)
+    rows = [line.partition(b" ") for line in listed.data.splitlines()]
+    if listed.problem or not rows:
+        return facts, listed.problem and f"no bundle: {listed.problem}"
+    names = {oid: name for oid, _, name in rows}
+    facts.update(commit=tree.head, commits=sum(not space for _, space, _ in rows))
+    import tempfile
+
+    with tempfile.TemporaryFile() as file:
+        file.write(b"\n".join(names) + b"\n")
+        file.seek(0)
+        limits: Any = {"limit": BUNDLE_BYTES, "timeout": PATCH_SECONDS}
+        words = ("cat-file", "--batch", "--buffer")
+        content = _git_run(tree.directory, *words, stdin=file, **limits)
+    if content.problem:
+        return facts, f"no bundle: {content.problem}"
+    secret = _secret_object(content.data, names, time.monotonic() + PATCH_SECONDS)
+    if secret is not None:
+        return facts, f"no bundle: {secret}"
+    pack = ("-c", "pack.threads=1", "bundle", "create", "-q", "-", *unpushed)
+    bundle = _git_run(tree.directory, *pack, **limits)
+    # The header names its commit: only what was searched may be kept.
+    if bundle.problem or b"\n%s HEAD\n" % tree.head.encode() not in bundle.data[:10000]:
+        return facts, f"no bundle: {bundle.problem or 'HEAD has moved meanwhile'}"
+    _write_file(path, bundle.data)
+    return {**facts, "file": path.name, "bytes": len(bundle.data)}, None
+
+
+def _secret_object(
+    data: bytes, names: Mapping[bytes, bytes], deadline: float
+) -> str | None:
+    """Return why a bundle of these objects must not be kept; each line is read once."""
+    seen: set[bytes] = set()
+    start = 0
+    while start < len(data):
+        # <id> blob <size>\n<content>\n
+        header, _, _ = data[start : start + 200].partition(b"\n")
+        oid, kind, size = header.split(b" ")
+        begin = start + len(header) + 1
+        start = begin + int(size) + 1
+        name = names.get(oid, b"")
+        where = f"{_show(name)!r} of an unpushed commit" if name else "a commit"
+        if _compiled(SECRET_FILES).search(name):
+            return f"{where} holds secrets by nature"
+        lines = data[begin : start - 1].split(b"\n") if kind != b"tree" else []
+        new = b"\n".join([line for line in lines if line not in seen])
+        seen.update(lines)
+        if _redact_bytes(name) != name:
+            return "the name of a file in a commit holds a secret"
+        if _redact_bytes(new) != new:
+            return f"{where} holds a secret"
+        if time.monotonic() > deadline:
+            return f"its search took more than {PATCH_SECONDS:g} s"
+    return None
+
+
+def _git_run(
+    directory: str, *words: str, more: Mapping[str, str] | None = None, **how: Any
+) -> _Output:
     """Run git so that it asks, pages, fetches, locks and executes nothing."""
     kept = ("GIT_CEILING_DIRECTORIES", "GIT_DISCOVERY_ACROSS_FILESYSTEM")
     env = {k: v for k, v in os.environ.items() if k[:4] != "GIT_" or k in kept}
     env.update(dict.fromkeys(("GIT_ASKPASS", "SSH_ASKPASS"), "true"), LC_ALL="C")
     env.update(dict.fromkeys(("GIT_OPTIONAL_LOCKS", "GIT_TERMINAL_PROMPT"), "0"))
     env.update(GIT_NO_LAZY_FETCH="1", GIT_ALLOW_PROTOCOL="none", GIT_PAGER="cat")
-    settings = ["-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null"]
-    argv = ["git", "--no-pager", *settings, *words]
-    return _run(argv, cwd=directory, env=env, timeout=timeout)
+    settings = ["core.fsmonitor=false", "core.hooksPath=/dev/null"]
+    settings.append("core.splitIndex=false")
+    switches = [word for setting in settings for word in ("-c", setting)]
+    argv = ["git", "--no-pager", *switches, *words]
+    return _run(argv, cwd=directory, env={**env, **(more or {})}, **how)
 
 
 def _packages(
@@ -1326,27 +1873,117 @@ def _requirement(name: str, distribution: Any) -> str:
     return f"{name} @ {url}" if url else f"{name}=={distribution.version}"
 
 
+def _local_packages(
+    request: Mapping[str, Any], tree: _GitTree, folder: Path
+) -> tuple[list[dict[str, Any]], str | None]:
+    """Return the repository of each package that was installed from a local folder.
+
+    Its changes become git.<package>.patch in `folder`, its commits that no remote has
+    git.<package>.bundle; not so for the repository of the experiment itself.
+    """
+    places, problem = _sys_path(request)
+    sources = _local_sources(places)
+    packages, problems, seen = [], [problem] if problem else [], {tree.root: tree}
+    for name, (source, editable) in sorted(sources.items())[:MAX_LOCAL_PACKAGES]:
+        found = _GitTree(source, tree.excluded, tree.entered)
+        facts, problem = _git(found)
+        keys = ("root", "commit_full", "is_dirty", "remote_origin_url", "unpushed")
+        package = {"name": name, "path": source, "editable": editable}
+        package.update((key, facts[key]) for key in keys)
+        package["problem"] = problem
+        if found.root and found.root not in seen:
+            seen[found.root] = found
+            file = folder / f"git.{_safe_name(name)}.patch"
+            for kind, keep in (("patch", _git_patch), ("bundle", _git_bundle)):
+                package[kind], problem = keep(found, file.with_suffix(f".{kind}"))
+                problems += [f"{name}: {problem}"] if problem else []
+        packages.append(package)
+    if len(sources) > MAX_LOCAL_PACKAGES:
+        problems.append(f"{len(sources) - MAX_LOCAL_PACKAGES} more are not recorded")
+    return packages, "; ".join(problems) or None
+
+
+def _sys_path(request: Mapping[str, Any]) -> tuple[list[str], str | None]:
+    """Return where the experiment's Python looks for modules."""
+    if request["sys_path"] or request["executable"] is None:
+        return request["sys_path"], None
+    asked = "import json, sys; print(json.dumps(sys.path[1:]))"
+    output = _run([request["executable"], "-c", asked], cwd=request["directory"])
+    lines = output.text.splitlines()
+    if output.problem or not lines:
+        return [], output.problem or "python printed no sys.path"
+    return json.loads(lines[-1]), None
+
+
+def _local_sources(places: Sequence[str]) -> dict[str, tuple[str, bool]]:
+    """Return folder and whether it is editable of packages from local folders."""
+    from importlib.metadata import distributions
+    from urllib.parse import unquote, urlsplit
+
+    sources: dict[str, tuple[str, bool]] = {}
+    for distribution in distributions(path=list(places)):
+        with contextlib.suppress(Exception):  # a dist-info that is empty or torn
+            about: Any = distribution
+            # {"url": "file:///home/me/a", "dir_info": {"editable": true}}   (PEP 610)
+            direct = json.loads(about.read_text("direct_url.json") or "{}")
+            home, local = Path(about.locate_file("")), direct.get("dir_info")
+            develops = about._path.suffix == ".egg-info" and home.name not in _INSTALLED
+            if local is not None:
+                folder = unquote(urlsplit(direct.get("url", "")).path)
+                editable = bool(local.get("editable"))
+                sources.setdefault(about.metadata["Name"], (folder, editable))
+            elif develops:  # setup.py develop
+                sources.setdefault(about.metadata["Name"], (str(home), True))
+    return sources
+
+
+_INSTALLED = ("site-packages", "dist-packages")
+
+
 def _cuda() -> tuple[dict[str, Any], str | None]:
     """Return what the NVIDIA driver says; no CUDA context is ever made."""
     facts: dict[str, Any] = {**dict.fromkeys(CUDA_FACTS), "available": False}
-    query = "--query-gpu=" + ",".join(GPU_FACTS)
-    output = _run(["nvidia-smi", query, "--format=csv,noheader,nounits"])
+    columns = list(GPU_FACTS)
+    output = _nvidia_smi(columns)
+    if "not a valid field" in output.text:  # a driver older than MIG
+        columns.remove("mig.mode.current")
+        output = _nvidia_smi(columns)
     if output.returncode is None and not os.path.exists(NVIDIA_DRIVER):
         return facts, None  # no such program and no driver: no GPU
-    # 0, NVIDIA H100 80GB HBM3, 81559, GPU-8a1b2c3d-..., 550.54.15
+    # 0, NVIDIA H100 80GB HBM3, 81559, GPU-8a1b2c3d-..., 550.54.15, Disabled
     rows = [line.split(", ") for line in output.text.splitlines()]
-    devices = [dict(zip(GPU_FACTS, row)) for row in rows if len(row) == len(GPU_FACTS)]
+    devices = [_gpu(columns, row) for row in rows if len(row) == len(columns)]
     if output.problem or (rows and not devices and "No devices" not in output.text):
         return dict.fromkeys(CUDA_FACTS), output.problem or "nvidia-smi gave no table"
-    version = re.search(r"CUDA Version: ([\d.]+)", _run(["nvidia-smi"]).text)
+    header = _run(["nvidia-smi"]).text
+    version = re.search(r"CUDA (?:UMD )?Version: *([\d.]+)", header)
     facts.update(available=bool(devices), device_count=len(devices), devices=devices)
     driver = devices[0]["driver_version"] if devices else None
     facts.update(driver_version=driver, version=version[1] if version else None)
+    # GPU 0: NVIDIA H100 (UUID: GPU-8a1b...)\n  MIG 1g.10gb Device 0: (UUID: MIG-...)
+    parts = re.findall(r"^ +MIG .*", _run(["nvidia-smi", "-L"]).text, re.M)
+    facts["mig_devices"] = [part.strip() for part in parts]
     return facts, None
 
 
-CUDA_FACTS = ("available", "version", "device_count", "driver_version", "devices")
-GPU_FACTS = ("index", "name", "memory.total", "uuid", "driver_version")
+def _nvidia_smi(columns: Sequence[str]) -> _Output:
+    query = "--query-gpu=" + ",".join(columns)
+    return _run(["nvidia-smi", query, "--format=csv,noheader,nounits"])
+
+
+def _gpu(columns: Sequence[str], row: Sequence[str]) -> dict[str, Any]:
+    """Return a row of nvidia-smi; memory.total in MiB; [N/A] is None."""
+    values = [None if text.startswith("[") else text.strip() for text in row]
+    facts: dict[str, Any] = {**dict.fromkeys(GPU_FACTS), **dict(zip(columns, values))}
+    memory = facts["memory.total"]
+    facts["memory.total"] = int(memory) if str(memory).isdigit() else memory
+    return facts
+
+
+CUDA_FACTS = ["available", "version", "device_count", "driver_version", "devices"]
+CUDA_FACTS += ["mig_devices"]
+GPU_FACTS = ["index", "name", "memory.total", "uuid", "driver_version"]
+GPU_FACTS += ["mig.mode.current"]
 NVIDIA_DRIVER = "/proc/driver/nvidia/version"
 
 
@@ -1358,16 +1995,133 @@ def _loaded_cuda() -> dict[str, Any]:
     return {**dict.fromkeys(CUDA_FACTS), **facts}
 
 
+def _environment(root: str, prefix: str) -> tuple[dict[str, Any], str | None]:
+    """Return what made the environment below `prefix`, and the project's lock files."""
+    # home = /usr/bin\nuv = 0.4.18\nversion_info = 3.12.1
+    uv = _first_match(f"{prefix}/pyvenv.cfg", r"^uv *= *(.+)$")
+    conda = os.path.isdir(f"{prefix}/conda-meta")
+    venv = os.path.exists(f"{prefix}/pyvenv.cfg")
+    manager = "uv" if uv else "conda" if conda else "venv" if venv else None
+    installed = os.listdir(f"{prefix}/conda-meta") if conda else []
+    packages = sorted(name[:-5] for name in installed if name.endswith(".json"))
+    locks = {name: _sha256(os.path.join(root, name)) for name in LOCK_FILES if root}
+    return {
+        "manager": manager,
+        "prefix": prefix,
+        "uv_version": uv,
+        "conda_environment": os.environ.get("CONDA_DEFAULT_ENV"),
+        "conda_packages": packages,  # name-version-build
+        "lock_files": {name: digest for name, digest in locks.items() if digest},
+    }, None
+
+
+def _container() -> tuple[dict[str, Any], str | None]:
+    """Return the kind of container this is, its image, and the limits of its cgroup."""
+    env = os.environ
+    apptainer = env.get("APPTAINER_CONTAINER") or env.get("SINGULARITY_CONTAINER")
+    # image="docker.io/library/python:3.11"
+    podman = _first_match("/run/.containerenv", r'^image="(.*)"')
+    kinds = {
+        "apptainer": apptainer,
+        "podman": os.path.exists("/run/.containerenv"),
+        "kubernetes": env.get("KUBERNETES_SERVICE_HOST"),
+        "docker": os.path.exists("/.dockerenv"),
+    }
+    named = [env[name] for name in IMAGE_VARIABLES if env.get(name)]
+    quota, _, period = str(_cgroup_limit("cpu.max") or "").partition(" ")
+    cpus = int(quota) / int(period) if quota.isdigit() and period.isdigit() else None
+    return {
+        "kind": next((kind for kind, holds in kinds.items() if holds), None),
+        "image": podman or apptainer or next(iter(named), None),
+        "cpu_limit": cpus,
+        "memory_limit_bytes": _cgroup_limit("memory.max"),
+    }, None
+
+
+# Where an image is told to those inside: SLURM's pyxis, GitLab, hubs of notebooks.
+IMAGE_VARIABLES = ["SLURM_CONTAINER_IMAGE", "CONTAINER_IMAGE", "CI_JOB_IMAGE"]
+IMAGE_VARIABLES += ["JUPYTER_IMAGE", "DOCKER_IMAGE", "IMAGE_NAME"]
+
+
+def _cgroup_limit(name: str) -> str | int | None:
+    """Return the nearest limit of that name, of cgroup v2, that is set for us."""
+    # 0::/system.slice/slurmstepd.scope/job_7/step_0
+    folder = str(_first_match("/proc/self/cgroup", r"^0::(/.*)$") or "")
+    while folder:
+        limit = _first_match(f"/sys/fs/cgroup{folder}/{name}", r"^(\d.*)$")
+        if limit is not None:
+            return limit
+        folder = folder.rpartition("/")[0]
+    return _first_match(f"/sys/fs/cgroup/{name}", r"^(\d.*)$")
+
+
+def _determinism() -> dict[str, Any]:
+    """Return seeds and flags that loaded modules have; nothing is drawn or imported.
+
+    A state that no seed tells is told by a number, equal where the state is.
+    """
+    facts = {name: _loaded(path) for name, path in _DETERMINISM.items()}
+    for name in ("PYTHONHASHSEED", "CUBLAS_WORKSPACE_CONFIG"):
+        facts[name] = os.environ.get(name)
+    facts["hash_randomization"] = bool(sys.flags.hash_randomization)
+    state = _loaded("random.getstate")  # (3, 625 numbers, None)
+    facts["random_state"] = _state_number(state[1]) if state else None
+    state = _loaded("numpy.random.get_state")  # ("MT19937", 624 numbers, 624, 0, 0.0)
+    numbers = [*map(int, state[1].tolist()), int(state[2])] if state else [0]
+    facts["numpy_state"] = _state_number(numbers) if state else None
+    # Seeded and not used since: init_genrand of Matsumoto and Nishimura's mt19937ar.c.
+    seed = numbers[0]
+    then = (1812433253 * (seed ^ (seed >> 30)) + 1) & 0xFFFFFFFF
+    fresh = len(numbers) == 625 and numbers[-1] == 624 and numbers[1] == then
+    facts["numpy_seed"] = seed if fresh else None
+    return facts
+
+
+_DETERMINISM = {
+    "torch_seed": "torch.initial_seed",
+    "torch_deterministic": "torch.are_deterministic_algorithms_enabled",
+    "torch_cudnn_deterministic": "torch.backends.cudnn.deterministic",
+    "torch_cudnn_benchmark": "torch.backends.cudnn.benchmark",
+    "torch_float32_matmul_precision": "torch.get_float32_matmul_precision",
+}
+
+
+def _loaded(path: str) -> Any:
+    """Read `torch.backends.cudnn.benchmark` if torch is loaded; call a function."""
+    module, *names = path.split(".")
+    value: Any = sys.modules.get(module)
+    for name in names:
+        value = getattr(value, name, None)
+    with contextlib.suppress(Exception):  # a stub, another version, a broken install
+        return value() if callable(value) else value
+    return None
+
+
+def _state_number(numbers: Sequence[int]) -> str:
+    """Return a number for a state; Python's hash of integers is the same everywhere."""
+    return f"{hash(tuple(numbers)) & 0xFFFFFFFFFFFFFFFF:016x}"
+
+
+def _late_determinism(folder: Path) -> dict[str, Any]:
+    """Return seeds and flags that are other now than metadata.json says."""
+    then = _mapping(_read_json(folder / "metadata.json"), "determinism")
+    now = {k: v for k, v in _determinism().items() if not k.endswith("_state")}
+    return {key: value for key, value in now.items() if then and then.get(key) != value}
+
+
 def _python() -> dict[str, Any]:
     return {
         "version": sys.version,
         "executable": sys.executable,
         "implementation": sys.implementation.name,
         "prefix": sys.prefix,
-        "flags": list(getattr(sys, "orig_argv", ["", ""])[1:2]),
+        "flags": {k: v for k in _FLAGS if (v := getattr(sys.flags, k, None))},
         "torch": getattr(sys.modules.get("torch"), "__version__", None),
         "numpy": getattr(sys.modules.get("numpy"), "__version__", None),
     }
+
+
+_FLAGS = ("dev_mode", "isolated", "no_site", "optimize", "safe_path", "utf8_mode")
 
 
 def _platform() -> dict[str, Any]:
@@ -1421,9 +2175,12 @@ def _user() -> str:
 
 def _launcher(env: Mapping[str, str]) -> dict[str, Any]:
     """Return the ids that a scheduler or launcher gave this process."""
-    prefixes = ("SLURM_", "TORCHELASTIC_", "OMPI_COMM_WORLD_", "PMI_", "PBS_", "LSB_")
-    names = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR"]
-    names += ["MASTER_PORT", "KUBERNETES_SERVICE_HOST", "JOB_ID", "PYTHONHASHSEED"]
+    prefixes = (
+        "SLURM_", "TORCHELASTIC_", "OMPI_COMM_WORLD_", "PMI_", "PMIX_", "PALS_", "PBS_",
+        "LSB_", "FLUX_", "SGE_TASK_", "POD_", "JOB_COMPLETION_",
+    )  # fmt: skip
+    names = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "JOB_ID"]
+    names += ["MASTER_PORT", "KUBERNETES_SERVICE_HOST", "NODE_NAME", "PYTHONHASHSEED"]
     return {k: env[k] for k in sorted(env) if k.startswith(prefixes) or k in names}
 
 
@@ -1437,10 +2194,14 @@ class _Output:
         self.printed = {1: bytearray(), 2: bytearray()}
 
     @property
-    def text(self) -> str:
-        return self.printed[1].decode("utf-8", "surrogateescape")
+    def data(self) -> bytes:
+        return bytes(self.printed[1])
 
-    def read(self, child: subprocess.Popen[bytes], timeout: float) -> None:
+    @property
+    def text(self) -> str:
+        return self.data.decode("utf-8", "surrogateescape")
+
+    def read(self, child: subprocess.Popen[bytes], timeout: float, limit: int) -> None:
         """Collect what the child prints until it ends or passes a limit.
 
         A grandchild that keeps the pipe open is not waited for.
@@ -1460,8 +2221,8 @@ class _Output:
                 if not data:
                     poller.unregister(descriptor)
                     del streams[descriptor]
-            if max(map(len, self.printed.values())) > PROGRAM_BYTES:
-                self.problem = f"{self.program} printed more than {PROGRAM_BYTES} bytes"
+            if max(map(len, self.printed.values())) > limit:
+                self.problem = f"{self.program} printed more than {limit} bytes"
             elif time.monotonic() > deadline:
                 self.problem = f"{self.program} did not end within {timeout:g} s"
             if self.problem or (ended and not ready):
@@ -1473,21 +2234,21 @@ class _Output:
 
 def _run(
     argv: Sequence[str], cwd: str | None = None, env: Mapping[str, str] | None = None,
-    timeout: float | None = None,
+    timeout: float | None = None, limit: int | None = None, stdin: Any = None,
 ) -> _Output:
     """Start a foreign program, the only way here; kill it at its limits."""
     output = _Output(argv[0])
     import subprocess  # here and below: commands that only read go without
 
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    pipes.update(stdin=subprocess.DEVNULL, start_new_session=True)
+    pipes.update(stdin=stdin or subprocess.DEVNULL, start_new_session=True)
     try:
         child = subprocess.Popen(argv, cwd=cwd, env=env, **pipes)
     except (OSError, ValueError) as error:
         output.problem = f"{output.program} cannot be started: {error}"
         return output
     try:
-        output.read(child, timeout or PROGRAM_SECONDS)
+        output.read(child, timeout or PROGRAM_SECONDS, limit or PROGRAM_BYTES)
         if output.problem is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
@@ -1774,6 +2535,35 @@ def _redact_text(text: str) -> str:
     for secret in sorted(_known_secrets, key=len, reverse=True):
         text = text.replace(secret, REDACTED)
     return text
+
+
+def _redact_bytes(data: bytes) -> bytes:
+    """Return the content of a file without secrets."""
+    text = data.decode("utf-8", "surrogateescape")
+    clean = _redact_whole(text)
+    return data if clean == text else clean.encode("utf-8", "surrogateescape")
+
+
+def _redact_whole(text: str) -> str:
+    """Return a text of any length without secrets.
+
+    Only long values become known: a short one of some file may be a common word.
+    """
+    before = set(_known_secrets)
+    text = _redact_shapes.__wrapped__(text)
+    for value in _known_secrets - before:
+        if len(value) < 12 or _is_name(value):
+            _known_secrets.discard(value)
+    for secret in sorted(_known_secrets, key=len, reverse=True):
+        text = text.replace(secret, REDACTED)
+    return text
+
+
+def _replace_known(data: bytes) -> bytes:
+    for secret in sorted(_known_secrets, key=len, reverse=True):
+        value = secret.encode("utf-8", "surrogateescape")
+        data = data.replace(value, REDACTED.encode())
+    return data
 
 
 _compiled = functools.cache(re.compile)  # when first needed: 6 ms
@@ -2819,6 +3609,10 @@ class _RecorderProcess:
             os.close(forward.target)
         self._reply("drained")
         self.captures.join()
+        learned = _known_secrets.difference(self.request["secrets"])
+        if learned and not self.request["rank"]:
+            folder = _record_of(self.run_dir, self.request["attempt"])
+            _redact_again(folder, "status.json", "notes.jsonl")
         self._reply("done")
         status = _read_json(self.run_dir / "status.json") or {}
         if self.meeting is not None and status.get("status") != "failed":
@@ -4301,6 +5095,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     table = {
         "run": _add_run, "inspect": _add_inspect, "list": _add_list, "diff": _add_diff,
         "lineage": _add_lineage, "note": _add_note, "reindex": _add_reindex,
+        "audit": _add_audit,
     }  # fmt: skip
     for name in [word for word in words[:1] if word in table] or table:
         table[name](commands)
@@ -4623,7 +5418,8 @@ def _comparable_now(run: Run) -> dict[str, Any]:
     root = _mapping(run.metadata, "git").get("root")
     directory = str(root if os.path.isdir(str(root)) else _working_dir() or "/")
     metadata = _immediate_metadata([], directory, None)
-    metadata["git"], _ = _git(directory, str(_results_root(run.path.parent)))
+    excluded = [str(_results_root(run.path.parent)), str(run.path)]
+    metadata["git"], _ = _git(_GitTree(directory, excluded))
     metadata["cuda"] = {**metadata["cuda"], **_cuda()[0]}
     metadata["pip_freeze"], _ = _packages(sys.executable, sys.path)
     facts = _comparable(metadata)
@@ -4706,6 +5502,131 @@ def _cmd_reindex(args: argparse.Namespace) -> int:
     if not args.dry_run:
         _replace_index(path, size, rows)
     return 0
+
+
+def _add_audit(commands: Any) -> None:
+    about = "search runs, also of the ancestors, for secrets; exit status 1: there are"
+    audit = commands.add_parser("audit", help=about)
+    audit.add_argument("root", nargs="?", metavar="ROOT", help=ROOT_HELP)
+    audit.add_argument("--json", action="store_true", help="as JSON")
+    audit.set_defaults(command=_cmd_audit)
+
+
+def _cmd_audit(args: argparse.Namespace) -> int:
+    """Say where a secret is, and never which."""
+    root = _root(args.root)
+    _redact(dict(os.environ))  # what is secret here and now is searched as well
+    audit = _Audit(root)
+    for run in _walk_runs(root):
+        audit.search(_files_below(run))
+    audit.search([root / INDEX_FILE] if (root / INDEX_FILE).is_file() else [])
+    if args.json:
+        facts = {"found": audit.found, "files": len(audit.read)}
+        print(_format_json({**facts, "not_searched": audit.unread}), end="")
+    else:
+        print("\n".join(map(_printable, audit.report())))
+    return 1 if audit.found else 2 if audit.unread else 0
+
+
+class _Audit:
+    """Secrets in files, by file and place; what they are is never told."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.found: list[dict[str, str]] = []
+        self.read: dict[Path, bool] = {}  # a file, and whether it is binary
+        self.unread: dict[str, str] = {}  # a file, and why
+
+    def search(self, paths: Sequence[Path]) -> None:
+        """Search files, twice where a secret is found, which the others may hold."""
+        known = len(_known_secrets)
+        found = [(path, self.places(path)) for path in paths]
+        if len(_known_secrets) > known:
+            found = [(path, self.places(path)) for path in paths]
+        for path, places in found:
+            self.found += [{"file": self.name(path), "place": at} for at in places]
+
+    def name(self, path: Path) -> str:
+        return _redact_text(os.path.relpath(path, self.root))
+
+    def places(self, path: Path) -> list[str]:
+        """Return where in a file secrets are."""
+        try:
+            data = _read_bytes(path)
+        except OSError as error:
+            self.unread[self.name(path)] = error.strerror or str(error)
+            return []
+        self.read[path] = b"\0" in data[:8192]
+        if self.read[path]:
+            return ["somewhere in a binary file"] * (_replace_known(data) != data)
+        return _secret_places(path.suffix, data.decode("utf-8", "surrogateescape"))
+
+    def report(self) -> list[str]:
+        lines = [f"{entry['file']}: {entry['place']}" for entry in self.found]
+        lines += [f"{file}: not searched: {why}" for file, why in self.unread.items()]
+        places = f"{len(self.found) or 'no'} place{'s' * (len(self.found) != 1)}"
+        files, binary = len(self.read), sum(self.read.values())
+        more = f", in {binary} binary ones only for those of the others" * bool(binary)
+        lines.append(f"{places} with a secret; {files} files searched{more}")
+        todo = "revoke each that is valid; then remove it, or the file, by hand"
+        return [*lines, todo] if self.found else lines
+
+
+def _files_below(run: str) -> list[Path]:
+    """Return the regular files of a run; links lead out of it."""
+    paths = []
+    for folder, folders, names in os.walk(run):
+        folders.sort()
+        paths += [Path(folder, name) for name in sorted(names)]
+    return [path for path in paths if path.is_file() and not path.is_symlink()]
+
+
+def _secret_places(suffix: str, text: str) -> list[str]:
+    """Return the keys of JSON or YAML, else the lines, where a text has secrets."""
+    with contextlib.suppress(ValueError, RecursionError, KeyError, IndexError):
+        if suffix in (".json", ".yaml", ".yml"):
+            parse = json.loads if suffix == ".json" else _parse_yaml
+            found = dict.fromkeys(_secret_keys(parse(text), ""))
+            return [f"key {key}" for key in found]
+    if suffix != ".jsonl" and not _holds_secret(text):
+        return []
+    places, in_hunk = [], False
+    for number, line in enumerate(text.split("\n"), 1):
+        in_hunk = line == "GIT binary patch" or (in_hunk and line != "")
+        keys = list(_secret_keys(_parsed(line), "")) if suffix == ".jsonl" else []
+        places += [f"line {number}, key {key}" for key in keys]
+        if not keys and not in_hunk and _holds_secret(line):
+            places.append(f"line {number}")
+    return places
+
+
+def _parsed(line: str) -> Any:
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(line)
+    return None
+
+
+def _secret_keys(value: Any, key: str, name: str = "") -> Iterator[str]:
+    """Yield the dotted keys of plain data under which a secret is."""
+    if isinstance(value, dict):
+        for inner, item in value.items():
+            shown = _redact_text(str(inner))
+            if shown != str(inner):
+                yield f"{key}.{shown}".lstrip(".")
+            yield from _secret_keys(item, f"{key}.{shown}".lstrip("."), str(inner))
+    elif isinstance(value, list) and (name != "argv" or _redact_argv(value) == value):
+        for item in value:
+            yield from _secret_keys(item, key, name)
+    elif isinstance(value, list):
+        yield key
+    elif isinstance(value, str):
+        short = len(value) <= MAX_REDACTED  # what is longer would be cut
+        if _redact(value, name) != value if short else _holds_secret(value):
+            yield key
+
+
+def _holds_secret(text: str) -> bool:
+    return _redact_whole(text) != text
 
 
 if __name__ == "__main__":
