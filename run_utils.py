@@ -1560,7 +1560,7 @@ class _Patch:
         if blobs:
             self._compare(tree, base, prefix, blobs)
         self.problems += [tree.problem] if tree.problem else []
-        for name, commit, module in tree.submodules(base):
+        for name, commit, module in () if self.problems else tree.submodules(base):
             self.add(module, commit, prefix + name + b"/")
 
     def _read(
@@ -1633,6 +1633,9 @@ class _Patch:
         options = (*words.split(), "--no-ext-diff", "--no-textconv", *ends, base)
         with tempfile.TemporaryDirectory(prefix="run_utils-") as scratch:
             more, problem = _git_store(scratch, tree, base, blobs)
+            if problem:
+                self.problems.append(problem)
+                return
 
             def compare(*settings: str) -> _Output:
                 left = max(self.deadline - time.monotonic(), 1.0)
@@ -1644,7 +1647,7 @@ class _Patch:
             if texts.problem or any(map(_shows_secret, sections.values())):
                 # What would show the old content is shown as a binary patch.
                 binary = compare("-c", f"core.attributesFile={scratch}/attributes")
-                problem = problem or binary.problem
+                problem = binary.problem
                 for title, section in _split_patch(binary.data).items():
                     if texts.problem or _shows_secret(sections[title]):
                         sections[title] = section
@@ -1674,8 +1677,10 @@ def _git_store(
 
     objects = os.path.join(scratch, "objects")
     os.makedirs(os.path.join(objects, "info"))
-    theirs = _git_run(tree.root, "rev-parse", "--git-path", "objects").data
-    alternates = tree.path(theirs.rstrip(b"\n")) + b"\n"
+    asked = _git_run(tree.root, "rev-parse", "--git-path", "objects")
+    if asked.problem:
+        return {}, asked.problem
+    alternates = tree.path(asked.data.rstrip(b"\n")) + b"\n"
     Path(objects, "info", "alternates").write_bytes(alternates)
     Path(scratch, "attributes").write_bytes(b"* -diff\n")
     entries = b""
@@ -1690,11 +1695,12 @@ def _git_store(
     listed.write_bytes(entries)
     more = {"GIT_INDEX_FILE": os.path.join(scratch, "index")}
     more["GIT_OBJECT_DIRECTORY"] = objects
-    read = _git_run(tree.root, "read-tree", base, more=more)
-    with open(listed, "rb") as file:
-        words = ("update-index", "-z", "--replace", "--index-info")
-        wrote = _git_run(tree.root, *words, more=more, stdin=file)
-    return more, read.problem or wrote.problem
+    done = _git_run(tree.root, "read-tree", base, more=more)
+    if not done.problem:
+        with open(listed, "rb") as file:
+            words = ("update-index", "-z", "--replace", "--index-info")
+            done = _git_run(tree.root, *words, more=more, stdin=file)
+    return more, done.problem
 
 
 def _split_patch(patch: bytes) -> dict[bytes, bytes]:
@@ -1883,8 +1889,12 @@ def _local_packages(
     """
     places, problem = _sys_path(request)
     sources = _local_sources(places)
-    packages, problems, seen = [], [problem] if problem else [], {tree.root: tree}
+    packages, problems, seen = [], [problem] if problem else [], {tree.root}
+    deadline = time.monotonic() + PATCH_SECONDS
     for name, (source, editable) in sorted(sources.items())[:MAX_LOCAL_PACKAGES]:
+        if time.monotonic() > deadline:
+            problems.append(f"no time left for {name} and those after it")
+            break
         found = _GitTree(source, tree.excluded, tree.entered)
         facts, problem = _git(found)
         keys = ("root", "commit_full", "is_dirty", "remote_origin_url", "unpushed")
@@ -1892,7 +1902,7 @@ def _local_packages(
         package.update((key, facts[key]) for key in keys)
         package["problem"] = problem
         if found.root and found.root not in seen:
-            seen[found.root] = found
+            seen.add(found.root)
             file = folder / f"git.{_safe_name(name)}.patch"
             for kind, keep in (("patch", _git_patch), ("bundle", _git_bundle)):
                 package[kind], problem = keep(found, file.with_suffix(f".{kind}"))
