@@ -15,6 +15,7 @@ leaves one directory that anybody can read without this file:
         metadata.json    git, python, platform, CUDA, packages, host, environment
         status.json      "running" from the first moment, then how it ended
         git.patch        the uncommitted code, when there was any
+        git.bundle       the commits that no remote has, when there were any
         logs/            stdout.log, stderr.log, or output.log for both
         plots/ artifacts/ samples/ metrics/
 
@@ -4952,6 +4953,11 @@ def _format_code(git: Mapping[str, Any]) -> str:
     parts.append("uncommitted changes" if git.get("is_dirty") else "")
     unpushed = f"{_text(git.get('unpushed'))} commits not pushed"
     parts.append(unpushed if git.get("unpushed") else "")
+    kept = [_mapping(git, kind).get("file") for kind in ("patch", "bundle")]
+    names = " and ".join(map(_text, filter(None, kept)))
+    parts.append(f"kept in {names}" if names else "")
+    left_out = _mapping(git, "patch").get("left_out_count")
+    parts.append(f"{_text(left_out)} files not kept" if left_out else "")
     return ", ".join(filter(None, [*parts, _text(git.get("remote_origin_url") or "")]))
 
 
