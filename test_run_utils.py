@@ -883,10 +883,12 @@ class SeveralProcesses(RunCase):
         self.outputs(rank_0, rank_1)
 
     def test_a_rank_that_raises_is_the_cause_even_when_rank_0_is_killed(self) -> None:
-        body = self.enter + "    sys.stdin.read()\n"
+        body = self.enter + "    print('here', flush=True); sys.stdin.read()\n"
         body += "    if os.environ['RANK'] == '1': raise ValueError('bad batch')\n"
         rank_0, rank_1 = self.start(body, 0), self.start(body, 1)
-        self.wait_for("results/exp/exp-*/logs/rank1.stderr.log")
+        for name in ("stdout.log", "rank1.stdout.log"):  # both are inside
+            log = self.wait_for(f"results/exp/exp-*/logs/{name}")
+            self.wait_until(lambda log=log: log.read_text("utf-8") == "here\n")
         rank_1.communicate("")
         self.wait_for("results/exp/exp-*/logs/rank1.status.json")
         rank_0.terminate()
