@@ -2558,13 +2558,11 @@ def _redact_bytes(data: bytes) -> bytes:
 def _redact_whole(text: str) -> str:
     """Return a text of any length without secrets.
 
-    Only long values become known: a short one of some file may be a common word.
+    Words do not become known: in code, `token = "resnet50-base"` names a model.
     """
     before = set(_known_secrets)
     text = _redact_shapes.__wrapped__(text)
-    for value in _known_secrets - before:
-        if len(value) < 12 or _is_name(value):
-            _known_secrets.discard(value)
+    _known_secrets.difference_update(filter(_is_words, _known_secrets - before))
     for secret in sorted(_known_secrets, key=len, reverse=True):
         text = text.replace(secret, REDACTED)
     return text
@@ -2714,6 +2712,12 @@ def _is_name(text: str) -> bool:
     words, numbers = re.findall("[A-Z]?[a-z]{2,}", text), re.findall(r"\d+", text)
     in_words = sum(map(len, words)) >= 0.6 * len(text)
     return in_words and len(numbers) <= 1 + len(text) / 10
+
+
+def _is_words(text: str) -> bool:
+    """Return whether a text is of words and numbers: resnet50-base_v2, but no h0rse."""
+    words = r"((<?[A-Za-z]+\d*|\d+[A-Za-z]{0,3})([-_.,:;/ >]+|$))*"
+    return bool(re.fullmatch(words, text))
 
 
 # What to do with a match: group 1 stays, the last group may be a secret. All are

@@ -1587,7 +1587,7 @@ class GitPatch(PatchCase):
         "filled": (b"", b"a\n"),
         "deleted": (b"a\n", None),
         "sp ace/ in name": (None, b"new\n"),
-        "\u00fc\u00e4\u65e5\u672c": (b"1\n", b"2\n"),
+        os.fsdecode("\u00fc\u00e4\u65e5\u672c".encode()): (b"1\n", b"2\n"),
         'quote"back\\slash': (b"1\n", b"2\n"),
         "new\nline": (b"1\n", b"2\n"),
         b"\xff\xfe".decode("utf-8", "surrogateescape"): (b"1\n", b"2\n"),
@@ -1630,7 +1630,7 @@ class GitPatch(PatchCase):
         for name in ("link", "link2file", "file2link", "file2dir", "dir/x"):
             (repo / name).unlink()
         (repo / "dir").rmdir()
-        (repo / "link").symlink_to("elsewhere \u00fc")
+        (repo / "link").symlink_to(os.fsdecode("elsewhere \u00fc".encode()))
         (repo / "file2link").symlink_to("mode")
         (repo / "dir").symlink_to("mode")
         self.write("link2file", b"now a file\n")
@@ -1813,11 +1813,29 @@ class SecretsInPatches(PatchCase):
 
     def test_a_value_found_secret_in_one_file_is_replaced_in_all(self) -> None:
         self.new_repo()
-        value = b"q7Rk2Lm9Xw4Zt8"  # no shape of its own, shorter than a token
-        self.write("a", b"print('" + value + b"')\n")
-        self.write("z", b"# " + b"x" * 200 + b"\ndb_password = '" + value + b"'\n")
+        values = (
+            b"q7Rk2Lm9Xw4Zt8",
+            b"c0rrect-h0rse-ecdfe2",
+            b"hunter2hunter2",
+            b"tr0ub4dor&3",
+        )
+        for number, value in enumerate(values):  # without a shape of their own
+            self.write(f"a{number}", b"print('" + value + b"')\n")
+            self.write(
+                f"z{number}", b"# " + b"x" * 200 + b"\ndb_password = '" + value + b"'\n"
+            )
         self.keep()
-        self.assertNotIn(value, (self.tmp / "git.patch").read_bytes())
+        patch = (self.tmp / "git.patch").read_bytes()
+        self.assertEqual([value for value in values if value in patch], [])
+
+    def test_a_word_that_a_secret_is_named_with_stays_elsewhere(self) -> None:
+        self.new_repo()
+        for word in (b"resnet50-base_v2", b"default tokenizer", b"bert-base-uncased"):
+            self.write("a", b"model = '" + word + b"'\n")
+            self.write("z", b"password = '" + word + b"'\n")
+            self.keep()
+            patch = (self.tmp / "git.patch").read_bytes()
+            self.assertIn(b"model = '" + word, patch)
 
     def test_the_temporary_files_hold_no_secret(self) -> None:
         self.new_tree({"f": self.BASE})
@@ -2303,7 +2321,7 @@ class NoSecretReachesTheDisk(RunCase):
         (repo / "old.py").write_text("key = os.environ['KEY']\n", "utf-8")
         (repo / "new.py").write_text(f"token: {self.canary()}\n", "utf-8")
         (repo / ".env").write_text(f"SOME_KEY={self.canary()}\n", "utf-8")
-        self.plain = f"c0rrect-h0rse-{uuid.uuid4().hex[:6]}"  # has no shape of its own
+        self.plain = "c0rrect-h0rse-ecdfe2"  # has no shape of its own
         text = f"db_password = '{self.plain}'\n"
         (repo / "settings.py").write_text(text, "utf-8")
         self.canaries.append(self.plain)
