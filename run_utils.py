@@ -208,6 +208,7 @@ class _Recording:
         self.ending: dict[str, Any] | None = None  # told by `run`, else by __exit__
         self.outside: str | None = None  # RUN_DIR outside of all runs
         self.recorder: _Recorder | None = None
+        self.seeds: dict[str, Any] = {}  # and flags, as they were on entry
 
     def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Make every call of `function` a run of its own."""
@@ -276,6 +277,7 @@ class _Recording:
             metadata = _immediate_metadata(argv, directory, document)
             metadata["launcher"].update(self.launch.facts)
             metadata["inputs"] = _inputs(document, argv, run_dir)
+            self.seeds = metadata["determinism"]
             _write_json(run_dir / "metadata.json", metadata)
             if self.attempt > 1:
                 _record_changes(run_dir, self.attempt, "config")
@@ -313,6 +315,8 @@ class _Recording:
         ending = self.ending or _ending(error)
         with _tolerating("output capture"):
             self.capture.stop()
+        with _tolerating("determinism"):
+            ending.update(_late_determinism(self.seeds))
         with _tolerating("status.json"):
             ending["duration_seconds"] = round(time.monotonic() - self.begun, 3)
             folder = _record_of(run_dir, self.attempt)
@@ -1376,6 +1380,7 @@ class _GitTree:
         self.late: list[bytes] = []
         self.pathspec = [":/"]
         self.problem = self._open() or self._read_config() or self._read_status()
+        self.problem = self.problem or self._read_hidden()
 
     def _open(self) -> str | None:
         # true\nfalse\n/work/tree\n: the last line is missing in a bare repository
@@ -1433,11 +1438,39 @@ class _GitTree:
                 old = _blob(fields[mode], fields[oid])
             elif self._is_of_a_run(name):
                 continue
-            if self.is_late(name) and name in self.tracked:
-                self.late.append(name)
-            if name in self.tracked or not self.is_late(name):
-                self.changes[name] = old
+            self._add(name, old)
         return output.problem
+
+    def _add(self, name: bytes, old: _Blob) -> None:
+        if self.is_late(name) and name in self.tracked:
+            self.late.append(name)
+        if name in self.tracked or not self.is_late(name):
+            self.changes[name] = old
+
+    def _read_hidden(self) -> str | None:
+        """Look at the files that git was told to take as unchanged."""
+        if not self.root:
+            return None
+        words = ("ls-files", "-v", "-s", "-z", "--", *self.pathspec)
+        listed = _git_run(self.root, *words, limit=5 * PROGRAM_BYTES)
+        # h 100644 <id> 0\tname, or S where a sparse checkout need not have it
+        marked = re.findall(rb"(?<![^\0])([a-zS]) (\d+) (\w+) 0\t([^\0]+)", listed.data)
+        hidden: dict[bytes, _Blob] = {}
+        for mark, mode, oid, name in marked[:PATCH_FILES]:
+            there = mark not in b"sS" or os.path.lexists(self.path(name))
+            if there and mode != b"160000" and name not in self.changes:
+                hidden[name] = mode, oid
+        kinds = {name: _lstat(self.path(name)) for name in hidden}
+        plain = [name for name, (kind, size) in kinds.items()
+                 if stat.S_ISREG(kind) and size <= PATCH_FILE_BYTES]  # fmt: skip
+        hashed = (*self.switches, "hash-object", "--", *map(os.fsdecode, plain))
+        found = _git_run(self.root, *hashed).data.split() if plain else []
+        ids = dict(zip(plain, found))
+        for name, old in hidden.items():
+            if (self.mode(kinds[name][0], old[0]), ids.get(name)) != old:
+                self.tracked.add(name)
+                self._add(name, old)
+        return listed.problem
 
     def _is_of_a_run(self, name: bytes) -> bool:
         """Tell whether an untracked file is recorded in a run, or about runs."""
@@ -1497,6 +1530,17 @@ class _GitTree:
         digest = hashlib.new(name, b"%s %d\0" % (kind, len(data)))
         digest.update(data)
         return digest.hexdigest()
+
+    def mode(self, kind: int, old: bytes) -> bytes:
+        """Return what git writes for the mode of a file: empty when there is none."""
+        if stat.S_ISLNK(kind):
+            return b"120000"
+        if stat.S_ISREG(kind):
+            trusted = self.config.get("core.filemode") != "false" or old[:3] != b"100"
+            return old if not trusted else b"100755" if kind & 0o100 else b"100644"
+        if old == b"160000" and (stat.S_ISDIR(kind) or not kind):
+            return old
+        return b"other" if kind and not (old and stat.S_ISDIR(kind)) else b""
 
     def path(self, name: bytes) -> bytes:
         """Return where a file of this tree lies."""
@@ -1569,9 +1613,7 @@ class _Patch:
         size: int,
     ) -> tuple[bytes, bytes, bytes] | None:
         """Return mode, content and redacted content, or list a file as left out."""
-        mode = _git_mode(kind, old[0])
-        if tree.config.get("core.filemode") == "false" and old[0][:3] == mode[:3]:
-            mode = old[0]
+        mode = tree.mode(kind, old[0])
         if mode == b"160000" or not (mode or old[0]):
             return None  # a submodule, whose files come later; or it is gone
         path, data = tree.path(name), b""
@@ -1721,17 +1763,6 @@ def _lstat(path: bytes) -> tuple[int, int]:
         info = os.lstat(path)
         return info.st_mode, 0 if stat.S_ISDIR(info.st_mode) else info.st_size
     return 0, 0
-
-
-def _git_mode(kind: int, old: bytes) -> bytes:
-    """Return what git writes for the mode of a file: empty when there is none."""
-    if stat.S_ISLNK(kind):
-        return b"120000"
-    if stat.S_ISREG(kind):
-        return b"100755" if kind & 0o100 else b"100644"
-    if old == b"160000" and (stat.S_ISDIR(kind) or not kind):
-        return old
-    return b"other" if kind and not (old and stat.S_ISDIR(kind)) else b""
 
 
 def _content(path: bytes, mode: bytes) -> bytes:
@@ -2113,11 +2144,12 @@ def _state_number(numbers: Sequence[int]) -> str:
     return f"{hash(tuple(numbers)) & 0xFFFFFFFFFFFFFFFF:016x}"
 
 
-def _late_determinism(folder: Path) -> dict[str, Any]:
-    """Return seeds and flags that are other now than metadata.json says."""
-    then = _mapping(_read_json(folder / "metadata.json"), "determinism")
-    now = {k: v for k, v in _determinism().items() if not k.endswith("_state")}
-    return {key: value for key, value in now.items() if then and then.get(key) != value}
+def _late_determinism(before: Mapping[str, Any]) -> dict[str, Any]:
+    """Return, for status.json, the seeds and flags that were set after entry."""
+    facts = _determinism() if before else {}
+    known = {k: v for k, v in facts.items() if v != before.get(k) and v is not None}
+    new = {k: v for k, v in known.items() if not k.endswith("_state")}
+    return {"determinism": new} if new else {}
 
 
 def _python() -> dict[str, Any]:
@@ -2562,7 +2594,8 @@ def _redact_whole(text: str) -> str:
     """
     before = set(_known_secrets)
     text = _redact_shapes.__wrapped__(text)
-    _known_secrets.difference_update(filter(_is_words, _known_secrets - before))
+    found = _known_secrets - before
+    _known_secrets.difference_update([value for value in found if _is_words(value)])
     for secret in sorted(_known_secrets, key=len, reverse=True):
         text = text.replace(secret, REDACTED)
     return text
@@ -4424,6 +4457,9 @@ def _comparable(
     config = {k: v for k, v in _mapping(metadata, "config").items() if k != "command"}
     git, python = _mapping(metadata, "git"), _mapping(metadata, "python")
     machine = {**_mapping(metadata, "platform"), **_mapping(metadata, "cuda")}
+    machine["container"] = _mapping(metadata, "container").get("image")
+    seeds = _mapping(metadata, "determinism").items()
+    machine.update((k, v) for k, v in seeds if not k.endswith("_state"))
     packages = metadata.get("pip_freeze")
     lines = map(str, packages) if isinstance(packages, list) else []
     names = [re.match(r"(-e )?([^=@<> ]+)( ?@ ?|==)?(.*)", line) for line in lines]
@@ -4441,9 +4477,12 @@ def _comparable(
             "hostname": metadata.get("hostname"),
             "python": _text(python.get("version")).split(" ")[0],
             "executable": python.get("executable"),
-            **{k: v for k, v in machine.items() if k != "memory_kib"},
+            **{k: v for k, v in machine.items() if k not in _UNEQUAL},
         },
     }  # fmt: skip
+
+
+_UNEQUAL = ("memory_kib", "hash_randomization")  # or not known of older runs
 
 
 def _differences(
@@ -5429,18 +5468,27 @@ def _comparable_run(run: Run) -> dict[str, Any]:
     if _mapping(run.metadata, "git").get("is_dirty") and not patches:
         patches["uncommitted changes"] = f"not kept by {run.path.name}"
     metrics = {k: v for k, v in run.metrics.items() if k not in _NO_METRICS}
-    facts = _comparable({**run.metadata, "config": run.config}, patches)
+    of_run = {"config": run.config, "determinism": _seeds(run)}
+    facts = _comparable({**run.metadata, **of_run}, patches)
     return {**facts, "metrics": metrics}
 
 
+def _seeds(run: Run) -> dict[str, Any]:
+    """Return the seeds and flags that a run had in the end."""
+    files = run.metadata, run.status
+    return {k: v for file in files for k, v in _mapping(file, "determinism").items()}
+
+
 def _comparable_now(run: Run) -> dict[str, Any]:
-    """Return the same of here and now; it has no config and no metrics."""
+    """Return the same of here and now; it has no config, metrics or seeds."""
     root = _mapping(run.metadata, "git").get("root")
     directory = str(root if os.path.isdir(str(root)) else _working_dir() or "/")
     metadata = _immediate_metadata([], directory, None)
     excluded = [str(_results_root(run.path.parent)), str(run.path)]
     metadata["git"], _ = _git(_GitTree(directory, excluded))
     metadata["cuda"] = {**metadata["cuda"], **_cuda()[0]}
+    metadata["container"], _ = _container()
+    metadata["determinism"] = _seeds(run)
     metadata["pip_freeze"], _ = _packages(sys.executable, sys.path)
     facts = _comparable(metadata)
     del facts["config"]

@@ -530,6 +530,32 @@ class HowItEnds(RunCase):
                 last = self.index()[-1]
                 self.assertEqual((last["event"], last["status"]), ("end", expected[0]))
 
+    def test_what_was_seeded_inside_is_told(self) -> None:
+        (self.tmp / "torch.py").write_text(
+            "seed = 1\ndef manual_seed(new):\n    global seed\n    seed = new\n"
+            "def initial_seed():\n    return seed\n",
+            "utf-8",
+        )
+        body = """
+            import torch, random
+            torch.manual_seed(42)
+            os.environ["PYTHONHASHSEED"] = "7"
+            random.seed(3)
+        """
+        self.in_context(body)
+        self.assertIsNone(self.json("metadata.json")["determinism"]["torch_seed"])
+        told = {"torch_seed": 42, "PYTHONHASHSEED": "7"}
+        self.assertEqual(self.json("status.json")["determinism"], told)
+        self.assertEqual(self.command("diff", "latest").stdout, "")
+        self.in_context(body.replace("42", "43"))
+        first, second = map(str, self.run_dirs())
+        done = self.command("diff", first, second)
+        self.assertEqual(done.stdout, "machine   torch_seed: 42 -> 43\n")
+
+    def test_nothing_is_told_of_seeds_that_are_as_before(self) -> None:
+        self.in_context("import random; random.seed(3)")
+        self.assertNotIn("determinism", self.json("status.json"))
+
     def test_the_traceback_is_the_one_without_us(self) -> None:
         body = "def f():\n    raise ValueError('x') from KeyError('y')\n"
         with_us = self.in_context(textwrap.indent(body, "") + "f()")
@@ -1611,6 +1637,36 @@ class GitPatch(PatchCase):
                 self.write(name, new)
         facts = self.assert_round_trip()
         self.assertEqual((facts["files"], facts["left_out"]), (len(self.ODD), []))
+
+    def test_files_that_git_was_told_to_take_as_unchanged(self) -> None:
+        names = ["assumed", "assumed mode", "deleted", "skipped", "same", "\u2713\nx"]
+        names = [os.fsdecode(name.encode()) for name in names]
+        repo = self.new_tree(dict.fromkeys(names, b"1\n"))
+        (repo / "link").symlink_to("same")
+        self.git("add", "link")
+        self.git("commit", "-qm", "link")
+        self.git("update-index", "--assume-unchanged", "link", *names)
+        self.git("update-index", "--no-assume-unchanged", "skipped")
+        self.git("update-index", "--skip-worktree", "skipped")
+        for name in ("assumed", "skipped", names[-1]):
+            self.write(name, b"2\n")
+        (repo / "assumed mode").chmod(0o755)
+        (repo / "deleted").unlink()
+        (repo / "link").unlink()
+        (repo / "link").symlink_to("deleted")
+        facts, _ = run_utils._git(run_utils._GitTree(str(repo)))
+        self.assertEqual(len(facts["changed"]), 6)
+        self.assertTrue(facts["is_dirty"])
+        self.assertEqual(self.assert_round_trip()["files"], 6)
+
+    def test_what_a_sparse_checkout_lacks_is_not_deleted(self) -> None:
+        repo = self.new_tree({"a/x": b"1\n", "b/y": b"1\n", "c": b"1\n"})
+        self.git("sparse-checkout", "set", "a")
+        self.assertFalse((repo / "b").exists())
+        self.write("a/x", b"2\n")
+        self.assertEqual(self.keep()["files"], 1)
+        tree = self.rebuild()
+        self.assertEqual([tree[name][1] for name in ("a/x", "b/y")], [b"2\n", b"1\n"])
 
     def test_staged_unstaged_renamed_modes_links_and_types(self) -> None:
         names = ["staged", "both", "moved", "mode", "file2link", "file2dir"]
