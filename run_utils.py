@@ -2555,10 +2555,13 @@ def _redact(value: Any, name: str = "") -> Any:
     return _secret(value) if _is_secret(name, value) else _redact_text(value)
 
 
-def _redact_argv(argv: Sequence[str]) -> list[str]:
+def _redact_argv(argv: Sequence[Any]) -> list[Any]:
     """Redact a command line: `--flag value`, `--flag=value`, `key=value`, headers."""
     words, flag = [], ""
     for word in argv:
+        if not isinstance(word, str):  # in a config of somebody
+            words.append(_redact(word, flag))
+            continue
         option = re.match(r"([-+]{0,2}[A-Za-z0-9_][\w.@/-]{0,100})=(.*)", word, re.S)
         if flag and not word.startswith("-") and _is_secret(flag, word):
             words.append(_secret(word))
@@ -4513,13 +4516,31 @@ def _flattened(name: str, value: Any, depth: int = 0) -> dict[str, Any]:
 
 
 def _parse_yaml(text: str) -> Any:
-    """Return a YAML document as plain data: by PyYAML, or by a reader of our own."""
+    """Return a YAML document as plain data: by PyYAML, or by a reader of our own.
+
+    Raises ValueError, and what the constructors of PyYAML raise.
+    """
     try:
         yaml = _pyyaml()
-        value = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except ImportError:
         value = _YamlReader(text).document()
+    else:
+        if _is_deep(text):  # libyaml would end the process where its stack ends
+            raise ValueError("it is nested too deeply")
+        try:
+            value = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        except yaml.YAMLError as error:
+            raise ValueError(str(error)) from error
     return _plain(value)  # bounded: an alias may stand for the same list many times
+
+
+def _is_deep(text: str) -> bool:
+    """Return whether a YAML document may have more than 500 levels."""
+    depth = deepest = 0
+    for bracket in re.findall(r"[][{}]", text):
+        depth = depth + 1 if bracket in "[{" else max(depth - 1, 0)
+        deepest = max(deepest, depth)
+    return deepest > 500 or bool(re.search(r"^[ \t?:-]{500}", text, re.M))
 
 
 class _YamlReader:
@@ -5651,11 +5672,10 @@ def _files_below(run: str) -> list[Path]:
 
 def _secret_places(suffix: str, text: str) -> list[str]:
     """Return the keys of JSON or YAML, else the lines, where a text has secrets."""
-    with contextlib.suppress(ValueError, RecursionError, KeyError, IndexError):
-        if suffix in (".json", ".yaml", ".yml"):
-            parse = json.loads if suffix == ".json" else _parse_yaml
-            found = dict.fromkeys(_secret_keys(parse(text), ""))
-            return [f"key {key}" for key in found]
+    if suffix in (".json", ".yaml", ".yml") and len(text) <= MAX_CONFIG:
+        with contextlib.suppress(Exception):  # it is torn: searched as text
+            value = json.loads(text) if suffix == ".json" else _parse_yaml(text)
+            return [f"key {key}" for key in dict.fromkeys(_secret_keys(value, ""))]
     if suffix != ".jsonl" and not _holds_secret(text):
         return []
     places, in_hunk = [], False

@@ -137,4 +137,4 @@ class HugeTrees(unittest.TestCase):
 
 
 if __name__ == "__main__":
-    unittest.main(testRunner=test_run_utils.CountingRunner)
+    unittest.main(argv=sys.argv[:1], testRunner=test_run_utils.CountingRunner)
