@@ -122,6 +122,7 @@ MAX_SHOWN = 40  # lines of config that inspect shows
 MAX_ROWS = 50  # runs that list shows
 MIN_SECRET = 8  # a shorter value is replaced under its own name only
 MAX_REDACTED = 32_768  # characters of a text that are kept and searched
+MAX_LEARNED = 200  # secrets of one file; what has more is a table, told to nobody else
 
 LOCK_FILES = (  # of a project, whose sha256 metadata.json tells
     "uv.lock", "poetry.lock", "pdm.lock", "Pipfile.lock", "pixi.lock", "pylock.toml",
@@ -2598,7 +2599,8 @@ def _redact_whole(text: str) -> str:
     before = set(_known_secrets)
     text = _redact_shapes.__wrapped__(text)
     found = _known_secrets - before
-    _known_secrets.difference_update([value for value in found if _is_words(value)])
+    many = len(found) > MAX_LEARNED or len(_known_secrets) > 10 * MAX_LEARNED
+    _known_secrets.difference_update([v for v in found if many or _is_words(v)])
     for secret in sorted(_known_secrets, key=len, reverse=True):
         text = text.replace(secret, REDACTED)
     return text

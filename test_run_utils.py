@@ -1884,6 +1884,16 @@ class SecretsInPatches(PatchCase):
         patch = (self.tmp / "git.patch").read_bytes()
         self.assertEqual([value for value in values if value in patch], [])
 
+    def test_a_table_of_secrets_is_redacted_and_not_searched_for_elsewhere(self) -> None:
+        self.new_repo()
+        row = "password = 'q7Rk2Lm9Xw4Zt8-%d'\n"
+        table = "".join([row % n for n in range(run_utils.MAX_LEARNED + 1)])
+        self.write("a", table.encode())
+        self.write("z", b"'q7Rk2Lm9Xw4Zt8-7'\n")
+        self.assertEqual(self.keep()["redacted"], ["a"])
+        self.assertNotIn(b"'q7Rk2Lm9Xw4Zt8-8'", (self.tmp / "git.patch").read_bytes())
+        self.assertEqual(run_utils._known_secrets, set())
+
     def test_a_word_that_a_secret_is_named_with_stays_elsewhere(self) -> None:
         self.new_repo()
         for word in (b"resnet50-base_v2", b"default tokenizer", b"bert-base-uncased"):
