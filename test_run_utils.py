@@ -1884,7 +1884,7 @@ class SecretsInPatches(PatchCase):
         patch = (self.tmp / "git.patch").read_bytes()
         self.assertEqual([value for value in values if value in patch], [])
 
-    def test_a_table_of_secrets_is_redacted_and_not_searched_for_elsewhere(self) -> None:
+    def test_a_table_of_secrets_is_redacted_and_not_looked_for_elsewhere(self) -> None:
         self.new_repo()
         row = "password = 'q7Rk2Lm9Xw4Zt8-%d'\n"
         table = "".join([row % n for n in range(run_utils.MAX_LEARNED + 1)])
