@@ -5017,14 +5017,17 @@ def _format_code(git: Mapping[str, Any]) -> str:
     branch = _text(git.get("branch") or "no branch")
     parts = [f"{_text(git['commit_short'])} on {branch}"]
     parts.append("uncommitted changes" if git.get("is_dirty") else "")
-    unpushed = f"{_text(git.get('unpushed'))} commits not pushed"
-    parts.append(unpushed if git.get("unpushed") else "")
+    parts.append(_format_count(git.get("unpushed"), "commit", "not pushed"))
     kept = [_mapping(git, kind).get("file") for kind in ("patch", "bundle")]
     names = " and ".join(map(_text, filter(None, kept)))
     parts.append(f"kept in {names}" if names else "")
     left_out = _mapping(git, "patch").get("left_out_count")
-    parts.append(f"{_text(left_out)} files not kept" if left_out else "")
+    parts.append(_format_count(left_out, "file", "not kept"))
     return ", ".join(filter(None, [*parts, _text(git.get("remote_origin_url") or "")]))
+
+
+def _format_count(number: Any, noun: str, about: str) -> str:
+    return f"{_text(number)} {noun}{'s' * (number != 1)} {about}" if number else ""
 
 
 def _format_input(entry: Mapping[str, Any]) -> str:
@@ -5655,10 +5658,11 @@ class _Audit:
     def report(self) -> list[str]:
         lines = [f"{entry['file']}: {entry['place']}" for entry in self.found]
         lines += [f"{file}: not searched: {why}" for file, why in self.unread.items()]
-        places = f"{len(self.found) or 'no'} place{'s' * (len(self.found) != 1)}"
-        files, binary = len(self.read), sum(self.read.values())
-        more = f", in {binary} binary ones only for those of the others" * bool(binary)
-        lines.append(f"{places} with a secret; {files} files searched{more}")
+        places = _format_count(len(self.found) or "no", "place", "with a secret")
+        files = _format_count(len(self.read) or "no", "file", "searched")
+        binary = sum(self.read.values())
+        more = f", {binary} binary: only for the secrets of the others" * bool(binary)
+        lines.append(f"{places}; {files}{more}")
         todo = "revoke each that is valid; then remove it, or the file, by hand"
         return [*lines, todo] if self.found else lines
 
