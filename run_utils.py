@@ -2697,8 +2697,9 @@ def _is_mixed(value: str, length: int) -> bool:
 
 
 _HARMLESS = (  # numbers, placeholders, public keys, paths, names of files
-    r"(?s)[-+]?[\d.,_]+([eE][-+]?\d+)?|(?i:true|false|yes|no|on|off|none|null|nan)|"
-    r"<[^<>]*>|\[[^\]]*\]|\$\w+|\$?\{[^\"]*\}|\*+|[xX]+|(ssh-\w+|ecdsa-\S+) AAAA.*|"
+    r"(?s)[-+]?[\d.,_]+([eE][-+]?\d+)?|0[xX][\da-fA-F]{1,16}|[*/-]+|[xX]+|"
+    r"(?i:true|false|yes|no|on|off|none|null|nan)|"
+    r"<[^<>]*>|\[[^\]]*\]|\$\w+|\$?\{[^\"]*\}|(ssh-\w+|ecdsa-\S+) AAAA.*|"
     r"(file:|unix:)?(~|\.{1,2}|[A-Za-z]:)?([/\\](?=[\w.@%+-]*[A-Za-z])"
     r"[\w.@%+-]{1,64}){1,32}/?|[\w-]+(\.[\w-]+)*\.(json|ya?ml|txt|pem|key|env|toml)"
 )
@@ -2748,8 +2749,10 @@ def _is_token(text: str) -> bool:
 def _is_name(text: str) -> bool:
     """Return whether a word is made of words, as names in code are: Conv2dBlock3."""
     words, numbers = re.findall("[A-Z]?[a-z]{2,}", text), re.findall(r"\d+", text)
-    in_words = sum(map(len, words)) >= 0.6 * len(text)
-    return in_words and len(numbers) <= 1 + len(text) / 10
+    letters, many = sum(map(len, words)), len(text) >= 24
+    in_words = letters >= (0.75 if many else 0.6) * len(text)
+    by_chance = many and letters < 4 * len(words)  # their words are short
+    return in_words and not by_chance and len(numbers) <= 1 + len(text) / 10
 
 
 def _is_words(text: str) -> bool:
@@ -2790,7 +2793,8 @@ def _redact_assignment(match: re.Match[str]) -> str:
 
 
 # In code a name is given what a call, an item, an attribute or another name stands for.
-_EXPRESSION = r"[\w.]*[(\[{]|[^`]*`|[A-Za-z_]\w*(\.[A-Za-z_]\w*)+\W*$|[A-Za-z_]+\W*$"
+_EXPRESSION = r"[\w.:]*[(\[{]|[^`]*`|[A-Za-z_]\w*(\.[A-Za-z_]\w*)+\W*$|[A-Za-z_]+\W*$"
+_EXPRESSION += r"|[A-Za-z_]\w*[)\]]\W*$"
 
 
 def _redact_token(match: re.Match[str]) -> str:
@@ -2802,11 +2806,15 @@ def _redact_token(match: re.Match[str]) -> str:
 _SHAPES = (
     r"(?:AKIA|ASIA|ABIA|ACCA|A3T[A-Z0-9])[A-Z0-9]{16}|AIza[\w-]{30,}|ya29\.[\w-]{20,}"
     r"|eyJ[\w-]{8,2000}(?:\.[\w-]{2,4000}){1,2}|eyJ[A-Za-z0-9+/_-]{60,8000}={0,2}"
-    r"|xox[a-z]-[\w-]{10,}|hf_[A-Za-z0-9]{30,}|SG\.[\w.-]{20,}|S[Kk][0-9a-fA-F]{32}"
-    r"|\d{8,10}:[\w-]{35}|[MNO][\w-]{22,27}\.[\w-]{6,7}\.[\w-]{27,}|EAA[A-Za-z0-9]{60,}"
+    r"|(?:xox[a-z]|xapp)-[\w-]{10,}|hf_[A-Za-z0-9]{30,}|SG\.[\w.-]{20,}"
+    r"|S[Kk][0-9a-fA-F]{32}|\d{8,10}:[\w-]{35}"
+    r"|[MNO][\w-]{22,27}\.[\w-]{6,7}\.[\w-]{27,}|EAA[A-Za-z0-9]{60,}"
     r"|dapi[0-9a-f]{32}(?:-\d)?|key-[0-9a-f]{32}|GOCSPX-[\w-]{20,}|sk-[A-Za-z0-9]{20,}"
-    r"|API-[A-Z0-9]{26}|AGE-SECRET-KEY-1[A-Z0-9]{40,}|[sr]k_(?:live|test)_\w{16,}"
-    r"|gl[a-z]{2,6}-[A-Z0-9][\w-]{19,}"
+    r"|gh[a-z]_[A-Za-z0-9]{36,}|npm_[A-Za-z0-9]{36}|API-[A-Z0-9]{26}"
+    r"|AGE-SECRET-KEY-1[A-Z0-9]{40,}|[sr]k_(?:live|test)_\w{16,}"
+    r"|gl(?:[a-z]{2,6}-[A-Z0-9]|(?:pat|rt|dt|ptt|cbt)-\w)[\w-]{19,}|NRAK-[A-Z0-9]{27}"
+    r"|[a-z]{2,12}_pat_[\w-]{20,}|sq0[a-z]{3}-[\w-]{20,}|ATBB[A-Za-z0-9]{32}"
+    r"|[A-Za-z0-9]{14}\.atlasv1\.[\w-]{40,}"
 )
 _NAMED = r"[A-Za-z_][\w.-]{0,80})[\"']{0,2}\]? {0,2}[:=] {0,2}[\"']{0,2})"
 _TEXT_RULES: tuple[tuple[str, str, Any], ...] = (  # applied where the first is found
@@ -2818,9 +2826,10 @@ _TEXT_RULES: tuple[tuple[str, str, Any], ...] = (  # applied where the first is 
     ("/", r"(/(?:services|webhooks?)/)[\w/-]{24,}", _redact_rest),
     ("", r"(?i)(\b(?:bearer|basic|token) +)(?=[^\s]*\d)[\w.~+/=-]{12,}",
      _redact_rest),
+    ("login", r"(\blogin\s{1,9}\S{1,80}\s{1,9}password\s{1,9})\S{6,}", _redact_rest),
     ("", rf"(?<![\w.-])(({_NAMED}([^\s\"',;&}}]{{6,}})", _redact_assignment),
     ("", rf"()(?<![\w/.+-])(?:{_SHAPES})(?![\w])", _redact_rest),
-    ("", r"(?<![\w/.+@:~-])[A-Za-z][\w.~=-]{19,600}(?![\w/+])", _redact_token),
+    ("", r"(?<![\w/.+@:~-])[A-Za-z][\w.~=-]{19,600}(?![\w/+(])", _redact_token),
 )  # fmt: skip
 
 

@@ -2629,6 +2629,10 @@ class SecretShapes(unittest.TestCase):
             "SG." + "a1B2" * 5 + "." + "c3D4" * 10,
             "acme_live_" + RANDOM,
             "wonder-pat-" + RANDOM,
+            "xapp-1-" + "A1B2-" * 8 + "c3D4",
+            "glrt-" + "a1B2" * 5,
+            "a1B2c3D4e5F6g7.atlas" + "v1." + "H8i9" * 15,
+            "csk-" + "ymDswpBcrQbvZjp" * 2 + "Tifmr1Yi",  # as long as few words are
             "-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY-----",
         ):
             with self.subTest(token[:8]):
@@ -2658,6 +2662,7 @@ class SecretShapes(unittest.TestCase):
             f"export ACME_API_KEY={RANDOM}",
             f'{{"name": "x", "api_key": "{RANDOM}"}}',
             f"api_key: '{RANDOM}'",
+            f"machine x.org login me password {RANDOM}",
         ):
             found = run_utils._redact_text(text)
             self.assertEqual(found, text.replace(RANDOM, run_utils.REDACTED))
@@ -2669,6 +2674,16 @@ class SecretShapes(unittest.TestCase):
             r"(?i)api[_-]?key\s*[:=]\s*(\w+)",
             "granularity=fine,compact,1,0",
             "gpt-4o-mini-2024-07-18, checkpoint-1000, sm80_xmma_gemm_f16f16_f16f32",
+        ):
+            self.assertEqual(run_utils._redact_text(text), text)
+
+    def test_code_stays(self) -> None:
+        for text in (
+            "SERVICE_TOKEN = 0x00000002",
+            "def get(self, key: PositionalIndexer2D) -> Self:",
+            "step = warp.LdMatrix8x8x16bOpOfThem(self.layout)",
+            "key = c10::computeDispatchKey2(dtype)",
+            "norm = CrossAttnDownBlock2DWithSkipConnection3",
         ):
             self.assertEqual(run_utils._redact_text(text), text)
 

@@ -3,7 +3,7 @@
 # SPDX-License-Identifier: MIT
 """Corrupt a tree of runs at random; no command may raise, hang or steer a terminal.
 
-    check_readers.py [--count 3000] [--seed 1]
+    check_readers.py [--count 2000] [--seed 1]
 
 Also has graphviz and mermaid (node, NODE_PATH) read graphs with hostile names. Ends
 with one line of counts.
@@ -69,7 +69,7 @@ console.log((await mermaid.parse(fs.readFileSync(0, "utf8"))).diagramType);
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Corrupt a tree of runs at random.")
-    parser.add_argument("--count", type=int, default=3000)
+    parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=1)
     options, _ = parser.parse_known_args()  # all checks are told of the corpora
     passed = failed = skipped = 0

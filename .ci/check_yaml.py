@@ -1,6 +1,6 @@
 """Compare both YAML writers and read their text back with every reader at hand.
 
-    check_yaml.py [--count 12000] [--seed 1] [--corpora DIR]
+    check_yaml.py [--count 10000] [--seed 1] [--corpora DIR]
 
 FUZZ_COUNT and FUZZ_SEED set the first two as well. PyYAML and ruamel.yaml come from
 this interpreter, js-yaml from node (NODE_PATH). Ends with one line of counts.
@@ -368,7 +368,7 @@ LAYOUTS += [{"default_flow_style": None}, {"width": 30, "indent": 4}]
 def main() -> int:
     parser = argparse.ArgumentParser(description="Fuzz the YAML writers.")
     env = os.environ.get
-    parser.add_argument("--count", type=int, default=int(env("FUZZ_COUNT", "12000")))
+    parser.add_argument("--count", type=int, default=int(env("FUZZ_COUNT", "10000")))
     parser.add_argument("--seed", type=int, default=int(env("FUZZ_SEED", "1")))
     parser.add_argument(
         "--corpora", type=Path, default=ROOT.parent / "shared" / "corpora"
