@@ -1457,21 +1457,29 @@ class _GitTree:
         # h 100644 <id> 0\tname, or S where a sparse checkout need not have it
         marked = re.findall(rb"(?<![^\0])([a-zS]) (\d+) (\w+) 0\t([^\0]+)", listed.data)
         hidden: dict[bytes, _Blob] = {}
-        for mark, mode, oid, name in marked[:PATCH_FILES]:
+        for mark, mode, oid, name in marked:
             there = mark not in b"sS" or os.path.lexists(self.path(name))
             if there and mode != b"160000" and name not in self.changes:
                 hidden[name] = mode, oid
         kinds = {name: _lstat(self.path(name)) for name in hidden}
         plain = [name for name, (kind, size) in kinds.items()
                  if stat.S_ISREG(kind) and size <= PATCH_FILE_BYTES]  # fmt: skip
-        hashed = (*self.switches, "hash-object", "--", *map(os.fsdecode, plain))
-        found = _git_run(self.root, *hashed).data.split() if plain else []
-        ids = dict(zip(plain, found))
+        ids, problem = self._object_ids(plain)
         for name, old in hidden.items():
             if (self.mode(kinds[name][0], old[0]), ids.get(name)) != old:
                 self.tracked.add(name)
                 self._add(name, old)
-        return listed.problem
+        return listed.problem or problem
+
+    def _object_ids(self, names: list[bytes]) -> tuple[dict[bytes, bytes], str | None]:
+        """Return what git calls the content of files, and why it is not known of all."""
+        ids: dict[bytes, bytes] = {}
+        deadline = time.monotonic() + PROGRAM_SECONDS
+        while names and time.monotonic() < deadline:
+            some, names = names[:1000], names[1000:]
+            words = (*self.switches, "hash-object", "--", *map(os.fsdecode, some))
+            ids.update(zip(some, _git_run(self.root, *words).data.split()))
+        return ids, "no time to look at all files of a git index" if names else None
 
     def _is_of_a_run(self, name: bytes) -> bool:
         """Tell whether an untracked file is recorded in a run, or about runs."""
