@@ -1472,7 +1472,7 @@ class _GitTree:
         return listed.problem or problem
 
     def _object_ids(self, names: list[bytes]) -> tuple[dict[bytes, bytes], str | None]:
-        """Return what git calls the content of files, and why it is not known of all."""
+        """Return what git calls the content of files, and why of some it is unknown."""
         ids: dict[bytes, bytes] = {}
         deadline = time.monotonic() + PROGRAM_SECONDS
         while names and time.monotonic() < deadline:
