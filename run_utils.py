@@ -4539,17 +4539,16 @@ def _parse_yaml(text: str) -> Any:
 
     Raises ValueError, and what the constructors of PyYAML raise.
     """
+    if _is_deep(text):  # libyaml would end the process where its stack ends
+        raise ValueError("it is nested too deeply")
     try:
         yaml = _pyyaml()
     except ImportError:
-        value = _YamlReader(text).document()
-    else:
-        if _is_deep(text):  # libyaml would end the process where its stack ends
-            raise ValueError("it is nested too deeply")
-        try:
-            value = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        except yaml.YAMLError as error:
-            raise ValueError(str(error)) from error
+        return _plain(_YamlReader(text).document())
+    try:
+        value = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
     return _plain(value)  # bounded: an alias may stand for the same list many times
 
 
