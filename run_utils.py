@@ -2138,12 +2138,16 @@ _DETERMINISM = {
 
 
 def _loaded(path: str) -> Any:
-    """Read `torch.backends.cudnn.benchmark` if torch is loaded; call a function."""
+    """Read `torch.backends.cudnn.benchmark` if it is loaded; call a function.
+
+    A module is not asked for what it lacks: numpy would import numpy.random.
+    """
     module, *names = path.split(".")
     value: Any = sys.modules.get(module)
-    for name in names:
-        value = getattr(value, name, None)
     with contextlib.suppress(Exception):  # a stub, another version, a broken install
+        for name in names:
+            lazy = type(value) is type(sys)
+            value = vars(value).get(name) if lazy else getattr(value, name, None)
         return value() if callable(value) else value
     return None
 

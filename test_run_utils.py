@@ -2203,6 +2203,14 @@ class Surroundings(ProvenanceCase):
         self.assertEqual(facts["torch_cudnn_benchmark"], True)
         self.assertEqual(facts["PYTHONHASHSEED"], "0")
 
+    def test_a_module_imports_nothing_for_us(self) -> None:
+        lazy: Any = types.ModuleType("numpy")
+        asked: list[str] = []
+        lazy.__getattr__ = asked.append
+        with mock.patch.dict(sys.modules, numpy=lazy, torch=lazy):
+            run_utils._determinism()
+        self.assertEqual(asked, [])
+
     def test_a_seed_of_numpy_that_was_not_used_yet(self) -> None:
         key = [7]
         for index in range(1, 624):  # init_genrand of mt19937ar.c

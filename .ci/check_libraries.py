@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import enum
-import importlib
+import importlib.util
+import json
+import subprocess
 import sys
 import tempfile
 import unittest
@@ -224,6 +226,43 @@ class PandasTest(LibraryTestCase):
         self.assertEqual(list(table["config.lr"]), [0.1, 0.2])
         self.assertEqual(list(table["metrics.loss"]), [10.0, 5.0])
         self.assertEqual(list(table["config.m.n"]), ["q", "q"])
+
+
+class DeterminismTest(unittest.TestCase):
+    """Seeds and flags are those of the real libraries, which import nothing for it."""
+
+    def told(self, library: str, setup: str) -> dict[str, object]:
+        """Return what a process tells that has imported a library and seeded it."""
+        if importlib.util.find_spec(library) is None:
+            self.skipTest(f"{library} is not installed")
+        code = (
+            f"import json, sys; sys.path.insert(0, {str(ROOT)!r})\n"
+            f"import run_utils, {library}\n{setup}\nbefore = set(sys.modules)\n"
+            "facts = run_utils._determinism()\n"
+            "new = sorted(set(sys.modules) - before)\n"
+            "print(json.dumps({**facts, 'new': new}))\n"
+        )
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+        facts: dict[str, object] = json.loads(done.stdout)
+        self.assertEqual(facts["new"], [])
+        return facts
+
+    def test_numpy(self) -> None:
+        self.assertIsNone(self.told("numpy", "")["numpy_seed"])
+        seeded = self.told("numpy", "numpy.random.seed(7)")
+        self.assertEqual(seeded["numpy_seed"], 7)
+        drawn = self.told("numpy", "numpy.random.seed(7); numpy.random.rand()")
+        self.assertIsNone(drawn["numpy_seed"])
+        self.assertNotEqual(drawn["numpy_state"], seeded["numpy_state"])
+
+    def test_torch(self) -> None:
+        flags = "torch.use_deterministic_algorithms(True)\n"
+        flags += "torch.backends.cudnn.benchmark = True\n"
+        facts = self.told("torch", "torch.manual_seed(42)\n" + flags)
+        names = ("seed", "deterministic", "cudnn_benchmark", "cudnn_deterministic")
+        found = [facts[f"torch_{name}"] for name in names]
+        self.assertEqual(found, [42, True, True, False])
 
 
 class NothingIsImportedTest(unittest.TestCase):
