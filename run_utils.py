@@ -1381,10 +1381,9 @@ class _GitTree:
         self.late: list[bytes] = []
         self.pathspec = [":/"]
         self.problem = self._open() or self._read_config() or self._read_status()
-        self.problem = self.problem or self._read_hidden()
 
     def _open(self) -> str | None:
-        # true\nfalse\n/work/tree\n: the last line is missing in a bare repository
+        # true\nfalse\n/home/ann/tree\n: the last line is missing in a bare repository
         asked = ("--is-inside-work-tree", "--is-shallow-repository", "--show-toplevel")
         where = _git_run(self.directory, "rev-parse", *asked)
         inside, shallow, root = [*where.text.split("\n", 2), "", ""][:3]
@@ -1440,18 +1439,17 @@ class _GitTree:
             elif self._is_of_a_run(name):
                 continue
             self._add(name, old)
-        return output.problem
+        return output.problem or self._read_hidden()
 
     def _add(self, name: bytes, old: _Blob) -> None:
-        if self.is_late(name) and name in self.tracked:
+        is_tracked, is_late = name in self.tracked, self.is_late(name)
+        if is_tracked and is_late:
             self.late.append(name)
-        if name in self.tracked or not self.is_late(name):
+        if is_tracked or not is_late:
             self.changes[name] = old
 
     def _read_hidden(self) -> str | None:
         """Look at the files that git was told to take as unchanged."""
-        if not self.root:
-            return None
         words = ("ls-files", "-v", "-s", "-z", "--", *self.pathspec)
         listed = _git_run(self.root, *words, limit=5 * PROGRAM_BYTES)
         # h 100644 <id> 0\tname, or S where a sparse checkout need not have it
@@ -1545,8 +1543,9 @@ class _GitTree:
         if stat.S_ISLNK(kind):
             return b"120000"
         if stat.S_ISREG(kind):
-            trusted = self.config.get("core.filemode") != "false" or old[:3] != b"100"
-            return old if not trusted else b"100755" if kind & 0o100 else b"100644"
+            if old[:3] == b"100" and self.config.get("core.filemode") == "false":
+                return old
+            return b"100755" if kind & 0o100 else b"100644"
         if old == b"160000" and (stat.S_ISDIR(kind) or not kind):
             return old
         return b"other" if kind and not (old and stat.S_ISDIR(kind)) else b""
@@ -2160,8 +2159,8 @@ def _state_number(numbers: Sequence[int]) -> str:
 def _late_determinism(before: Mapping[str, Any]) -> dict[str, Any]:
     """Return, for status.json, the seeds and flags that were set after entry."""
     facts = _determinism() if before else {}
-    known = {k: v for k, v in facts.items() if v != before.get(k) and v is not None}
-    new = {k: v for k, v in known.items() if not k.endswith("_state")}
+    set_since = {k: v for k, v in facts.items() if v not in (None, before.get(k))}
+    new = {k: v for k, v in set_since.items() if k not in _UNEQUAL}
     return {"determinism": new} if new else {}
 
 
@@ -2805,8 +2804,10 @@ def _redact_assignment(match: re.Match[str]) -> str:
 
 
 # In code a name is given what a call, an item, an attribute or another name stands for.
-_EXPRESSION = r"[\w.:]*[(\[{]|[^`]*`|[A-Za-z_]\w*(\.[A-Za-z_]\w*)+\W*$|[A-Za-z_]+\W*$"
-_EXPRESSION += r"|[A-Za-z_]\w*[)\]]\W*$"
+_EXPRESSION = (
+    r"[\w.:]*[(\[{]|[^`]*`|[A-Za-z_]\w*(\.[A-Za-z_]\w*)+\W*$|[A-Za-z_]+\W*$"
+    r"|[A-Za-z_]\w*[)\]]\W*$"
+)
 
 
 def _redact_token(match: re.Match[str]) -> str:
@@ -4484,8 +4485,7 @@ def _comparable(
     git, python = _mapping(metadata, "git"), _mapping(metadata, "python")
     machine = {**_mapping(metadata, "platform"), **_mapping(metadata, "cuda")}
     machine["container"] = _mapping(metadata, "container").get("image")
-    seeds = _mapping(metadata, "determinism").items()
-    machine.update((k, v) for k, v in seeds if not k.endswith("_state"))
+    machine.update(_mapping(metadata, "determinism"))
     packages = metadata.get("pip_freeze")
     lines = map(str, packages) if isinstance(packages, list) else []
     names = [re.match(r"(-e )?([^=@<> ]+)( ?@ ?|==)?(.*)", line) for line in lines]
@@ -4508,7 +4508,8 @@ def _comparable(
     }  # fmt: skip
 
 
-_UNEQUAL = ("memory_kib", "hash_randomization")  # or not known of older runs
+# Other in every run, or not known of older ones.
+_UNEQUAL = {"memory_kib", "hash_randomization", "random_state", "numpy_state"}
 
 
 def _differences(
@@ -4757,7 +4758,7 @@ def _print_tables(runs: list[Run], root: Path, markdown: bool, split: bool) -> N
     for script in sorted({run["script_name"] for run in runs}) if split else [None]:
         group = [run for run in runs if script in (None, run["script_name"])]
         if script is not None:
-            print(_printable(f"{script}: {len(group)} run{'s' * (len(group) != 1)}"))
+            print(_printable(f"{script}: {_format_count(len(group), 'run')}"))
         if markdown:
             _print_markdown(_table(group, root, lineage=True))
         elif group:
@@ -5046,8 +5047,10 @@ def _format_code(git: Mapping[str, Any]) -> str:
     return ", ".join(filter(None, [*parts, _text(git.get("remote_origin_url") or "")]))
 
 
-def _format_count(number: Any, noun: str, about: str) -> str:
-    return f"{_text(number)} {noun}{'s' * (number != 1)} {about}" if number else ""
+def _format_count(number: Any, noun: str, about: str = "") -> str:
+    """Return "2 files", "1 commit not pushed", or nothing for none."""
+    count = f"{_text(number)} {noun}{'s' * (number != 1)} {about}" if number else ""
+    return count.rstrip()
 
 
 def _format_input(entry: Mapping[str, Any]) -> str:
@@ -5093,7 +5096,7 @@ def _format_outputs(run: Run) -> list[str]:
         own = folder not in ("logs", "attempts")
         inside = sizes if own else _file_sizes(run.path, folder)
         found = [size for path, size in inside.items() if Path(path).parts[0] == folder]
-        many = f"{len(found)} file{'s' * (len(found) != 1)}, {_format_size(sum(found))}"
+        many = f"{_format_count(len(found), 'file')}, {_format_size(sum(found))}"
         lines.append(f"{folder}: {many if found else 'empty'}")
     largest = sorted(sizes, key=lambda path: sizes[path], reverse=True)[:3]
     names = ", ".join(f"{path} ({_format_size(sizes[path])})" for path in largest)
@@ -5459,7 +5462,7 @@ def _cmd_list(args: argparse.Namespace) -> int:
         print(f"{unseen} older runs are not shown; -n 0 shows all")
     problems = [problem for run in runs for problem in run.problems]
     if problems:
-        count = f"{len(problems)} file{'s' * (len(problems) > 1)}"
+        count = _format_count(len(problems), "file")
         print(f"{count} cannot be read: {_printable(problems[0])}", file=sys.stderr)
     return 0
 

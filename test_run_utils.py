@@ -4388,10 +4388,10 @@ class Diffing(ReadingCase):
 
     def test_two_runs(self) -> None:
         git = {"commit_full": "1a2b3c4", "is_dirty": True, "branch": "main"}
-        packages = ["numpy==1.0", "-e /work/pkg", "old==1", "A_b @ git+https://x@1"]
+        packages = ["numpy==1.0", "-e /home/ann/pkg", "old==1", "A_b @ git+https://x@1"]
         facts = {"git": git, "pip_freeze": packages, "hostname": "one"}
         a = self.make_run("exp/a", config={"lr": 1, "x": {"y": 2}}, metadata=facts)
-        packages = ["numpy==2.0", "-e /work/pkg", "new==1", "a-b @ git+https://x@2"]
+        packages = ["numpy==2.0", "-e /home/ann/pkg", "new==1", "a-b @ git+https://x@2"]
         facts = {"git": {**git, "is_dirty": False}, "pip_freeze": packages}
         facts["hostname"] = "two"
         rows = [{"step": 1, "loss": 1}]

@@ -21,6 +21,7 @@ import tempfile
 import unittest
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -72,27 +73,20 @@ class RandomTrees(test_run_utils.PatchCase):
                 self.assert_round_trip()
 
 
-class HugeTrees(unittest.TestCase):
+class HugeTrees(test_run_utils.ProvenanceCase):
     """What is huge costs no more than the limits, and the experiment nothing."""
 
     def setUp(self) -> None:
         memory = Path("/dev/shm")  # 100,000 files take half a minute on a disk
         fits = memory.is_dir() and shutil.disk_usage(memory).free > 2e9
-        place = memory if fits and os.access(memory, os.W_OK) else None
-        self.tmp = Path(tempfile.mkdtemp(prefix="run_utils-huge-", dir=place))
-        self.addCleanup(shutil.rmtree, self.tmp, ignore_errors=True)
-        if shutil.which("git") is None:
-            self.skipTest("git is not installed")
-        self.git("init", "-q")
-
-    def git(self, *words: str) -> None:
-        names = ("-c", "user.name=n", "-c", "user.email=e@x")
-        command = ["git", *names, *words]
-        subprocess.run(command, cwd=self.tmp, check=True, capture_output=True)
+        place = str(memory) if fits and os.access(memory, os.W_OK) else None
+        with mock.patch.object(tempfile, "tempdir", place):
+            super().setUp()
+        self.new_repo()
 
     def record(self) -> dict[str, Any]:
         """Return the metadata of a run that does nothing."""
-        script = self.tmp / "train.py"
+        script = self.repo / "train.py"
         script.write_text(
             f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
             "from run_utils import run_context\n"
@@ -100,13 +94,13 @@ class HugeTrees(unittest.TestCase):
             "utf-8",
         )
         command = [sys.executable, str(script)]
-        subprocess.run(command, cwd=self.tmp, check=True, timeout=120)
-        (path,) = self.tmp.glob("results/exp/*/metadata.json")
+        subprocess.run(command, cwd=self.repo, check=True, timeout=120)
+        (path,) = self.repo.glob("results/exp/*/metadata.json")
         metadata: dict[str, Any] = json.loads(path.read_bytes())
         return metadata
 
     def test_an_untracked_file_of_5_gb(self) -> None:
-        with open(self.tmp / "checkpoint.pt", "wb") as file:
+        with open(self.repo / "checkpoint.pt", "wb") as file:
             file.truncate(5_000_000_000)
         metadata = self.record()
         patch = metadata["git"]["patch"]
@@ -118,14 +112,14 @@ class HugeTrees(unittest.TestCase):
 
     def test_100_000_files_and_some_more(self) -> None:
         for number in range(100):
-            (self.tmp / "tracked" / str(number)).mkdir(parents=True)
+            (self.repo / "tracked" / str(number)).mkdir(parents=True)
             for file in range(1000):
-                (self.tmp / "tracked" / str(number) / f"{file}.txt").touch()
+                (self.repo / "tracked" / str(number) / f"{file}.txt").touch()
         self.git("add", "-A")
         self.git("commit", "-qm", "many")
-        (self.tmp / "untracked").mkdir()
+        (self.repo / "untracked").mkdir()
         for file in range(3000):
-            (self.tmp / "untracked" / f"{file}.txt").touch()
+            (self.repo / "untracked" / f"{file}.txt").touch()
         metadata = self.record()
         capture, git = metadata["capture"], metadata["git"]
         for name in ("git", "git.patch", "git.bundle"):
