@@ -14,8 +14,7 @@ leaves one directory that anybody can read without this file:
         config.yaml      the command and all arguments
         metadata.json    git, python, platform, CUDA, packages, host, environment
         status.json      "running" from the first moment, then how it ended
-        git.patch        the uncommitted code, when there was any
-        git.bundle       the commits that no remote has, when there were any
+        git.patch        what a clone of the remote lacks of the code that ran
         logs/            stdout.log, stderr.log, or output.log for both
         plots/ artifacts/ samples/ metrics/
 
@@ -24,30 +23,40 @@ leaves one directory that anybody can read without this file:
 
 Contents (search for the heading):
 
-    Settings             everything you may want to change
-    Recording a run      the public functions, in the order a run lives through
-    Several processes    many ranks, one run
-    Provenance           what git, pip and the machine say
-    Lineage              which run fed which
-    Redaction            no secret reaches the disk
-    Config and YAML      any Python object to plain data, and that to text
-    Output               stdout and stderr into logs/
-    Recorder             the helper process: slow work, and a record of any death
-    Index and notes      runs_index.jsonl, a cache of what the directories say
-    Files                whole or absent, never half-written
-    Reading runs         run directories back into Python
-    Reading YAML         what PyYAML writes, without PyYAML
-    Showing runs         tables, paragraphs, graphs
-    Command line         run, inspect, list, diff, lineage, note, reindex, audit
+    Settings                     everything you may want to change
+    Recording a run              the public functions, as a run lives through them
+    Reading runs                 find_runs, load_run and Run
+    A recording                  one block, from entry to exit
+    The record                   the files of a run, and its lines in the index
+    Several processes            many ranks, one run
+    The recorder                 the helper process: slow work, a record of any death
+    Output                       stdout and stderr into logs/
+    Provenance                   what the machine, Python and its packages say
+    Resources                    what the run took of processor, memory and GPU
+    Git                          the code that ran, as a patch from what a remote has
+    Reproducing                  a run done again, and how exactly
+    Lineage                      which run fed which
+    Redaction                    no secret reaches the disk
+    Plain data                   any Python object to plain data, and that to text
+    Programs and processes       foreign programs, and who is alive
+    Files                        whole or absent, never half-written
+    Finding and comparing runs   one finder, one walk, one comparison
+    Showing                      columns and paragraphs as text, Markdown, CSV, HTML
+    Report                       one page that shows a folder of runs
+    Running a command            run -- CMD: its signals, terminal and exit status
+    Command line                 the table of commands
 
 The rules: recording never stops an experiment; a caller's mistake raises at once;
-no file is ever half-written; no secret reaches the disk; the user's process is left
-alone; a run directory is the truth and everything else a cache; no locks.
+no file is ever half-written; one writer for each file; no secret reaches the disk;
+the user's process is left alone; a run directory is the truth and everything else a
+cache; no locks.
 """
 
-from __future__ import annotations
+# `as annotations` keeps pyupgrade from removing it in the copy of a project.
+from __future__ import annotations as annotations
 
 import contextlib
+import errno
 import functools
 import io
 import json
@@ -60,82 +69,138 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
-    import subprocess
-    from types import TracebackType
-    from typing import Any, Union
+    import subprocess  # nosec
+    from types import FrameType, TracebackType
+    from typing import IO, Any, TypedDict, Union
 
     StrPath = Union[str, os.PathLike[str]]
-    _Blob = tuple[bytes, bytes]  # mode and id of a file in git, empty without one
+    JSON = Any  # plain data: dict, list, str, int, float, bool, None
+    Facts = dict[str, JSON]  # a JSON object whose keys a file format fixes
 
 __all__ = [
     "DEFAULT_SUBDIRS", "Run", "capture_metadata", "ensure_run_dir", "find_runs",
     "load_run", "log_metrics", "main", "mark_artifact_used", "mark_status",
     "run_context", "save_json", "start_run", "write_config_yaml",
 ]  # fmt: skip
-__version__ = "1.0.0"
+__version__ = "2.0.0"
 # vendor.sh writes here which version and git blob a copy is.
 __vendored__ = None
-SCHEMA_VERSION = 1  # of the files in a run directory; keys are added, never renamed
+SCHEMA_VERSION = 2  # of the files in a run directory; keys are added, never renamed
 
 # === Settings ===
-# Everything you may want to change. Times are in seconds, sizes in bytes.
+# Everything you may want to change. Times are in seconds, sizes in bytes. A program
+# can also assign one before it enters a run: `run_utils.PATCH_FILE_BYTES = 1_000_000`.
 
 DEFAULT_SUBDIRS = ["logs", "plots", "artifacts", "samples", "metrics"]
-INDEX_FILE = os.path.join("index", "runs_index.jsonl")
-FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)
-HEARTBEAT_SECONDS = 10  # how often the recorder touches status.json
+
+# The recorder
+HEARTBEAT_SECONDS = 10  # how often the recorder touches status.json and samples
 LOST_AFTER_SECONDS = 60  # a run of another host whose heartbeat is older is "lost"
 RANK_WAIT_SECONDS = 120  # how long a rank waits for rank 0 to create the run
 RANK_POLL_SECONDS = 0.02  # how often it looks meanwhile
+RECORDER_SECONDS = 2.0  # how long entry waits for the recorder's first answer
 EXIT_WAIT_SECONDS = 60  # how long leaving the block waits for the captures
-HEAD_SECONDS = 2.0  # what the short hash may take, which entry waits for
-PROGRAM_SECONDS = 10.0  # what git or nvidia-smi may take
-PIP_SECONDS = 60.0  # what `pip freeze` may take, slow on network disks
+SAMPLE_SHARE = 0.002  # of a core, which measuring may take
+PROPORTIONAL_BYTES = 4_000_000_000  # more memory is not counted page by page
+PROPORTIONAL_SECONDS = 0.02  # and no longer if counting takes so long
+
+# Output
+FORWARD_BYTES = 65_536  # how much output is forwarded at a time
+LOOK_SECONDS = 1.0  # how often a writer sees whether the recorder is alive
+DRAIN_SECONDS = 0.4  # how long a full disk waits for what is still to be shown
+LAST_OUTPUT_LINES = 20  # of the log, in the status.json of a killed run
+MAX_MESSAGE = 4096  # characters of an exception's message
+MAX_TRACEBACK = 40_000  # characters
+
+# What foreign programs may take
+HEAD_SECONDS = 2.0  # the short hash, which entry waits for
+PROGRAM_SECONDS = 10.0  # git or nvidia-smi
+PIP_SECONDS = 60.0  # `pip freeze`, slow on network disks
+GPU_SECONDS = 5.0  # nvidia-smi, for one sample
+SACCT_SECONDS = 5.0  # SLURM's sacct
 PROGRAM_BYTES = 20_000_000  # a program that prints more is stopped
+
+# The code that ran
 PATCH_SECONDS = 20.0  # what reading the files of one patch may take, and its diff
 PATCH_FILE_BYTES = 5_000_000  # a changed file that is larger is listed, not kept
 PATCH_BYTES = 20_000_000  # the same for all changed files of a patch together
 PATCH_FILES = 2000  # and for their number
-BUNDLE_BYTES = 20_000_000  # unpushed commits with more content are not kept
+WHOLE_BYTES = 2_000_000  # a tree that no remote has is kept whole up to this
+WHOLE_FILES = 2000  # and up to this number of files
+LINK_BYTES = 65_536  # a larger patch that did not change becomes a hard link
+WALK_SECONDS = 2.0  # what looking for source files may take where there is no git
 HASH_BYTES = 100_000_000  # a file left out of a patch is hashed up to this size
-FORWARD_BYTES = 65_536  # how much output is forwarded at a time
-LAST_OUTPUT_LINES = 20  # of the log, in the status.json of a killed run
-MAX_SAME_NAME = 1000  # runs of one name: name, name-2, name-3, ...
-MAX_PREFIX_BYTES = 180  # of the run's name, which must stay within 255
-MAX_MESSAGE = 4096  # characters of an exception's message
-MAX_TRACEBACK = 40_000  # characters
-MAX_READ = 50_000_000  # a larger JSON file is not read
-MAX_CONFIG = 1_000_000  # a larger YAML file is not read
-MAX_INDEX = 400_000_000  # a larger index is not read
-MAX_TAIL = 65_536  # of metrics.jsonl, for the last values
-MAX_INPUTS = 1000  # words of config and argv that are looked at for files of other runs
 MAX_LOCAL_PACKAGES = 20  # packages whose own repository is recorded
 MAX_LISTED = 200  # changed files named in metadata.json
+
+# The name of a run, what it used and what it left
+MAX_SAME_NAME = 1000  # runs of one name: name, name-2, name-3, ...
+MAX_PREFIX_BYTES = 180  # of the run's name, which must stay within 255
+MAX_INPUTS = 1000  # words of config and argv that are looked at for files of other runs
+INPUT_SECONDS = 2.0  # what looking for them may take
+OUTPUT_FILES = 1000  # files left by a run that metadata.json lists
+OUTPUT_SECONDS = 2.0  # what hashing them may take at the end of a run
+
+# Redaction
+MIN_SECRET = 8  # a shorter value is replaced under its own name only
+MAX_SECRET = 65_536  # characters; what is longer is a file, not a secret
+MAX_LEARNED = 200  # secrets of one file; a file with more is a table of test data
+MAX_REDACTED = 110_000  # characters of a text that are kept and searched
+
+# Reading
+MAX_READ = 50_000_000  # a larger file is not read
+MAX_RECORD = 16_000_000  # a larger metadata.json or status.json is not read
+MAX_CONFIG = 1_000_000  # a larger YAML file is not read
+MAX_METRICS = 4_000_000_000  # a larger metrics.jsonl is not read
+METRICS_BYTES = 1_000_000  # how much of it is read at a time
+MAX_INDEX = 400_000_000  # a larger index is not read
 MAX_WALK = 6  # folders between a results root and a run
+LINK_SECONDS = 10.0  # what following links in a results tree may take
+TRASH_FOLDER = ".trash"  # in a results root, where prune moves runs
+MAX_COMPARED = 200  # runs beside the shown ones that decide what differs
 MAX_SHOWN = 40  # lines of config that inspect shows
 MAX_ROWS = 50  # runs that list shows
-MIN_SECRET = 8  # a shorter value is replaced under its own name only
-MAX_REDACTED = 32_768  # characters of a text that are kept and searched
-MAX_LEARNED = 200  # secrets of one file; what has more is a table, told to nobody else
+NAME_WIDTH = 18  # columns of a terminal to which a run's name may be shortened
+TEXT_WIDTH = 12  # the same for another text; a number is never shortened
+SPARKLINE_WIDTH = 24  # columns of a metric's curve
+DIFF_LINES = 2_000  # lines of a text that are compared
+PROGRESS_SECONDS = 2.0  # after so long a terminal is told how far something is
+FOLLOW_SECONDS = 2.0  # how often `inspect --follow` looks again
+
+# More limits
+FETCH_SECONDS = 600.0  # what fetching the commit of a run may take
+INSTALL_SECONDS = 3600.0  # what one step of making an environment may take
+WHEEL_INDEX = "https://download.pytorch.org/whl/"  # has the versions with +cu121, +cpu
+REPRODUCES = "RUN_UTILS_REPRODUCES"  # tells a new run which one it does again
+MAX_KEYS = 10_000  # keys of mappings that are remembered as clean
+MAX_LINE = 160  # characters before a literal in code that are searched for its name
+MAX_BEFORE = 1000  # the same for the call, list or mapping that it stands in
+KILL_SECONDS = 10.0  # how long a command may take to end after its time limit
+
+# The report
+REPORT_RUNS = 200  # runs with curves and details in a report
+REPORT_PLOTS = 24  # metrics that have a plot in a report
+REPORT_POINTS = 300  # points of a curve in a report
+REPORT_BYTES = 1_900_000  # of a report: curves take what room is left
+REPORT_CURVE_BYTES = 400_000  # but at least so much
+REPORT_POINT_BYTES = 15  # of one point of a curve, with its exact value
+REPORT_TEXT_BYTES = 100_000  # of exceptions, outputs and so on in a report
+REPORT_EMBED_BYTES = 5_000_000  # of images inside a report
+REPORT_IMAGES = 200  # images that a report shows
+REPORT_AXES = 8  # keys of the config in the parallel coordinates
+REPORT_WORDS = 12  # different words on one of these axes
+REPORT_COLOURS = 8  # of the style sheet; with dashes and dots three times that
 
 LOCK_FILES = (  # of a project, whose sha256 metadata.json tells
     "uv.lock", "poetry.lock", "pdm.lock", "Pipfile.lock", "pixi.lock", "pylock.toml",
     "conda-lock.yml", "environment.yml", "environment.yaml", "requirements.txt",
 )  # fmt: skip
-SECRET_FILES = (  # hold secrets by nature: never in a patch or bundle
-    rb"(?i)(^|/)(\.env(\.(?!example$|sample$|template$|dist$)[^/]+)?|[^/]+\.env"
-    rb"|id_(rsa|dsa|ecdsa|ed25519)(_sk)?|credentials|kubeconfig"
-    rb"|secrets?\.(json|ya?ml|toml|ini|env)"
-    rb"|[._](netrc|npmrc|pypirc|pgpass|htpasswd|s3cfg|boto|git-credentials|dockercfg)"
-    rb"|[^/]+\.(pem|key|p12|pfx|p8|jks|keystore|kdbx|ppk)|\.(ssh|aws|gnupg|kube)/.*"
-    rb"|[^/]*(credential|client_secret|service[-_]account)[^/]*\.(json|ya?ml|ini))$"
-)
 
 # Limits of a config: a marker stands for what lies beyond.
 MAX_DEPTH = 64  # levels of nesting
@@ -147,6 +212,16 @@ MAX_REPR = 500  # bytes, or characters of an object that only its repr can show
 MAX_INT_BITS = 1_023  # 308 digits; JavaScript reads no larger number
 YAML_WIDTH = 80  # a list up to this width is one line, a longer key is "? key"
 
+_DEFAULTS = {name: value for name, value in list(globals().items()) if name.isupper()}
+
+
+def _changed_settings() -> Facts:
+    """Return the settings that the program has assigned, for the recorder."""
+    now = globals()
+    return {
+        name: now[name] for name, value in _DEFAULTS.items() if now[name] != value
+    }
+
 
 # === Recording a run ===
 # Once the run directory exists nothing here raises into the experiment: what cannot
@@ -154,214 +229,89 @@ YAML_WIDTH = 80  # a list up to this width is one line, a longer key is "? key"
 
 
 def run_context(
-    base_dir: StrPath, run_prefix: str | None = None, config_args: Any = None,
+    base_dir: StrPath, run_prefix: str | None = None, config_args: object = None,
     config_filename: str = "config.yaml", create_subdirs: bool = True,
     subdirs: Sequence[str] | None = None, *, run_dir: StrPath | None = None,
     resume: StrPath | None = None, notes: str | None = None, tags: Sequence[str] = (),
-    capture_output: bool = True, ranks: str = "together",
+    capture_output: bool = True, ranks: str = "together", resources: bool = True,
 ) -> _Recording:
     """Record what happens inside the ``with`` block, and how it ends.
 
     On entry ``<base_dir>/<run_prefix>-<YYYYMMDD-HHMMSS>-<git_hash>/`` is created and
     yielded as an absolute Path, holding config.yaml (`config_args`: a mapping, an
     argparse.Namespace, a dataclass, ...; read once, never changed), metadata.json and
-    status.json ("running"). `run_prefix` defaults to the name of the script.
-    Output goes to logs/ as well, unless `capture_output` is false. On exit
-    status.json says how it ended and how long it took (in seconds); the exception, if
-    any, goes on unchanged. `RUN_DIR` is set in the environment inside the block.
+    status.json ("running"). `run_prefix` defaults to the name of the script; in it
+    ``{key}`` is filled from the config: ``"{model}-lr{lr}"``.
+    Output goes to logs/ as well, unless `capture_output` is false; what the run takes
+    of processor, memory and GPU goes to metrics/system.jsonl, unless `resources` is
+    false. On exit status.json says how it ended and how long it took (in seconds);
+    the exception, if any, goes on unchanged. `RUN_DIR` is set in the environment
+    inside the block.
 
     `run_dir` uses exactly that directory; `resume` goes on in an earlier run (its
-    path, its name under `base_dir`, "latest", or "auto": the run of this very job
-    before it was requeued or restarted, else a new one): the record that is there
-    moves to attempts/<n>/. `notes` and `tags` become a line of notes.jsonl.
+    path, its name under `base_dir`, "latest" of this prefix that was no success, or
+    "auto": the run of this very job before it was requeued or restarted, else a new
+    one): the record that is there moves to attempts/<n>/. `notes` and `tags` become a
+    line of notes.jsonl.
 
     The processes of torchrun, srun or mpirun share one run: rank 0 records it, the
-    others get the same Path and have logs/rank<k>.*; `ranks="separate"` gives each
+    others get the same Path and have logs/rank<k>.*; ``ranks="separate"`` gives each
     its own.
 
     Also a decorator, for functions, coroutines and generators: each call is a run.
     Raises TypeError, ValueError or OSError before anything is recorded.
     """
+    options = _Options(base_dir, run_prefix, create_subdirs, subdirs)
+    options.config_args = config_args
+    options.config_filename = _checked_filename(config_filename)
+    options.capture_output = capture_output
+    options.resources = resources
+    if ranks not in ("together", "separate"):
+        raise ValueError(f"ranks is {ranks!r}; give 'together' or 'separate'")
+    options.ranks = ranks
+    options.notes = notes
     if isinstance(tags, str):
         raise TypeError(f"tags must be a list of strings, not {tags!r}; use [{tags!r}]")
+    options.tags = list(tags)
     if run_dir is not None and resume is not None:
         both = f"run_dir={str(run_dir)!r} and resume={str(resume)!r}"
         raise ValueError(f"{both} exclude each other; resume= names the directory")
-    if ranks not in ("together", "separate"):
-        raise ValueError(f"ranks is {ranks!r}; give 'together' or 'separate'")
-    return _Recording(
-        base_dir=_absolute(base_dir, "base_dir"), run_prefix=run_prefix,
-        config_args=config_args, config_filename=_checked_filename(config_filename),
-        subdirs=_checked_subdirs(create_subdirs, subdirs),
-        run_dir=None if run_dir is None else _absolute(run_dir, "run_dir"),
-        resume=resume, notes=notes, tags=list(tags), capture_output=capture_output,
-        ranks=ranks,
-    )
-
-
-class _Recording:
-    """One run, from entering the block to leaving it."""
-
-    def __init__(self, *, argv: list[str] | None = None, **options: Any) -> None:
-        self.options = options
-        self.argv = argv  # the program that is recorded, when it is not this one
-        self.run_dir: Path | None = None
-        self.ending: dict[str, Any] | None = None  # told by `run`, else by __exit__
-        self.outside: str | None = None  # RUN_DIR outside of all runs
-        self.recorder: _Recorder | None = None
-        self.seeds: dict[str, Any] = {}  # and flags, as they were on entry
-
-    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Make every call of `function` a run of its own."""
-        import inspect
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with _Recording(argv=self.argv, **self.options):
-                return function(*args, **kwargs)
-
-        async def wait(*args: Any, **kwargs: Any) -> Any:
-            with _Recording(argv=self.argv, **self.options):
-                return await function(*args, **kwargs)
-
-        def iterate(*args: Any, **kwargs: Any) -> Iterator[Any]:
-            with _Recording(argv=self.argv, **self.options):
-                yield from function(*args, **kwargs)
-
-        waits = inspect.iscoroutinefunction(function)
-        iterates = inspect.isgeneratorfunction(function)
-        wrapper = wait if waits else iterate if iterates else call
-        return functools.wraps(function)(wrapper)
-
-    def __enter__(self) -> Path:
-        if self.run_dir is not None:
-            used = f"this run_context already recorded {str(self.run_dir)!r}"
-            raise RuntimeError(f"{used}; call run_context(...) again for another run")
-        self.pid, self.thread = os.getpid(), threading.get_ident()
-        self.begun = time.monotonic()
-        config, argv = _plain(self.options["config_args"]), self.argv or _argv()
-        for source in (dict(os.environ), {"argv": argv}, config):
-            _redact(source)  # learns the secrets before anything is written
-        directory = _code_directory(self.argv)
-        self.launch = _Launch(os.environ, self.options)
-        meeting, self.rank = None, self.launch.rank
-        if self.rank:
-            run_dir, self.attempt = self.launch.join()
-        else:
-            run_dir = _open_run(self.options, directory, self.launch)
-            self.attempt = _attempt(run_dir)
-            meeting = self.launch.publish(run_dir, self.attempt)
-        self.run_dir, root = run_dir, _results_root(self.options["base_dir"])
-        self.capture = _Capture(run_dir, f"rank{self.rank}." if self.rank else "")
-        before = _set_active(self, inside=True)
-        try:
-            if not self.rank:
-                self._record_start(run_dir, config, argv, directory)
-            self.row = _index_row(run_dir, root)
-            with _tolerating("the index"):
-                if not self.rank:
-                    _append_index(self.row, "start", "running")
-            self._start_recorder(run_dir, directory, before, meeting)
-        except BaseException as error:  # Ctrl-C while entering: say so, go on
-            self.__exit__(type(error), error, error.__traceback__)
-            raise
-        return run_dir
-
-    def _record_start(
-        self, run_dir: Path, config: Any, argv: list[str], directory: str
-    ) -> None:
-        """Write what must be there at once; leave the rest to the recorder."""
-        options = self.options
-        document = _config_document(shlex.join(argv), config)
-        with _tolerating("config.yaml"):
-            _write_yaml(run_dir / options["config_filename"], document)
-        with _tolerating("metadata.json"):
-            metadata = _immediate_metadata(argv, directory, document)
-            metadata["launcher"].update(self.launch.facts)
-            metadata["inputs"] = _inputs(document, argv, run_dir)
-            self.seeds = metadata["determinism"]
-            _write_json(run_dir / "metadata.json", metadata)
-            if self.attempt > 1:
-                _record_changes(run_dir, self.attempt, "config")
-            _warn_of_inputs(metadata["inputs"])
-        if options["notes"] or options["tags"]:
-            with _tolerating("notes.jsonl"):
-                _append_note(run_dir, options["notes"] or "", options["tags"])
-
-    def _start_recorder(
-        self, run_dir: Path, directory: str, before: list[_Recording],
-        meeting: _Meeting | None,
-    ) -> None:
-        captured = [run.thread for run in before if run.options["capture_output"]]
-        if self.options["capture_output"] and {self.thread}.issuperset(captured):
-            with _tolerating("logs/"):  # the streams belong to one thread at a time
-                self.capture.open()
-        request = _capture_request(run_dir, directory, self.row, self.argv, self.begun)
-        request.update(rank=self.rank, attempt=self.attempt)
-        request["meeting"] = meeting and meeting.__dict__
-        self.recorder = _Recorder.start(request, self.capture.forwards)
-        with _tolerating("output capture"):
-            self.capture.start(self.recorder)
-        if self.recorder is None and meeting is not None:
-            threading.Thread(target=meeting.serve, daemon=True).start()
-        if self.recorder is None and not self.rank:
-            _complete_metadata(run_dir, request)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        run_dir = self.run_dir
-        if run_dir is None or self.pid != os.getpid():
-            return  # a forked child left the block: the run is its parent's to finish
-        ending = self.ending or _ending(error)
-        with _tolerating("output capture"):
-            self.capture.stop()
-        with _tolerating("determinism"):
-            ending.update(_late_determinism(self.seeds))
-        with _tolerating("status.json"):
-            ending["duration_seconds"] = round(time.monotonic() - self.begun, 3)
-            folder = _record_of(run_dir, self.attempt)
-            if self.rank:
-                _record_rank(folder, self.rank, ending, self.row)
-            else:
-                ending = _finish_status(folder, ending)
-        with _tolerating("the index"):
-            if not self.rank:
-                end = _name_failed_rank(folder) or ending
-                _append_index(self.row, "end", end["status"], end["exit_reason"])
-        with _tolerating("the recorder"):
-            if self.recorder is not None and not self.recorder.finish():
-                _warn("the recorder is gone; finishing its work here")
-                for forward in self.capture.forwards:
-                    forward.drain()
-                if not self.rank:
-                    _complete_metadata(run_dir, self.recorder.request)
-        with _tolerating("metadata.json"):
-            if self.attempt > 1 and not self.rank:
-                _warn_of_changes(folder, "code", "packages")
-        with _tolerating("logs/"):
-            self.capture.close(_last_words(error, ending))
-        _close_metrics(run_dir)
-        _set_active(self, inside=False)
+    if run_dir is not None:
+        options.run_dir = _absolute(run_dir, "run_dir")
+    options.resume = resume
+    return _Recording(options)
 
 
 def start_run(
     base_dir: StrPath, run_prefix: str | None = None, include_git_hash: bool = True,
-    create_subdirs: bool = True, subdirs: Sequence[str] | None = None,
+    create_subdirs: bool = True, subdirs: Sequence[str] | None = None, *,
+    config_args: object = None, until_exit: bool = False,
 ) -> Path:
     """Create a run directory with status.json ("running") and return its Path.
 
-    For scripts that cannot use `run_context`: call `write_config_yaml`,
-    `capture_metadata` and at the end `mark_status` yourself. Raises as it does.
+    For scripts that have no block to put into ``with``. ``until_exit=True`` records
+    all that `run_context` does, until the interpreter ends (or, in a notebook, until
+    the next such call). Without it, call `write_config_yaml`, `capture_metadata` and
+    at the end `mark_status` yourself; `config_args` is written to config.yaml at once.
+    Raises as `run_context` does.
     """
-    options: dict[str, Any] = {"run_prefix": run_prefix}
-    options["base_dir"] = _absolute(base_dir, "base_dir")
-    options["subdirs"] = _checked_subdirs(create_subdirs, subdirs)
-    options["include_git_hash"] = include_git_hash
-    run_dir = _open_run(options, _code_directory())
+    options = _Options(base_dir, run_prefix, create_subdirs, subdirs)
+    options.include_git_hash = include_git_hash
+    options.config_args = config_args
+    if until_exit:
+        return _record_until_exit(options)
+    config = _plain(config_args)
+    options.run_prefix = _filled_prefix(run_prefix, config)
+    site = _Site.here()
+    _learn_at_entry(dict(os.environ), site, config)
+    commit = _settle_code(site)
+    prefix = options.run_prefix
+    record = _create_record(options, site, prefix, commit, None, is_watched=False)
+    if config_args is not None:
+        write_config_yaml(record.path, shlex.join(site.argv), config)
     with _tolerating("the index"):
-        _append_index(_index_row(run_dir), "start", "running")
-    return run_dir
+        record.tell_index("start", "running")
+    return record.path
 
 
 def ensure_run_dir(
@@ -375,22 +325,37 @@ def ensure_run_dir(
 
 
 def write_config_yaml(
-    run_dir: StrPath, command: str, args: Any, filename: str = "config.yaml"
+    run_dir: StrPath, command: str, args: object, filename: str = "config.yaml"
 ) -> Path:
     """Write `args` and `command` to a YAML file in `run_dir`; return its Path.
 
     A mapping (or argparse.Namespace, dataclass, ...) keeps its keys and order and gets
     `command` added. When it has another `command` already, or is not a mapping, the
     file is ``{command: ..., args: ...}``. Secrets are replaced by ``<REDACTED>``.
+    metadata.json gets the same, for readers without PyYAML.
     """
     path = Path(run_dir) / _checked_filename(filename)
+    document = _config_document(command, _plain(args))
+    _redactor.learn(document)
     with _tolerating(filename):
-        _write_yaml(path, _config_document(command, _plain(args)))
+        text = _format_yaml(_redactor.data(document))
+        _write_file(path, text.encode("utf-8"))
+    with _tolerating("metadata.json"):
+        _configs[os.path.abspath(path.parent)] = document
+        recording = _active_for(path.parent)
+        metadata = path.parent / "metadata.json"
+        if recording is not None:
+            recording.add_facts({"config": document})
+        elif metadata.exists():
+            _write_json(metadata, {**(_read_json(metadata) or {}), "config": document})
     return path
 
 
+_configs: dict[str, Facts] = {}  # written by hand, by directory, for metadata.json
+
+
 def capture_metadata(
-    run_dir: StrPath, extra: Mapping[str, Any] | None = None,
+    run_dir: StrPath, extra: Mapping[str, object] | None = None,
     filename: str = "metadata.json",
 ) -> Path:
     """Write everything that is known of code and machine; return the file's Path.
@@ -400,27 +365,44 @@ def capture_metadata(
     `run_context` the record that the recorder completes is the base.
     """
     path = Path(run_dir) / _checked_filename(filename)
-    recording, folder = _active_for(path.parent), path.parent.absolute()
-    source = path if recording is None else path.parent / "metadata.json"
+    more: Facts = _plain(extra) or {}
+    _redactor.learn(more)
     with _tolerating(filename):
+        recording = _active_for(path.parent)
         if recording is None:
-            directory = _code_directory()
-            facts = _immediate_metadata(_argv(), directory, None)
-            facts["inputs"] = _inputs(Run(folder).config, facts["argv"], folder)
-            _write_json(path, facts)
-            if facts["inputs"]:
-                _append_index(_index_row(folder), "artifact_used", None)
-            request = _capture_request(folder, directory, _index_row(folder))
-            _complete_metadata(folder, request, filename)
-        elif recording.recorder is not None:
-            recording.recorder.ask("wait", "captured")
-        _write_json(path, {**(_read_json(source) or {}), **(_plain(extra) or {})})
+            metadata = _captured_by_hand(path.parent.absolute())
+            _write_json(path, {**metadata, **more})
+        elif filename == "metadata.json":
+            recording.add_facts(more)
+            recording.wait_for_captures()
+        else:
+            recording.wait_for_captures()
+            metadata = _read_json(path.parent / "metadata.json") or {}
+            _write_json(path, {**metadata, **more})
     return path
+
+
+def _captured_by_hand(path: Path) -> Facts:
+    """Return the whole of metadata.json for a run that no block records."""
+    record = _Record.at(path)
+    site = _Site.here()
+    _learn_at_entry(dict(os.environ), site, None)
+    record.commit = _settle_code(site)
+    record.script = site.name
+    site.run_dir = str(path)
+    site.results_root = str(record.results_root)
+    document = _configs.get(str(path)) or Run(path).config or None
+    metadata = _quick_metadata(site, document)
+    metadata["script_name"] = record.script
+    metadata["inputs"] = _inputs(document, site.argv, path)
+    _complete_metadata(metadata, site, record)
+    _redactor.learn(metadata)
+    return metadata
 
 
 def mark_status(
     run_dir: StrPath, status: str, exit_reason: str | None = None,
-    extra: Mapping[str, Any] | None = None,
+    extra: Mapping[str, object] | None = None,
 ) -> Path:
     """Write `status` to status.json, and an "end" line to the index; return its Path.
 
@@ -428,14 +410,16 @@ def mark_status(
     takes the place of "success" if the block then ends normally.
     """
     path = Path(run_dir) / "status.json"
-    facts: dict[str, Any] = {**(_read_json(path) or {}), "status": status}
-    facts.update({"exit_reason": exit_reason, "timestamp_utc": _utc()})
+    facts: Facts = _read_json(path) or {}
+    facts.update(status=status, exit_reason=exit_reason, timestamp_utc=_utc())
+    facts.update(_plain(extra) or {})
     with _tolerating("status.json"):
-        _write_json(path, {**facts, **(_plain(extra) or {})}, durable=True)
+        _write_json(path, facts, durable=True)
     if status != "running" and _active_for(path.parent) is None:
+        _close_metrics(path.parent)
         with _tolerating("the index"):
-            row = _index_row(path.parent.absolute())
-            _append_index(row, "end", status, exit_reason)
+            record = _Record.at(path.parent.absolute())
+            record.tell_index("end", status, exit_reason)
     return path
 
 
@@ -445,17 +429,18 @@ def mark_artifact_used(
 ) -> None:
     """Record that a file of an earlier run is used by this one; never fail.
 
-    Adds an entry to `inputs` of the consumer's metadata.json (default: the run of
-    ``RUN_DIR``), a line to the producer's artifacts/USED_BY.jsonl where that can be
+    Adds a line to inputs.jsonl of the consumer (default: the run of this thread, else
+    of ``RUN_DIR``), a line to the producer's artifacts/USED_BY.jsonl where that can be
     written, and an "artifact_used" line to the index.
     """
     with _tolerating(f"the use of {str(artifact_path)!r}"):
-        consumer = consumer_run_dir or os.environ.get("RUN_DIR")
-        consumer = None if consumer is None else os.fspath(consumer)
+        consumer = consumer_run_dir or _current_run_dir()
+        if consumer is not None:
+            consumer = os.fspath(consumer)
         _record_use(Path(artifact_path), consumer, reason)
 
 
-def save_json(path: StrPath, obj: Any) -> Path:
+def save_json(path: StrPath, obj: object) -> Path:
     """Write any Python object to `path` as strict JSON, whole or not at all.
 
     Converted like a config: numpy and torch scalars are numbers, large arrays become
@@ -464,326 +449,961 @@ def save_json(path: StrPath, obj: Any) -> Path:
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    _write_file(target, _format_json(_plain(obj, whole=True)).encode())
+    _write_file(target, _format_json(_plain(obj, whole=True)).encode("ascii"))
     return target
 
 
 def log_metrics(
-    run_dir: StrPath, values: Mapping[str, Any], step: int | None = None
+    run_dir: StrPath, values: Mapping[str, object], step: int | None = None
 ) -> None:
     """Append one line to metrics/metrics.jsonl, visible at once to other processes.
 
     The line is ``{"step": step, "time": seconds since 1970, **values}``, written by a
     single write(2); it survives any later death of this process. Numbers stay
-    numbers (numpy and torch scalars too); NaN becomes the string "NaN".
+    numbers (numpy and torch scalars too); NaN becomes the string "NaN". A metric that
+    is itself called step or time is kept as "step (2)" or "time (2)".
     """
     row = {"step": step, "time": time.time(), **values}
+    if "time" in values or "step" in values:
+        row = _without_clash(row, values, step)
     try:
         if not _NUMBERS.issuperset(map(type, values.values())):
-            raise ValueError("convert and redact first")
-        text = "".join(_encode_flat(row, 0)) + "\n"
-    except (ValueError, TypeError):  # NaN, numpy scalars, strings, nested values
-        text = _format_json(_redact(_plain(row)), indent=None)
-    line = text.encode("ascii")
-    try:
-        descriptor, inode = _metrics_files.get(run_dir) or _open_metrics(run_dir)
-        if os.fstat(descriptor).st_ino != inode:  # closed and reused by the program
-            descriptor, inode = _open_metrics(run_dir)
-        if os.write(descriptor, line) != len(line):
-            _close_metrics(run_dir)  # the next row ends the torn line
-            raise OSError("no space left for a whole line")
-    except OSError as error:
-        _metrics_files.pop(run_dir, None)
-        _warn(f"metrics.jsonl: {error}", once=True)
+            raise ValueError("numpy scalars, strings and nested values are converted")
+        text = _STRICT_JSON.encode(row) + "\n"
+    except (ValueError, TypeError) as error:  # or it is a NaN
+        if _is_foreign(error):
+            raise
+        text = _format_json(_redactor.data(_plain(row)), indent=None)
+    _append_metrics(run_dir, text.encode("ascii"))
 
 
 _NUMBERS = frozenset((int, float, bool))
-_encode_flat: Any = json.JSONEncoder(allow_nan=False).iterencode
-_inner_json: Any = json.encoder  # of CPython: an encoder made once takes half the time
-with contextlib.suppress(AttributeError, TypeError):
-    _encode_flat = _inner_json.c_make_encoder(
-        None, None, json.encoder.encode_basestring_ascii, None, ": ", ", ", 0, 0, 0
-    )
-_metrics_files: dict[StrPath, tuple[int, int]] = {}  # descriptor and inode of a run
+_STRICT_JSON = json.JSONEncoder(allow_nan=False)
+_metrics_files: dict[StrPath, _MetricsFile] = {}  # by the run, as the caller spells it
 
 
-def _open_metrics(run_dir: StrPath) -> tuple[int, int]:
-    """Open metrics.jsonl; the descriptor stays open until the run ends."""
-    path = Path(run_dir) / "metrics" / "metrics.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = _open_for_lines(path)
-    _metrics_files[run_dir] = descriptor, os.fstat(descriptor).st_ino
-    return _metrics_files[run_dir]
+def _without_clash(
+    row: dict[str, object], values: Mapping[str, object], step: int | None
+) -> dict[str, object]:
+    """Return the row with metrics called step and time beside our own."""
+    row.update(step=step, time=time.time())
+    for name in ("step", "time"):
+        if name in values:
+            row[f"{name} (2)"] = values[name]
+    return row
+
+
+def _append_metrics(run_dir: StrPath, line: bytes) -> None:
+    """Append a line to metrics.jsonl, which stays open until the run ends."""
+    try:
+        file = _metrics_files.get(run_dir)
+        if file is None or not file.kept.is_ours():  # the program may have closed it
+            file = _open_metrics(run_dir)
+        if os.write(file.kept.number, line) != len(line):
+            _close_metrics(run_dir)  # The next row ends the torn line.
+            raise OSError(errno.ENOSPC, "no space left for a whole line")
+    except OSError as error:
+        if _is_foreign(error):
+            raise
+        _warn(f"metrics.jsonl: {error}", once=True)
+
+
+class _MetricsFile:
+    """The open metrics.jsonl of a run."""
+
+    def __init__(self, run_dir: str, descriptor: int) -> None:
+        self.run_dir = run_dir
+        self.kept = _Kept(descriptor)
+
+
+def _open_metrics(run_dir: StrPath) -> _MetricsFile:
+    """Return the open file of a run, under whatever spelling it was opened first."""
+    path = os.path.abspath(run_dir)
+    for file in list(_metrics_files.values()):
+        if file.run_dir == path and file.kept.is_ours():
+            _metrics_files[run_dir] = file
+            return file
+    os.makedirs(path, exist_ok=True)
+    folder = _Folder(Path(path))
+    with folder.opened("metrics", create=True) as place:
+        file = _MetricsFile(path, place.open_for_lines("metrics.jsonl"))
+    _metrics_files[run_dir] = file
+    return file
 
 
 def _close_metrics(run_dir: StrPath) -> None:
-    for key in [key for key in _metrics_files if os.fspath(key) == os.fspath(run_dir)]:
-        descriptor, inode = _metrics_files.pop(key)
-        with contextlib.suppress(OSError):
-            if os.fstat(descriptor).st_ino == inode:
-                os.close(descriptor)
+    """Close metrics.jsonl of a run, however its directory was spelled."""
+    path = os.path.abspath(run_dir)
+    for key, file in list(_metrics_files.items()):
+        if file.run_dir == path:
+            _metrics_files.pop(key, None)
+            with _ignoring(OSError):
+                file.kept.close()
 
 
-# What run_context and start_run stand on, in the order they need it.
+# === Reading runs ===
+# A run directory as Python sees it: plain dictionaries, which pandas.DataFrame takes as
+# they are. Readers trust nothing: a file may be absent, torn, huge or hostile.
 
 
-def _ending(error: BaseException | None) -> dict[str, Any]:
-    """Return how a block ended as the keys of status.json."""
-    if error is None:
-        return _outcome("success", "normal", 0)
-    if not isinstance(error, SystemExit):
-        code = 130 if isinstance(error, KeyboardInterrupt) else 1
-        return _outcome("failed", "exception", code, _exception(error))
-    if error.code is None or error.code == 0:
-        return _outcome("success", "system_exit", 0)
-    code = int(error.code) if isinstance(error.code, int) else 1
-    return _outcome("failed", "system_exit", code, _exception(error))
+def find_runs(
+    root: StrPath = "results", *, where: str | None = None, status: str | None = None,
+    since: str | None = None, older: str | None = None, contains: str | None = None,
+    tag: str | None = None, has_outputs: bool = False, sort: str | None = None,
+    top: int | None = None, limit: int | None = None,
+) -> list[Run]:
+    """Return the runs below `root`, newest first.
+
+    `where` compares config, metrics and the keys of `Run`, numbers as numbers:
+    ``"lr<1e-3 and max(val/acc)>=0.9 or model~qwen"`` (``< <= > >= == !=``, ``~`` for
+    a regular expression; ``and`` binds tighter). A metric's name means its last value;
+    max(), min(), first() and last() say which. `status` is as it is now. `since` and
+    `older` bound the start: an age ("12h", "7d") or the beginning of a UTC time
+    ("2026-01-31"). `contains` is a part of the path below `root`, `tag` one that is in
+    force.
+
+    `sort` is a key or such a function of a metric, "-max(acc)" the other way round.
+    Runs without a value, or with one that is not finite, come last in both directions.
+    `limit` is how many runs are returned at most; `top` is the same, of those only that
+    have a finite value.
+
+    Raises ValueError for what cannot be read. A key, status or tag that no run has is
+    said on stderr.
+    """
+    filters = _Filters(
+        where=where, status=status, since=since, older=older, contains=contains,
+        tag=tag, has_outputs=has_outputs, sort=sort, top=top, limit=limit,
+    )  # fmt: skip
+    selection = _select_runs(os.path.abspath(root), filters)
+    for warning in selection.warnings:
+        _warn(warning)
+    return _Runs(selection.runs)
 
 
-def _outcome(
-    status: str, why: str | None, code: int | None, exception: Any = None, **more: Any
-) -> dict[str, Any]:
-    ended = None if status == "running" else round(time.time(), 3)
-    facts = {"status": status, "exit_reason": why, "exit_code": code}
-    return {**facts, "exception": exception, "ended": ended, **more}
+def load_run(path: StrPath) -> Run:
+    """Return the run that `path` is, or is inside of.
+
+    Raises ValueError when there is no run directory at or above `path`.
+    """
+    found = _run_of(os.path.abspath(path))
+    if found is None:
+        raise ValueError(f"{str(path)!r} is not in a run directory")
+    return Run(found)
 
 
-def _exception(error: BaseException) -> dict[str, Any]:
-    """Return type, message and traceback of an exception, shortened."""
-    kind = type(error)
-    module = "" if kind.__module__ in ("builtins", "__main__") else kind.__module__
+class Run(dict):  # type: ignore[type-arg]
+    """One run directory as a flat dictionary: a row for pandas.DataFrame.
+
+    Keys: name, run_dir, experiment, status (as it is now), exit_reason, reason (why it
+    failed), started_utc, duration_seconds (of all attempts), attempts, hostname, user,
+    git_commit, script_name, tags, then `config.<key>` and `metrics.<key>` (the last
+    values). NaN and infinities are floats.
+
+    The attributes `metadata`, `status`, `config`, `summary`, `metrics`, `notes`,
+    `attempts`, `inputs`, `used_by`, `outputs` and `problems` are read when they are
+    asked for.
+    """
+
+    lineage: Callable[[], _Lineage] | None = None  # of all runs of the results root
+
+    def __init__(self, path: StrPath, row: bool = True) -> None:
+        """Read the row; with `row=False` nothing is read before it is asked for."""
+        super().__init__()
+        self.folder = os.fspath(path)
+        if not self.folder.startswith(os.sep):
+            self.folder = os.path.abspath(path)
+        self.unread: dict[str, str] = {}  # by the name of a file, why it was not read
+        if row:
+            self.fill()
+
+    def fill(self) -> Run:
+        """Read the row: its keys are only there after this."""
+        for key, read in _ROW.items():
+            self[key] = read(self)
+        self.update(self.flat_config)
+        self.update(self.flat_metrics)
+        self.forget()
+        return self
+
+    def __reduce__(self) -> tuple[type[Run], tuple[str]]:
+        """Let a copy, also one in another process, read the directory again."""
+        return Run, (self.folder,)
+
+    def forget(self) -> None:
+        """Let go of what is large, for there may be thousands of runs."""
+        self.__dict__.pop("metadata", None)
+        self.__dict__.pop("raw_summary", None)
+
+    @property
+    def path(self) -> Path:
+        return Path(self.folder)
+
+    @property
+    def name(self) -> str:
+        return os.path.basename(self.folder)
+
+    @functools.cached_property
+    def metadata(self) -> Facts:
+        return self.read_facts("metadata.json")
+
+    @functools.cached_property
+    def status(self) -> Facts:
+        """The content of status.json, with "lost" for a run that must have died."""
+        return _status_now(self.folder, self.read_facts("status.json"))
+
+    @functools.cached_property
+    def config(self) -> Facts:
+        """The arguments, from metadata.json; of an ancestor's run from config.yaml."""
+        config = _mapping(self.metadata, "config")
+        if not config:
+            config = self.read_config()
+        return _mapping({"config": _with_floats(config)}, "config")
+
+    @functools.cached_property
+    def flat_config(self) -> Facts:
+        """The config but for its command, with keys such as "config.model.lr"."""
+        arguments = {k: v for k, v in self.config.items() if k != "command"}
+        if not arguments:
+            return {}
+        return _flattened("config", arguments)
+
+    @functools.cached_property
+    def raw_summary(self) -> Facts:
+        """The same as `summary`, with the texts that stand for NaN and infinities."""
+        try:
+            return _metric_summary(self.folder)
+        except OSError as error:
+            path = f"{self.folder}/metrics/metrics.jsonl"
+            self.unread["metrics"] = _unreadable(error, path)
+        return {}
+
+    @property
+    def summary(self) -> dict[str, Facts]:
+        """For each metric last, min, max, first, their steps, and the count."""
+        found = {}
+        for key, facts in self.raw_summary.items():
+            if isinstance(facts, dict):
+                found[key] = {name: _as_float(value) for name, value in facts.items()}
+        return found
+
+    @property
+    def metrics(self) -> Facts:
+        """The last value of each metric."""
+        return {key: facts.get("last") for key, facts in self.summary.items()}
+
+    @property
+    def flat_metrics(self) -> Facts:
+        return {f"metrics.{key}": value for key, value in self.metrics.items()}
+
+    @functools.cached_property
+    def notes(self) -> list[Facts]:
+        return list(_read_lines(f"{self.folder}/notes.jsonl"))
+
+    @functools.cached_property
+    def attempts(self) -> list[Facts]:
+        """The status.json of each attempt but the last."""
+        folder = f"{self.folder}/attempts"
+        names: list[str] = []
+        with _ignoring(OSError):
+            names = sorted(filter(_is_number, os.listdir(folder)), key=int)
+        return [_small_json(f"{folder}/{name}/status.json") for name in names]
+
+    @functools.cached_property
+    def inputs(self) -> list[str]:
+        """The files of other runs that it used: "train-20260131-142501/m.pt"."""
+        used = _read_inputs(self.folder)
+        return [f"{entry.get('run')}/{entry['path']}" for entry in used]
+
+    @functools.cached_property
+    def used_by(self) -> list[str]:
+        """The names of the runs that used it, which all runs of the tree are asked."""
+        if self.lineage is not None:
+            return self.lineage().users_of(self.path)
+        root = _results_root(self.path.parent)
+        return _Lineage(root, self.path).users_of(self.path)
+
+    @functools.cached_property
+    def outputs(self) -> dict[str, int]:
+        """The files it left, but for its record and its logs: their sizes in bytes."""
+        return _output_sizes(self.folder)
+
+    @property
+    def problems(self) -> list[str]:
+        """A sentence for each file of the record that is there and cannot be read."""
+        for name in ("metadata", "status", "config", "raw_summary"):
+            getattr(self, name)
+        return [self.unread[name] for name in sorted(self.unread)]
+
+    @functools.cached_property
+    def started(self) -> float:
+        return _started(self.folder)
+
+    def series(self, key: str) -> list[tuple[object, object]]:
+        """Return (step, value) of each time that a metric was logged."""
+        values, steps = _all_series(self.folder).get(key, ([], []))
+        return list(zip(steps, values))
+
+    def best(self, key: str, which: str) -> tuple[float, object]:
+        """Return the lowest ("min") or highest ("max") value of a metric and its step.
+
+        A metric without a number has (nan, None).
+        """
+        if which not in ("min", "max"):
+            raise ValueError(f"best is {which!r}; give 'min' or 'max'")
+        facts = self.summary.get(key, {})
+        number = _number(facts.get(which))
+        if number is None or number != number:
+            return float("nan"), None
+        return number, facts.get(f"{which}_step")
+
+    def look_up(self, key: str) -> object:
+        """Return the value of a key: ours, else of the config, else of the metrics.
+
+        "max(val/acc)" and such are the value of a metric that the function names.
+        """
+        expression = _Expression(key)
+        if expression.function is not None:
+            return expression.value(self)
+        for table in (_ROW, _COUNTED):
+            if key in table:
+                return table[key](self)
+        for found in (self.flat_config, self.flat_metrics):
+            for name in (key, f"config.{key}", f"metrics.{key}"):
+                if name in found:
+                    return found[name]
+        return None
+
+    def value(self, expression: _Expression) -> object:
+        """Return what it is sorted by, and let go of what had to be read for it."""
+        found = expression.value(self)
+        self.forget()
+        return found
+
+    def read_facts(self, name: str) -> Facts:
+        """Return the JSON object in a file; keep why it could not be read."""
+        path = f"{self.folder}/{name}"
+        value = None
+        try:
+            value = json.loads(_read_bytes(path, MAX_RECORD))
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            self.unread[name] = _unreadable(error, path)
+            return {}
+        except (ValueError, RecursionError):
+            pass
+        if isinstance(value, dict):
+            return value
+        self.unread[name] = f"{path!r} is not a JSON object that can be read"
+        return {}
+
+    def read_config(self) -> Facts:
+        """Return config.yaml, where metadata.json does not have the same."""
+        path = f"{self.folder}/config.yaml"
+        value: JSON = {}
+        try:
+            value = _parse_yaml(_read_bytes(path, MAX_CONFIG).decode("utf-8"))
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError) as error:
+            self.unread["config.yaml"] = _unreadable(error, path)
+        if isinstance(value, dict):
+            return value
+        return {"config": value}
+
+    def _repr_html_(self) -> str:
+        """Return this run as a table, for a notebook."""
+        return _runs_html([self])
+
+
+class _Runs(list):  # type: ignore[type-arg]
+    """A list of runs that a notebook shows as a table."""
+
+    def _repr_html_(self) -> str:
+        return _runs_html(self)
+
+
+def _runs_html(runs: Sequence[Run]) -> str:
+    """Return runs as a table of HTML, with what differs between those of a script."""
+    root = os.path.dirname(os.path.commonpath([run.folder for run in runs] or [os.sep]))
+    return _html_table(_run_columns(runs, root, _differing_keys(runs), []))
+
+
+def _total_duration(run: Run) -> float | None:
+    """Return the seconds of all attempts that have ended."""
+    attempts = [*run.attempts, run.status]
+    seconds = [_number(status.get("duration_seconds")) for status in attempts]
+    known = [number for number in seconds if number is not None]
+    if not known:
+        return None
+    return sum(known)
+
+
+def _started_utc(run: Run) -> object:
+    """Return when a run was started, by the best that its files tell."""
+    for facts, key in (
+        (run.status, "started_utc"),
+        (run.metadata, "timestamp_utc"),
+        (run.status, "timestamp_utc"),
+    ):
+        if facts.get(key) is not None:
+            return facts[key]
+    return None
+
+
+def _script_of(run: Run) -> str:
+    """Return the name of the script: as recorded, else of argv, else of the run."""
+    recorded = run.metadata.get("script_name")
+    if isinstance(recorded, str) and recorded:
+        return recorded
+    words = _texts(run.metadata.get("argv"))
+    if "-m" in words[:-1]:
+        return words[words.index("-m") + 1]
+    for word in words:
+        if re.search(r"\.(py|sh|R|jl)$", word):
+            return os.path.splitext(os.path.basename(word))[0]
+    return _STAMP.split(run.name)[0].rstrip("-")
+
+
+# The row of a run in its order, and how each value is read: only what is asked for.
+_ROW: dict[str, Callable[[Run], object]] = {
+    "name": lambda run: run.name,
+    "run_dir": lambda run: run.folder,
+    "experiment": lambda run: os.path.basename(os.path.dirname(run.folder)),
+    "status": lambda run: _text(run.status.get("status", "?")),
+    "exit_reason": lambda run: run.status.get("exit_reason"),
+    "reason": lambda run: _reason(run),
+    "started_utc": _started_utc,
+    "duration_seconds": _total_duration,
+    "attempts": lambda run: len(run.attempts) + 1,
+    "hostname": lambda run: run.metadata.get("hostname", run.status.get("hostname")),
+    "user": lambda run: run.metadata.get("user"),
+    "git_commit": lambda run: _mapping(run.metadata, "git").get("commit_short"),
+    "script_name": _script_of,
+    "tags": lambda run: _tags(run.notes),
+}
+_COUNTED: dict[str, Callable[[Run], object]] = {
+    "outputs": lambda run: len(run.outputs),
+    "size": lambda run: sum(run.outputs.values()),
+}
+
+
+# === A recording ===
+# One block, from entry to exit. Only the creation of the directory may raise; each
+# step of the exit is done whatever happened to the one before.
+
+
+class _Options:
+    """What the caller of run_context or start_run asked for."""
+
+    def __init__(
+        self, base_dir: StrPath, run_prefix: str | None, create_subdirs: bool,
+        subdirs: Sequence[str] | None,
+    ) -> None:
+        self.base_dir = _absolute(base_dir, "base_dir")
+        self.run_prefix = run_prefix
+        self.subdirs = _checked_subdirs(create_subdirs, subdirs)
+        self.include_git_hash = True
+        self.config_args: object = None
+        self.config_filename = "config.yaml"
+        self.run_dir: Path | None = None
+        self.resume: StrPath | None = None
+        self.notes: str | None = None
+        self.tags: list[str] = []
+        self.capture_output = True
+        self.resources = True
+        self.ranks = "together"
+
+
+class _Recording:
+    """One run, from entering the block to leaving it."""
+
+    def __init__(self, options: _Options, argv: list[str] | None = None) -> None:
+        self.options = options
+        self.argv = argv  # the program that is recorded, when it is not this one
+        self.until_exit = False
+        self.record: _Record | None = None
+        self.recorder: _Recorder | None = None
+        self.capture: _Capture | None = None
+        self.metadata: Facts = {}  # only used where no recorder holds it
+        self.seeds: Facts = {}  # and flags, as they were on entry
+        self.ending: _Ending | None = None  # told by `run`, else found by __exit__
+        self.outside: str | None = None  # RUN_DIR outside of all runs
+        self.spare: list[_Kept] = []  # descriptors for an exit when none is left
+
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Make every call of `function` a run of its own."""
+        return _decorated(function, lambda: _Recording(self.options, self.argv))
+
+    def __enter__(self) -> Path:
+        """Create the run and start its recorder; return the run's directory."""
+        if self.record is not None:
+            used = f"this run_context already recorded {str(self.record.path)!r}"
+            raise RuntimeError(f"{used}; call run_context(...) again for another run")
+        self.pid = os.getpid()
+        self.thread = threading.get_ident()
+        self.begun = time.monotonic()
+        self.oom_kills = _oom_kills()
+        self.variables = dict(os.environ)
+        options = self.options
+        config = _plain(options.config_args)
+        prefix = _filled_prefix(options.run_prefix, config)
+        site = self.site = _Site.here(self.argv)
+        self.launch = _Launch(
+            os.environ, options.base_dir, options.run_prefix, options.ranks
+        )
+        try:
+            self._spawn_recorder()
+            _learn_at_entry(self.variables, site, config)
+            joined = None
+            if self.launch.rank:
+                joined = self.launch.join()
+            else:
+                commit = _settle_code(site)
+            # A signal that came now would leave a run that nobody can finish: its
+            # recorder is only about to be told of it.
+            with _signals_held():
+                if joined is not None:
+                    self.record = _Record.at(*joined)
+                else:
+                    self.record = _create_record(
+                        options, site, prefix, commit, self.launch, is_watched=True
+                    )
+                self._begin(self.record, site, config)
+        except BaseException as error:
+            if self.record is None and self.recorder is not None:
+                self.recorder.give_up()
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
+        return self.record.path
+
+    def _spawn_recorder(self) -> None:
+        """Start the helper process; it boots beside what is done until it is told."""
+        try:
+            self.recorder = _Recorder.spawn()
+        except _Unknown as reason:
+            self._go_without_recorder(reason)
+
+    def _go_without_recorder(self, reason: _Unknown) -> None:
+        self.recorder = None
+        _warn(f"no recorder ({reason}): its work is done in this process, slower")
+
+    def _begin(self, record: _Record, site: _Site, config: JSON) -> None:
+        """Write what must be there at once, and start the recorder."""
+        rank = self.launch.rank
+        meeting = None
+        if rank == 0:
+            meeting = self.launch.publish(record)
+        site.run_dir = str(record.path)
+        site.results_root = str(record.results_root)
+        site.entered = _entered_at(record, self.begun)
+        parent = _current_run_dir()
+        before = _set_active(self, is_inside=True)
+        if rank == 0:
+            self._write_start(record, site, config, parent)
+        prefix = ""
+        if rank:
+            prefix = f"rank{rank}."
+        capture = self.capture = _Capture(record, prefix)
+        if self.options.capture_output and self._owns_streams(record, before):
+            with _tolerating("logs/"):
+                capture.open()
+        self._tell_recorder(record, site, meeting, capture)
+        with _tolerating("output capture"):
+            capture.start(self.recorder)
+        with _ignoring(OSError):
+            for _ in range(3):  # a directory, a folder in it, and a file
+                descriptor = os.open(os.devnull, os.O_RDONLY)
+                self.spare.append(_Kept(_above_stderr(descriptor)))
+
+    def _write_start(
+        self, record: _Record, site: _Site, config: JSON, parent: str | None
+    ) -> None:
+        """Write config.yaml, metadata.json, notes.jsonl and the index line."""
+        options = self.options
+        document = _config_document(shlex.join(site.argv), config)
+        with _tolerating(options.config_filename):
+            record.write_config(options.config_filename, document)
+            keys = ", ".join(_redactor.redacted_keys(config)[:10])
+            if keys:
+                _warn(f"config.yaml: redacted as secrets: {keys}")
+        with _tolerating("metadata.json"):
+            metadata = _quick_metadata(site, document)
+            metadata["script_name"] = record.script
+            metadata["launcher"].update(self.launch.facts)
+            metadata["inputs"] = _inputs(document, site.argv, record.path)
+            metadata["parent"] = _run_named(parent, record)
+            if parent is None:  # what a reproduced run starts reproduces nothing
+                metadata["reproduces"] = _run_named(os.environ.get(REPRODUCES), record)
+            if record.attempt > 1:
+                metadata["changes"] = _changes_since_last_attempt(record, metadata)
+                _warn_of_changes(metadata, ["config"])
+            self.metadata = metadata
+            self.seeds = metadata["determinism"]
+            record.write_json("metadata.json", metadata)
+            _warn_of_inputs(metadata["inputs"])
+        if options.notes or options.tags:
+            with _tolerating("notes.jsonl"):
+                record.append_note(options.notes or "", options.tags)
+        with _tolerating("the index"):
+            names = [entry["run"] for entry in self.metadata.get("inputs", [])]
+            record.tell_index("start", "running", inputs=names)
+
+    def _owns_streams(self, record: _Record, before: Sequence[_Recording]) -> bool:
+        """Tell whether no run of another thread has the streams; say so if one has."""
+        for other in before:
+            if other.options.capture_output and other.thread != self.thread:
+                why = "a run in another thread has the streams"
+                _warn(f"the output of {record.path.name} is not logged: {why}")
+                return False
+        return True
+
+    def _tell_recorder(
+        self, record: _Record, site: _Site, meeting: _Meeting | None,
+        capture: _Capture,
+    ) -> None:
+        """Tell the recorder of the run; without one, do its work here and now."""
+        request: _Request = {
+            "record": record.to_json(),
+            "site": site.to_json(),
+            "rank": self.launch.rank,
+            "process": _process_identity(self.pid),
+            "begun": self.begun,
+            "secrets": _redactor.secrets(),
+            "settings": _changed_settings(),
+            "resources": self.options.resources,
+            "until_exit": self.until_exit,
+            "meeting": None,
+        }
+        if meeting is not None:
+            request["meeting"] = meeting.to_json()
+        if self.recorder is not None:
+            try:
+                self.recorder.begin(request, capture.forwards)
+                return
+            except _Unknown as reason:
+                self._go_without_recorder(reason)
+        if meeting is not None:
+            threading.Thread(target=meeting.serve, daemon=True).start()
+        if self.launch.rank == 0:
+            with _tolerating("status.json"):
+                record.is_unwatched()
+            self._complete_here(record, site)
+
+    def _complete_here(self, record: _Record, site: _Site) -> None:
+        """Do the recorder's work of finding out what is slow to answer."""
+        with _tolerating("metadata.json"):
+            if not self.metadata:
+                self.metadata = _quick_metadata(site, None)
+            _complete_metadata(self.metadata, site, record)
+            _redactor.learn(self.metadata)
+            record.write_json("metadata.json", self.metadata)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Write how the block ended; the exception goes on."""
+        if self.record is None or self._is_somebody_elses(self.record):
+            return
+        is_interrupted = True
+        try:
+            with _signals_held():
+                self._end(self.record, error)
+            is_interrupted = False
+        finally:
+            self._leave(self.record, is_interrupted)
+
+    def _is_somebody_elses(self, record: _Record) -> bool:
+        """Tell whether a forked child left the block, which is its parent's to finish.
+
+        The child of a program that has made itself a daemon goes on as the program.
+        """
+        if self.pid == os.getpid():
+            return False
+        status = record.read_json("status.json") or {}
+        started = _mapping(status, "process").get("start_ticks")
+        is_over = status.get("status") != "running"
+        return is_over or started is None or _is_alive(self.pid, started)
+
+    def _end(self, record: _Record, error: BaseException | None) -> None:
+        """Give the output back and write status.json and the index line."""
+        for kept in self.spare:
+            kept.close()
+        ending = self.ending
+        if ending is None:
+            ending = _Ending.of_error(error)
+        self.ending = ending
+        steps: list[Callable[[], object]] = []
+        if self.capture is not None:
+            steps.append(self.capture.stop)
+        steps.append(lambda: self._write_end(record, ending))
+        _in_turn(steps)
+
+    def _write_end(self, record: _Record, ending: _Ending) -> None:
+        """Write status.json, or a failed rank's own file, and the index line."""
+        more: Facts = {"duration_seconds": round(time.monotonic() - self.begun, 3)}
+        _redactor.learn(self._new_variables())
+        if ending.status == "failed" and ending.exception is None:
+            prefix = f"rank{self.launch.rank}."
+            if self.launch.rank == 0:
+                prefix = ""
+            ending.last_output = _last_output(record.path, prefix)
+        with _tolerating("determinism"):
+            seeds = _late_determinism(self.seeds)
+            if seeds:
+                more["determinism"] = seeds
+        killed = _oom_kills() - self.oom_kills
+        if killed > 0:
+            text = f"the kernel killed {killed} process(es) here for want of memory"
+            more["warnings"] = [text]
+        if self.launch.rank:
+            with _tolerating("status.json"):
+                _record_rank(record, self.launch.rank, ending, more)
+            return
+        status: Facts = {"status": ending.status, "exit_reason": ending.exit_reason}
+        with _tolerating("status.json"):
+            status = record.finish(ending, more)
+            status = _name_failed_rank(record) or status
+        with _tolerating("the index"):
+            record.tell_index("end", status["status"], status["exit_reason"])
+
+    def _new_variables(self) -> Facts:
+        """Return what the block has put into the environment, such as load_dotenv()."""
+        found = {}
+        for name, value in os.environ.items():
+            if self.variables.get(name) != value:
+                found[name] = value
+        return found
+
+    def _leave(self, record: _Record, is_interrupted: bool) -> None:
+        """Wait until the recorder has completed the record, and let go of everything.
+
+        Whoever interrupts the waiting, or has interrupted before it, ends nothing
+        else: the recorder completes the record alone.
+        """
+        try:
+            with _tolerating("the recorder"):
+                self._finish_recorder(record, is_interrupted)
+        finally:
+            with _signals_held():
+                _in_turn([
+                    lambda: self._close_capture(is_interrupted),
+                    lambda: _close_metrics(record.path),
+                    lambda: _set_active(self, is_inside=False),
+                ])  # fmt: skip
+
+    def _finish_recorder(self, record: _Record, is_interrupted: bool) -> None:
+        seconds = float(EXIT_WAIT_SECONDS)
+        if is_interrupted:
+            seconds = 0.0
+        is_complete = False
+        is_gone = self.recorder is None
+        if self.recorder is not None:
+            is_complete = self.recorder.finish(seconds)
+            if not is_complete and self.recorder.is_gone():
+                is_gone = True
+                _warn("the recorder is gone; finishing its work here")
+        if self.launch.rank:
+            return
+        if is_gone:
+            self.metadata = record.read_json("metadata.json") or self.metadata
+            if self.metadata.get("pip_freeze") is None:
+                self._complete_here(record, self.site)
+            _write_summary(record)
+            _write_outputs(record, self.metadata)
+        if is_complete or is_gone:
+            _say_what_failed(record)
+
+    def _close_capture(self, is_interrupted: bool) -> None:
+        """Close the logs after what Python will print of an exception.
+
+        A recorder that was not waited for would forward it, and show it twice.
+        """
+        if self.capture is None:
+            return
+        words = ""
+        if self.ending is not None and not is_interrupted:
+            words = self.ending.last_words
+        with _tolerating("logs/"):
+            self.capture.close(words)
+
+    def add_facts(self, facts: Facts) -> None:
+        """Add keys to metadata.json, by way of its one writer."""
+        if self.recorder is not None:
+            self.recorder.ask("add", facts=_redactor.data(facts))
+        elif self.record is not None:
+            self.metadata.update(facts)
+            self.record.write_json("metadata.json", self.metadata)
+
+    def wait_for_captures(self) -> None:
+        """Return once metadata.json is complete."""
+        if self.recorder is not None:
+            self.recorder.ask("collected", seconds=EXIT_WAIT_SECONDS)
+
+
+def _in_turn(steps: Sequence[Callable[[], object]]) -> None:
+    """Take every step, whatever the others raise; then the exception goes on."""
+    if not steps:
+        return
     try:
-        message = str(error)
-    except Exception as problem:
-        message = f"<{kind.__name__} whose str() raises {type(problem).__name__}>"
+        steps[0]()
+    finally:
+        _in_turn(steps[1:])
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Let signals wait until the block has ended; then they are delivered."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = _signals.pthread_sigmask(_signals.SIG_BLOCK, _IGNORED_SIGNALS)
     try:
-        import traceback
-
-        trace = "".join(traceback.format_exception(kind, error, error.__traceback__))
-    except Exception as problem:  # the interpreter is shutting down, or out of memory
-        trace = f"<no traceback: {type(problem).__name__}>"
-    return {
-        "type": f"{module}.{kind.__qualname__}".lstrip("."),
-        "message": _cut_middle(message, MAX_MESSAGE),
-        "traceback": _cut_middle(trace, MAX_TRACEBACK),
-    }
+        yield
+    finally:
+        _signals.pthread_sigmask(_signals.SIG_SETMASK, before)
 
 
-def _last_words(error: BaseException | None, ending: Mapping[str, Any]) -> str:
-    """Return what Python will print of `error` after the block, for the log."""
-    if isinstance(error, SystemExit) and isinstance(error.code, int):
-        return ""
-    shown = "message" if isinstance(error, SystemExit) else "traceback"
-    return str((ending.get("exception") or {}).get(shown, ""))
+def _decorated(
+    function: Callable[..., Any], record: Callable[[], _Recording]
+) -> Callable[..., Any]:
+    """Return `function` wrapped so that each call, or its iteration, is a run."""
+    import inspect
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with record():
+            return function(*args, **kwargs)
+
+    @functools.wraps(function)
+    async def wait(*args: Any, **kwargs: Any) -> Any:
+        with record():
+            return await function(*args, **kwargs)
+
+    @functools.wraps(function)
+    def iterate(*args: Any, **kwargs: Any) -> Any:
+        with record():
+            return (yield from function(*args, **kwargs))
+
+    @functools.wraps(function)
+    async def iterate_async(*args: Any, **kwargs: Any) -> Any:
+        with record():
+            generator = function(*args, **kwargs)
+            step = generator.__anext__
+            argument: tuple[Any, ...] = ()
+            while True:
+                try:
+                    item = await step(*argument)
+                except StopAsyncIteration:
+                    return
+                try:
+                    argument = ((yield item),)
+                    step = generator.asend  # codespell:ignore asend
+                except GeneratorExit:
+                    await generator.aclose()
+                    raise
+                except BaseException as error:
+                    argument = (error,)
+                    step = generator.athrow
+
+    if inspect.iscoroutinefunction(function):
+        return wait
+    if inspect.isasyncgenfunction(function):
+        return iterate_async
+    if inspect.isgeneratorfunction(function):
+        return iterate
+    return call
 
 
-def _finish_status(run_dir: Path, ending: dict[str, Any]) -> dict[str, Any]:
-    """Complete status.json; keep the word that the body itself has put there."""
-    now = _read_json(run_dir / "status.json") or {}
-    own_word = now.get("status") not in (None, "running")
-    if own_word and ending["exit_reason"] == "normal":
-        kept = now.get("exit_reason") or "normal"
-        ending = {**ending, "status": now["status"], "exit_reason": kept}
-    facts = {**now, **ending, "timestamp_utc": _utc()}
-    _write_json(run_dir / "status.json", facts, durable=True)
-    return ending
+_flat_runs: list[_Recording] = []  # of start_run(until_exit=True), at most one
+
+
+def _record_until_exit(options: _Options) -> Path:
+    """Begin a run that ends with the interpreter, or with the next such run."""
+    import atexit
+
+    # What this imports must not be imported at the end: Python would forget there
+    # that a KeyboardInterrupt has ended the program.
+    import traceback  # noqa: F401
+
+    _finish_flat_run()
+    recording = _Recording(options)
+    recording.until_exit = True
+    path = recording.__enter__()
+    _flat_runs.append(recording)
+    atexit.register(_finish_flat_run)
+    return path
+
+
+def _finish_flat_run() -> None:
+    """End the run of start_run(until_exit=True), if there is one.
+
+    Python keeps the exception that ended the program. An exit status that
+    `sys.exit` gave is only known once the process has ended: the recorder sees it.
+    """
+    while _flat_runs:
+        recording = _flat_runs.pop()
+        error = getattr(sys, "last_value", None)
+        if hasattr(sys, "ps1") or "ipykernel" in sys.modules:
+            error = None  # of a cell that failed; the kernel lives on
+        kind = None
+        if error is not None:
+            kind = type(error)
+        recording.__exit__(kind, error, None)
 
 
 _active: list[_Recording] = []  # the runs this process is in, innermost last
 _active_lock = threading.Lock()
 
 
-def _set_active(recording: _Recording, inside: bool) -> list[_Recording]:
+def _set_active(recording: _Recording, is_inside: bool) -> list[_Recording]:
     """Enter or leave a run; return the runs entered before and not left.
 
     RUN_DIR names the innermost run, or what it was before the first.
     """
-    locked = _active_lock.acquire(timeout=1.0)  # a fork may have copied it locked
-    before = [run for run in _active if run is not recording]
-    if inside:
-        outside = os.environ.get("RUN_DIR")
-        recording.outside = before[-1].outside if before else outside
-    _active[:] = [*before, recording] if inside else before
-    current = str(_active[-1].run_dir) if _active else recording.outside
-    if current is not None:
-        os.environ["RUN_DIR"] = current
-    else:
-        os.environ.pop("RUN_DIR", None)
-    if locked:
-        _active_lock.release()
-    return before
+    is_locked = _active_lock.acquire(timeout=1.0)  # a fork may have copied it locked
+    try:
+        before = [run for run in _active if run is not recording]
+        if is_inside:
+            recording.outside = os.environ.get("RUN_DIR")
+            if before:
+                recording.outside = before[-1].outside
+            _active[:] = [*before, recording]
+        else:
+            _active[:] = before
+        current = recording.outside
+        if _active and _active[-1].record is not None:
+            current = str(_active[-1].record.path)
+        if current is not None:
+            os.environ["RUN_DIR"] = current
+        else:
+            os.environ.pop("RUN_DIR", None)
+        return before
+    finally:
+        if is_locked:
+            _active_lock.release()
 
 
 def _active_for(run_dir: Path) -> _Recording | None:
     """Return the recording that this very process makes in `run_dir`, if any."""
-    run_dir = run_dir.absolute()
-    mine = (run for run in _active if run.pid == os.getpid())
-    return next((run for run in mine if run.run_dir == run_dir), None)
+    run_dir = Path(os.path.abspath(run_dir))
+    for recording in list(_active):
+        is_mine = recording.pid == os.getpid()
+        if is_mine and recording.record and recording.record.path == run_dir:
+            return recording
+    return None
 
 
-def _open_run(
-    options: Mapping[str, Any], directory: str, launch: _Launch | None = None
-) -> Path:
-    """Create or reopen the run's directory, with status.json saying "running".
-
-    The only part that may raise. A step that fails is tried once more, so that a
-    hiccup of a network disk does not cost the run; a disk that is really full does.
-    """
-    base_dir: Path = options["base_dir"]
-    chosen: Path | None = options.get("run_dir")
-    if options.get("resume") == "auto":
-        chosen = launch.earlier_attempt() if launch else None
-    elif options.get("resume") is not None:
-        chosen = _resumable(base_dir, options["resume"])
-    run_dir, prefix = chosen or base_dir, options["run_prefix"]
-    prefix = _safe_name(_script_name() if prefix is None else str(prefix))
-    with_hash = chosen is None and options.get("include_git_hash", True)
-    commit = _git_head(directory) if with_hash else None
-    name = "-".join(filter(None, [prefix, time.strftime("%Y%m%d-%H%M%S"), commit]))
-    try:
-        _twice(run_dir.mkdir, parents=True, exist_ok=True)
-        if chosen is None:
-            run_dir = _make_run_dir(base_dir, name)
-        else:
-            _results_root(base_dir).mkdir(parents=True, exist_ok=True)
-            _archive_attempt(run_dir)
-        _twice(ensure_run_dir, run_dir, subdirs=options["subdirs"])
-        running = {**_running_status(options), "attempt": _attempt(run_dir)}
-        running["run"] = run_dir.name
-        _twice(_write_json, run_dir / "status.json", running)
-    except OSError as error:
-        if run_dir not in (base_dir, chosen):
-            for folder in [*map(run_dir.joinpath, options["subdirs"]), run_dir]:
-                with contextlib.suppress(OSError):  # not empty: something was written
-                    folder.rmdir()
-        raise _unwritable(run_dir, error) from None
-    return run_dir
+def _current_run_dir() -> str | None:
+    """Return the directory of this thread's innermost run, else what RUN_DIR says."""
+    for recording in reversed(_active):
+        if recording.thread == threading.get_ident() and recording.record is not None:
+            return str(recording.record.path)
+    return os.environ.get("RUN_DIR")
 
 
-def _make_run_dir(base_dir: Path, name: str) -> Path:
-    """Create `base_dir/name`, or the first free of name-2, name-3, ..., exclusively."""
-    for number in range(1, MAX_SAME_NAME + 1):
-        path = base_dir / (name if number == 1 else f"{name}-{number}")
-        with contextlib.suppress(FileExistsError):
-            _twice(path.mkdir)
-            return path
-    raise FileExistsError(f"{name!r} and {MAX_SAME_NAME - 1} numbered names are taken")
-
-
-def _twice(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call `function`; once more if the file system failed for a moment."""
-    try:
-        return function(*args, **kwargs)
-    except (FileExistsError, PermissionError, NotADirectoryError):
-        raise
-    except OSError:
-        return function(*args, **kwargs)
-
-
-def _safe_name(text: str) -> str:
-    """Replace what a file name cannot hold everywhere by ``_``.
-
-    >>> _safe_name("Qwen/Qwen3-8B"), _safe_name("../../etc")
-    ('Qwen_Qwen3-8B', '_.._etc')
-    """
-    import unicodedata
-
-    encoding = sys.getfilesystemencoding()  # ASCII, where LC_ALL=C is taken literally
-    text = unicodedata.normalize("NFC", text)
-    text = text.encode(encoding, "replace").decode(encoding)
-    text = "".join(c if c.isalnum() or c in "._+=@-" else "_" for c in text)
-    name = text.encode("utf-8", "replace")[:MAX_PREFIX_BYTES].decode("utf-8", "ignore")
-    name = name.lstrip(".-").rstrip(".")
-    if re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?", name):
-        name = "_" + name  # names that Windows keeps for devices
-    return name or "run"
-
-
-def _script_name() -> str:
-    """Return the stem of the script: "train" of train.py, "mod" of -m pkg.mod."""
-    script = Path((getattr(sys, "argv", None) or [""])[0])
-    if "ipykernel" in sys.modules or script.name in ("", "-", "-c"):
-        return "notebook" if "ipykernel" in sys.modules else "interactive"
-    return script.parent.name if script.stem == "__main__" else script.stem
-
-
-def _resumable(base_dir: Path, resume: StrPath) -> Path:
-    """Return the directory that `resume` names; refuse one that is still alive."""
-    candidates = [Path(resume), base_dir / resume]
-    if str(resume) == "latest":
-        candidates = sorted(base_dir.glob("*"), key=_started, reverse=True)
-    found = next(filter(_is_run, candidates), None)
-    if found is None:
-        raise ValueError(f"no run {str(resume)!r} under {str(base_dir)!r} to resume")
-    if _status_now(found).get("status") == "running":
-        raise ValueError(f"run {str(found)!r} is still running; it cannot be resumed")
-    return found.absolute()
-
-
-def _archive_attempt(run_dir: Path) -> None:
-    """Move the record that is in `run_dir` to attempts/<n>/, if there is one."""
-    names = ("config.yaml", "metadata.json", "status.json", "git*.patch", "git*.bundle")
-    record = [Path(p.name) for name in names for p in sorted(run_dir.glob(name))]
-    if record:
-        archive = run_dir / "attempts" / str(_attempt(run_dir))
-        (archive / "logs").mkdir(parents=True)
-        ranks = run_dir.glob("logs/rank*.status.json")
-        for path in [*record, *(rank.relative_to(run_dir) for rank in ranks)]:
-            os.replace(run_dir / path, archive / path)
-        with contextlib.suppress(OSError):  # no other rank failed
-            (archive / "logs").rmdir()
-
-
-def _attempt(run_dir: Path) -> int:
-    """Return the number of the attempt whose record lies in the run itself."""
-    numbers = [int(p.name) for p in run_dir.glob("attempts/*") if p.name.isdigit()]
-    return max(numbers, default=0) + 1
-
-
-def _record_of(run_dir: Path, attempt: int) -> Path:
-    """Return where the record of an attempt is: a later one may have moved it."""
-    archive = run_dir / "attempts" / str(attempt)
-    return archive if archive.is_dir() else run_dir
-
-
-def _record_changes(run_dir: Path, attempt: int, *warn_of: str) -> None:
-    """Add to metadata.json what changed since the last attempt."""
-    before = _read_json(run_dir / "attempts" / str(attempt - 1) / "metadata.json")
-    folder = _record_of(run_dir, attempt)
-    metadata = _read_json(folder / "metadata.json")
-    if before is None or metadata is None:
-        return
-    then, now = _comparable(before), _comparable(metadata)
-    changes: dict[str, Any] = {"attempt": attempt - 1}
-    for kind in ("config", "code", "packages"):
-        known = then[kind] and now[kind]  # code and packages are found out later
-        pairs = _differences({kind: then[kind]}, {kind: now[kind]}) if known else {}
-        changes[kind] = pairs.get(kind, {})
-    _write_json(folder / "metadata.json", {**metadata, "changes": changes})
-    _warn_of_changes(folder, *warn_of)
-
-
-def _warn_of_changes(folder: Path, *kinds: str) -> None:
-    changes = _mapping(_read_json(folder / "metadata.json"), "changes")
-    names = {kind: ", ".join(changes.get(kind) or ()) for kind in kinds}
-    text = "; ".join(f"{kind} ({names[kind]})" for kind in kinds if names[kind])
-    if text:
-        _warn(f"changed since attempt {changes['attempt']}: {text}")
-
-
-def _running_status(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return status.json as it is until the run ends."""
-    now = _utc()
-    return {
-        **_outcome("running", None, None),
-        "timestamp_utc": now,
-        "started_utc": now,
-        "duration_seconds": None,
-        "pid": os.getpid(),
-        "hostname": _hostname(),
-        "process": _process_identity(os.getpid()),
-        "heartbeat_seconds": HEARTBEAT_SECONDS if "notes" in options else None,
-    }
+# What entry stands on, in the order it is needed.
 
 
 def _absolute(path: StrPath, name: str) -> Path:
@@ -804,11 +1424,15 @@ def _checked_subdirs(create: bool, subdirs: Sequence[str] | None) -> list[str]:
     """Return the folders to create; refuse one that leads out of the run."""
     if isinstance(subdirs, str):
         raise TypeError(f"subdirs must be a list of names, not {subdirs!r}")
-    names = list(DEFAULT_SUBDIRS if subdirs is None else subdirs) if create else []
+    if not create:
+        return []
+    names = subdirs
+    if names is None:
+        names = DEFAULT_SUBDIRS
     for name in names:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(f"subdirs has {name!r}; give names inside the run")
-    return names
+    return list(names)
 
 
 def _checked_filename(name: str) -> str:
@@ -818,10 +1442,526 @@ def _checked_filename(name: str) -> str:
     return name
 
 
+def _filled_prefix(prefix: str | None, config: JSON) -> str | None:
+    """Fill `{key}` in a prefix from the config; an unknown key is a ValueError.
+
+    >>> _filled_prefix("{model}-lr{optim.lr}", {"model": "a/b", "optim": {"lr": 0.1}})
+    'a/b-lr0.1'
+    """
+    if prefix is None or "{" not in str(prefix):
+        return prefix
+    known: Facts = {}
+    if isinstance(config, dict):
+        for name, value in config.items():
+            known[name] = value
+            known.update(_flattened(name, value))
+
+    def fill(match: re.Match[str]) -> str:
+        key = match[1]
+        if key not in known:
+            names = ", ".join(list(known)[:20]) or "nothing"
+            text = f"run_prefix {prefix!r} has {match[0]!r}"
+            raise ValueError(f"{text}, which is no key of config_args ({names})")
+        return str(known[key])
+
+    return re.sub(r"\{([^{}]+)\}", fill, str(prefix))
+
+
+def _learn_at_entry(variables: Facts, site: _Site, config: JSON) -> None:
+    """Learn what is secret here before anything is written."""
+    _redactor.learn(variables)
+    _redactor.learn({"argv": site.argv})
+    _redactor.learn(config)
+
+
+def _settle_code(site: _Site) -> str | None:
+    """Settle whose repository is recorded; return the short hash of its commit."""
+    for directory in site.places():
+        commit = _git_head(directory)
+        if commit is not None:
+            site.directory = directory
+            return commit
+    return None
+
+
+def _create_record(
+    options: _Options, site: _Site, prefix: str | None, commit: str | None,
+    launch: _Launch | None, is_watched: bool,
+) -> _Record:
+    """Create or reopen the run's directory: the only step of entry that may raise."""
+    path = options.run_dir
+    if options.resume == "auto":
+        if launch is not None:
+            path = launch.earlier_attempt()
+    elif options.resume is not None:
+        path = _resumable(options.base_dir, options.resume, options.run_prefix)
+    if path is not None:
+        _refuse_live(path)
+        record = _Record.reopen(path, options.base_dir, options.subdirs, is_watched)
+    else:
+        if prefix is None:
+            prefix = site.name
+        parts = [_safe_name(str(prefix)), time.strftime("%Y%m%d-%H%M%S")]
+        if commit is not None and options.include_git_hash:
+            parts.append(commit)
+        name = "-".join(parts)
+        record = _Record.create(options.base_dir, name, options.subdirs, is_watched)
+    record.commit = commit
+    record.script = site.name
+    return record
+
+
+def _resumable(base_dir: Path, resume: StrPath, prefix: str | None) -> Path:
+    """Return the directory that `resume` names.
+
+    The latest run of a prefix is only continued if it was no success; one that was
+    has to be named.
+    """
+    if str(resume) != "latest":
+        for candidate in (Path(resume), base_dir / resume):
+            if _is_run(candidate):
+                return candidate.absolute()
+        text = f"no run {str(resume)!r} under {str(base_dir)!r} to resume"
+        raise ValueError(text)
+    name = None
+    if prefix is not None and "{" not in prefix:
+        name = _safe_name(prefix)
+    elif prefix is None:
+        name = _safe_name(_script_name())
+    try:
+        found = _find_run("latest", base_dir, name)
+    except ValueError:
+        text = f"no run 'latest' under {str(base_dir)!r} to resume"
+        raise ValueError(text) from None
+    if _status_now(found).get("status") == "success":
+        text = f"the latest run, {str(found)!r}, has ended in success"
+        raise ValueError(f"{text}; give its name to resume it all the same")
+    return found
+
+
+def _refuse_live(path: Path) -> None:
+    """Raise ValueError for a run that is still being recorded."""
+    if _is_run(path) and _status_now(path).get("status") == "running":
+        raise ValueError(f"run {str(path)!r} is still running; it cannot be resumed")
+
+
+def _safe_name(text: str) -> str:
+    """Replace what a file name cannot hold everywhere by ``_``.
+
+    >>> _safe_name("Qwen/Qwen3-8B"), _safe_name("../../etc")
+    ('Qwen_Qwen3-8B', '_.._etc')
+    """
+    import unicodedata
+
+    encoding = sys.getfilesystemencoding()  # ASCII, where LC_ALL=C is taken literally
+    text = unicodedata.normalize("NFC", text)
+    text = text.encode(encoding, "replace").decode(encoding)
+    safe = ""
+    for character in text:
+        if character.isalnum() or character in "._+=@-":
+            safe += character
+        else:
+            safe += "_"
+    name = safe.encode("utf-8", "replace")[:MAX_PREFIX_BYTES].decode("utf-8", "ignore")
+    name = name.lstrip(".-").rstrip(".")
+    if re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?", name):
+        name = "_" + name  # Windows keeps these names for devices.
+    return name or "run"
+
+
+def _entered_at(record: _Record, begun: float) -> list[int]:
+    """Return the moment of entry: ns of our clock, and device and ns of the disk's.
+
+    The server of a network disk has a clock of its own, by which files are dated.
+    """
+    info = os.stat(record.folder)
+    with _ignoring(OSError):
+        info = os.stat(record.folder / "status.json")
+    ago = int((time.monotonic() - begun) * 1e9)
+    return [time.time_ns() - ago, info.st_dev, info.st_mtime_ns]
+
+
+def _run_named(run_dir: str | None, record: _Record) -> Facts | None:
+    """Return how metadata.json names another run, such as that of `run -- CMD`."""
+    if not run_dir or not os.path.isfile(os.path.join(run_dir, "status.json")):
+        return None
+    return {
+        "run": os.path.basename(run_dir),
+        "run_dir": run_dir,
+        "relative": os.path.relpath(run_dir, record.path),  # holds in a moved tree
+    }
+
+
+def _changes_since_last_attempt(record: _Record, metadata: Facts) -> Facts:
+    """Return what of config, code and packages is not as it was, for metadata.json."""
+    last = record.attempt - 1
+    before = _read_json(record.path / "attempts" / str(last) / "metadata.json")
+    changes: Facts = {"attempt": last}
+    if before is not None:
+        then = _comparable(before)
+        now = _comparable(metadata)
+        for kind in ("config", "code", "packages"):
+            changes[kind] = {}
+            if then[kind] and now[kind]:  # code and packages are found out later
+                pair = _differences({kind: then[kind]}, {kind: now[kind]})
+                changes[kind] = pair.get(kind, {})
+    return changes
+
+
+def _warn_of_changes(metadata: Facts, kinds: Sequence[str]) -> None:
+    """Say what has changed since the last attempt of a resumed run."""
+    changes = _mapping(metadata, "changes")
+    texts = []
+    for kind in kinds:
+        if changes.get(kind):
+            texts.append(f"{kind} ({', '.join(changes[kind])})")
+    if texts:
+        _warn(f"changed since attempt {changes['attempt']}: {'; '.join(texts)}")
+
+
+def _say_what_failed(record: _Record) -> None:
+    """Say in one line if the code could not be recorded, and what has changed."""
+    metadata = record.read_json("metadata.json") or {}
+    capture = _mapping(metadata, "capture")
+    for name in ("git", "git.patch"):
+        problem = _mapping(capture, name).get("problem")
+        if problem and not _mapping(capture, name).get("is_expected"):
+            _warn(f"the code is not recorded completely: {problem}", once=True)
+            break
+    if record.attempt > 1:
+        _warn_of_changes(metadata, ["code", "packages"])
+
+
+def _write_summary(record: _Record) -> None:
+    """Write metrics/summary.json, from which readers take the metrics."""
+    with _tolerating("metrics/summary.json"):
+        summary = _summarize_metrics(record.path)
+        if summary:
+            text = _format_json(summary)
+            with record.run_folder.opened("metrics", create=True) as place:
+                place.write("summary.json", text.encode("ascii"))
+
+
+def _write_outputs(record: _Record, metadata: Facts) -> None:
+    """Add to metadata.json which files the run left."""
+    with _tolerating("metadata.json"):
+        metadata["outputs"] = _left_files(record.path)
+        record.write_json("metadata.json", metadata)
+
+
+# === The record ===
+# `_Record` alone knows the names of a run's files. Each has one writer: status.json
+# and config.yaml whoever entered the run, metadata.json the recorder once it runs;
+# lines of *.jsonl may come from anybody.
+
+INDEX_FILE = os.path.join("index", "runs_index.jsonl")
+_ARCHIVED = ("config.yaml", "metadata.json", "status.json", "git*.patch")
+
+
+class _Record:
+    """The files of one run on disk."""
+
+    def __init__(
+        self, path: Path, attempt: int, results_root: Path,
+        identity: Sequence[int] = (),
+    ) -> None:
+        self.path = path
+        self.attempt = attempt
+        self.results_root = results_root
+        self.run_folder = _Folder(path, identity)
+        self.commit: str | None = None  # this, the script and the pid are for the index
+        self.script: str | None = None
+        self.pid = os.getpid()
+
+    @staticmethod
+    def create(
+        base_dir: Path, name: str, subdirs: Sequence[str], is_watched: bool
+    ) -> _Record:
+        """Create `base_dir/name`, or the first free of name-2, name-3, ...
+
+        It has status.json at once, which says that it is running. Raises OSError,
+        one sentence that names the directory and what to do.
+        """
+        try:
+            _retried(lambda: base_dir.mkdir(parents=True, exist_ok=True))
+            path = _make_run_dir(base_dir, name)
+        except OSError as error:
+            if _is_foreign(error):
+                raise
+            raise _unwritable(base_dir, error) from None
+        try:
+            for folder in subdirs:
+                (path / folder).mkdir(parents=True, exist_ok=True)
+            record = _Record(path, 1, _results_root(base_dir))
+            _retried(lambda: record.begin(is_watched))
+            return record
+        except BaseException as error:
+            _remove_empty(path, subdirs)
+            if isinstance(error, OSError) and not _is_foreign(error):
+                raise _unwritable(path, error) from None
+            raise
+
+    @staticmethod
+    def reopen(
+        path: Path, base_dir: Path, subdirs: Sequence[str], is_watched: bool
+    ) -> _Record:
+        """Use exactly this directory; a record that is there moves to attempts/<n>/."""
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            root = _results_root(base_dir)
+            root.mkdir(parents=True, exist_ok=True)
+            _archive_attempt(path)
+            for folder in subdirs:
+                (path / folder).mkdir(parents=True, exist_ok=True)
+            record = _Record(path, _attempt(path), root)
+            _retried(lambda: record.begin(is_watched))
+            return record
+        except OSError as error:
+            if _is_foreign(error):
+                raise
+            raise _unwritable(path, error) from None
+
+    @staticmethod
+    def at(path: Path, attempt: int | None = None) -> _Record:
+        """Return the record of a run that exists already."""
+        if attempt is None:
+            attempt = _attempt(path)
+        record = _Record(path, attempt, _results_root(path.parent))
+        metadata = record.read_json("metadata.json") or {}
+        record.commit = _mapping(metadata, "git").get("commit_short")
+        record.script = metadata.get("script_name")
+        return record
+
+    def to_json(self) -> Facts:
+        """Return what the recorder has to know of it."""
+        return {
+            "path": str(self.path),
+            "identity": self.run_folder.identity,
+            "attempt": self.attempt,
+            "results_root": str(self.results_root),
+            "commit": self.commit,
+            "script": self.script,
+            "pid": self.pid,
+        }
+
+    @staticmethod
+    def from_json(facts: Facts) -> _Record:
+        root = Path(facts["results_root"])
+        path = Path(facts["path"])
+        record = _Record(path, facts["attempt"], root, facts["identity"])
+        record.commit = facts["commit"]
+        record.script = facts["script"]
+        record.pid = facts["pid"]
+        return record
+
+    @property
+    def inside(self) -> str:
+        """Where in the run this attempt's record is: a later one may have moved it."""
+        archive = f"attempts/{self.attempt}"
+        if os.path.isdir(self.path / archive):
+            return archive
+        return ""
+
+    @property
+    def folder(self) -> Path:
+        """The directory that holds this attempt's status.json."""
+        return self.path / self.inside
+
+    def write_bytes(self, name: str, data: bytes, durable: bool = False) -> None:
+        """Replace a file of this attempt, such as git.patch, as a whole."""
+        with self.run_folder.opened(self.inside) as place:
+            place.write(name, data, durable)
+
+    def write_json(self, name: str, value: JSON, durable: bool = False) -> None:
+        """Replace a JSON file of this attempt; it is redacted."""
+        text = _format_json(_redactor.data(value))
+        self.write_bytes(name, text.encode("ascii"), durable)
+
+    def write_config(self, name: str, document: Facts) -> None:
+        """Write config.yaml, under the name that the caller gave it."""
+        text = _format_yaml(_redactor.data(document))
+        self.write_bytes(name, text.encode("utf-8"))
+
+    def link(self, name: str, source: Path) -> None:
+        """Make a file of this attempt a hard link to a file with the same content."""
+        with self.run_folder.opened(self.inside) as place:
+            target = os.path.join(place.path, name)
+            os.link(source, target, dst_dir_fd=place.dir_fd, follow_symlinks=False)
+
+    def read_json(self, name: str) -> Facts | None:
+        return _read_json(self.folder / name)
+
+    def append(self, name: str, row: Facts) -> None:
+        """Append a line to a file of the run, "notes.jsonl" or "metrics/system.jsonl".
+
+        Such files belong to the run as a whole, not to one of its attempts.
+        """
+        folder, _, file = name.rpartition("/")
+        with self.run_folder.opened(folder, create=True) as place:
+            place.append(file, row)
+
+    def append_note(
+        self, text: str, tags: Sequence[str], untag: Sequence[str] = ()
+    ) -> None:
+        """Append a line to notes.jsonl: a text, tags to add and tags to take away."""
+        note: Facts = {"timestamp_utc": _utc(), "user": _user(), "text": text}
+        note["tags"] = list(tags)
+        if untag:
+            note["untag"] = list(untag)
+        self.append("notes.jsonl", note)
+
+    def log_path(self, name: str) -> Path:
+        """Return where a log is: "stdout", "output" or "rank3.stderr"."""
+        return self.path / "logs" / f"{name}.log"
+
+    def open_log(self, name: str) -> int:
+        """Open a log for appending; logs/ may be no link."""
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+        with self.run_folder.opened("logs", create=True) as place:
+            return place.open(f"{name}.log", flags)
+
+    def open_metrics(self) -> int:
+        """Open metrics/metrics.jsonl for appending lines."""
+        with self.run_folder.opened("metrics", create=True) as place:
+            return place.open_for_lines("metrics.jsonl")
+
+    def begin(self, is_watched: bool) -> None:
+        """Write status.json, "running"; `is_watched` if a recorder will touch it."""
+        now = time.time()
+        heartbeat = HEARTBEAT_SECONDS if is_watched else None
+        status: Facts = {
+            "status": "running",
+            "exit_reason": None,
+            "exit_code": None,
+            "exception": None,
+            "ended": None,
+            "timestamp_utc": _utc(now),
+            "started_utc": _utc(now),
+            "started": round(now, 6),
+            "duration_seconds": None,
+            "pid": self.pid,
+            "hostname": _hostname(),
+            "process": _process_identity(self.pid),
+            "heartbeat_seconds": heartbeat,
+            "attempt": self.attempt,
+            "run": self.path.name,
+        }
+        self.write_json("status.json", status)
+
+    def is_unwatched(self) -> None:
+        """Let status.json say that no recorder touches it."""
+        status = self.read_json("status.json") or {}
+        self.write_json("status.json", {**status, "heartbeat_seconds": None})
+
+    def finish(self, ending: _Ending, more: Facts) -> Facts:
+        """Complete status.json and return it; a word of the body's own is kept."""
+        status = self.read_json("status.json") or {}
+        facts = ending.to_json()
+        own_word = status.get("status") not in (None, "running")
+        if own_word and ending.exit_reason == "normal":
+            facts["status"] = status["status"]
+            facts["exit_reason"] = status.get("exit_reason") or "normal"
+        status = {**status, **facts, "timestamp_utc": _utc(), **more}
+        self.write_json("status.json", status, durable=True)
+        return status
+
+    def touch(self) -> None:
+        """Renew the heartbeat, which is the time of status.json."""
+        os.utime(self.folder / "status.json")
+
+    def redact_again(self) -> None:
+        """Replace what was found secret after these files had been written.
+
+        This is the one exception to one writer a file: no secret may stay.
+        """
+        for name in ("config.yaml", "status.json", "notes.jsonl"):
+            path = self.folder / name
+            if name == "notes.jsonl":
+                path = self.path / name
+            with _tolerating(name), _ignoring(FileNotFoundError):
+                data = _read_bytes(path)
+                clean = _redactor.replace_known(data)
+                if clean != data:
+                    _write_file(path, clean)
+
+    def tell_index(
+        self, event: str, status: str | None = None, exit_reason: str | None = None,
+        **more: JSON,
+    ) -> None:
+        """Append one event of this run to the index of its results root."""
+        row = _index_row(self)
+        row.update(event=event, timestamp_utc=_utc(), status=status)
+        row.update(exit_reason=exit_reason, **more)
+        _append_to_index(self.results_root, row)
+
+    def earlier_runs(self) -> Iterator[Path]:
+        """Yield the runs of this user beside this one, the newest first."""
+        with _ignoring(OSError):
+            names = [name for name in os.listdir(self.path.parent) if _is_stamped(name)]
+            names.sort(key=_stamp_of, reverse=True)
+            for name in names:
+                path = self.path.parent / name
+                if path != self.path and _is_mine(path):
+                    yield path
+
+    def earlier_metadata(self) -> Facts | None:
+        """Return the newest complete metadata.json of a run beside this one."""
+        for _, path in zip(range(10), self.earlier_runs()):
+            metadata = _read_json(path / "metadata.json") or {}
+            schema = _mapping(metadata, "run_utils").get("schema_version")
+            if schema == SCHEMA_VERSION and metadata.get("pip_freeze"):
+                return metadata
+        return None
+
+
+def _is_mine(path: StrPath) -> bool:
+    """Tell whether a file or folder belongs to this user, and is no link."""
+    with _ignoring(OSError):
+        info = os.lstat(path)
+        if stat.S_ISLNK(info.st_mode):
+            return False
+        return not hasattr(os, "geteuid") or info.st_uid == os.geteuid()
+    return False
+
+
+def _make_run_dir(base_dir: Path, name: str) -> Path:
+    """Create `base_dir/name`, or the first free of name-2, name-3, ..., exclusively."""
+    for number in range(1, MAX_SAME_NAME + 1):
+        path = base_dir / name
+        if number > 1:
+            path = base_dir / f"{name}-{number}"
+        with _ignoring(FileExistsError):
+            _retried(path.mkdir)
+            return path
+    text = f"{name!r} and {MAX_SAME_NAME - 1} numbered names are taken"
+    raise FileExistsError(errno.EEXIST, text)
+
+
+def _retried(step: Callable[[], None]) -> None:
+    """Call `step`; once more if the file system failed for a moment."""
+    try:
+        step()
+    except (FileExistsError, PermissionError, NotADirectoryError):
+        raise
+    except OSError as error:
+        if _is_foreign(error):
+            raise
+        step()
+
+
+def _remove_empty(path: Path, subdirs: Sequence[str]) -> None:
+    """Remove a run directory into which nothing has been written."""
+    for folder in [*(path / name for name in subdirs), path]:
+        with _ignoring(OSError):
+            folder.rmdir()
+
+
 def _unwritable(path: Path, error: OSError) -> OSError:
     """Return `error` as one sentence that names the directory and what to do."""
     start = f"cannot create a run in {str(path)!r}"
-    blocking = next((p for p in [path, *path.parents] if p.exists()), path)
+    blocking = path
+    while not blocking.exists() and blocking != blocking.parent:
+        blocking = blocking.parent
     if blocking.is_file():
         why = f"{str(blocking)!r} is a file; choose another base_dir"
         return NotADirectoryError(f"{start}: {why}")
@@ -829,319 +1969,463 @@ def _unwritable(path: Path, error: OSError) -> OSError:
     return type(error)(f"{start}: {why}")
 
 
-def _argv() -> list[str]:
-    """Return the command line as it was typed: interpreter, flags, `-m pkg.mod`.
+def _archive_attempt(path: Path) -> None:
+    """Move the record that is in a run to attempts/<n>/, if there is one."""
+    names = [found.name for name in _ARCHIVED for found in path.glob(name)]
+    if not names:
+        return
+    if (path / "attempts").is_symlink():
+        raise OSError(errno.ELOOP, "attempts is a link", str(path / "attempts"))
+    archive = path / "attempts" / str(_attempt(path))
+    archive.mkdir(parents=True)
+    for name in sorted(names):
+        os.replace(path / name, archive / name)
+    ranks = sorted(path.glob("logs/rank*.status.json"))
+    if ranks:
+        (archive / "logs").mkdir()
+    for rank in ranks:
+        os.replace(rank, archive / "logs" / rank.name)
 
-    Python 3.9 has no sys.orig_argv; there it is the interpreter and sys.argv.
+
+def _attempt(path: Path) -> int:
+    """Return the number of the attempt whose record lies in the run itself."""
+    numbers = [int(p.name) for p in path.glob("attempts/*") if _is_number(p.name)]
+    return max(numbers, default=0) + 1
+
+
+def _is_number(text: str) -> bool:
+    """Tell whether a text is a plain number; isdigit() also takes a superscript."""
+    return re.fullmatch("[0-9]{1,9}", text) is not None
+
+
+def _results_root(base_dir: Path) -> Path:
+    """Return the nearest directory with an index, else named "results", else itself.
+
+    An index of somebody else is not taken, as in /tmp, and nothing is looked for above
+    the home directory, the top of a repository, or a mount point.
     """
-    typed = getattr(sys, "orig_argv", None) or ["python", *getattr(sys, "argv", [])]
-    return [sys.executable or typed[0], *typed[1:]]
+    home = os.path.expanduser("~")
+    named = None
+    for path in [base_dir, *base_dir.parents]:
+        if _has_trusted_index(path, base_dir):
+            return path
+        if named is None and path.name == "results":
+            named = path
+        is_top = os.path.lexists(path / ".git") or os.path.ismount(path)
+        if str(path) == home or is_top:
+            break
+    if named is not None:
+        return named
+    return base_dir
 
 
-def _code_directory(argv: Sequence[str] | None = None) -> str:
-    """Return the directory of the code that runs: that of the script, else the cwd."""
-    words = getattr(sys, "argv", [])[:1] if argv is None else argv[1:]
-    script = next(filter(os.path.isfile, words), "")
-    return os.path.dirname(os.path.join(_working_dir() or "/", script))
-
-
-def _working_dir() -> str | None:
+def _has_trusted_index(path: Path, base_dir: Path) -> bool:
+    """Tell whether a folder has an index that is ours, or of base_dir's owner."""
     try:
-        return os.getcwd()
-    except OSError:  # it was removed
-        return None
+        index = os.lstat(path / INDEX_FILE)
+        folder = os.stat(path)
+    except OSError as error:
+        if _is_foreign(error):
+            raise
+        return False
+    if not stat.S_ISREG(index.st_mode):
+        return False
+    everybody = folder.st_mode & stat.S_ISVTX and folder.st_mode & stat.S_IWOTH
+    if not hasattr(os, "geteuid") or path == base_dir:
+        return True
+    owners = {os.geteuid(), folder.st_uid}
+    while not base_dir.exists():
+        base_dir = base_dir.parent
+    owners.add(base_dir.stat().st_uid)
+    return index.st_uid in owners and not everybody
 
 
-def _immediate_metadata(
-    argv: list[str], directory: str, document: dict[str, Any] | None
-) -> dict[str, Any]:
-    """Return metadata.json with everything that takes no time; the rest is null."""
-    versions = {"version": __version__, "vendored": __vendored__}
-    metadata: dict[str, Any] = {
-        "timestamp_utc": _utc(),
-        "command": shlex.join(argv),
-        "argv": argv,
-        "working_dir": _working_dir(),
+def _index_row(record: _Record) -> Facts:
+    """Return what the lines of one run in the index have in common."""
+    path = record.path
+    return {
+        "event": None,
+        "timestamp_utc": None,
+        "run_dir": str(path),
+        "run_basename": path.name,
+        "experiment_name": path.parent.name,
+        "env_name": path.parent.parent.name,
+        "results_root": str(record.results_root),
         "hostname": _hostname(),
         "user": _user(),
-        "python": {},
-        "platform": {},
-        "git": {"commit_short": None, "directory": directory},
-        "cuda": _loaded_cuda(),
-        "pip_freeze": None,
-        "local_packages": None,
-        "environment": None,
-        "container": None,
-        "determinism": {},
-        "env": dict(os.environ),
-        "inputs": [],
-        "launcher": {},
-        "run_utils": {**versions, "schema_version": SCHEMA_VERSION},
-        "config": document,  # for readers without PyYAML
-        "capture": {},
+        "pid": record.pid,
+        "git_commit_short": record.commit,
+        "script_name": record.script,
+        "status": None,
+        "exit_reason": None,
+        "path": os.path.relpath(path, record.results_root),  # holds in a moved tree
     }
-    quick: dict[str, Callable[[], tuple[Any, str | None]]] = {
-        "python": lambda: (_python(), None),
-        "platform": lambda: (_platform(), None),
-        "launcher": lambda: (_launcher(os.environ), None),
-        "determinism": lambda: (_determinism(), None),
-    }
-    for name, collect in quick.items():
-        _add_facts(metadata, name, *_ask(collect))
-    return metadata
 
 
-def _capture_request(
-    run_dir: Path, directory: str, row: dict[str, Any],
-    argv: Sequence[str] | None = None, begun: float | None = None,
-) -> dict[str, Any]:
-    """Return what the recorder cannot find out by itself."""
-    here = _working_dir() or "/"
-    python = None if argv is None and _no_interpreter() else (argv or [sys.executable])
-    is_python = python and _PYTHON.match(os.path.basename(python[0]))
+def _append_to_index(root: Path, row: Facts) -> None:
+    """Append a line to index/runs_index.jsonl below a results root."""
+    folder, name = os.path.split(INDEX_FILE)
+    with _Folder(root).opened(folder, create=True) as place:
+        place.append(name, row)
+
+
+class _Ending:
+    """How a run ended: of a block, of a command, or of a process that died."""
+
+    def __init__(self, status: str, exit_reason: str, exit_code: int | None) -> None:
+        self.status = status
+        self.exit_reason = exit_reason
+        self.exit_code = exit_code  # as the operating system sees it
+        self.ended = round(time.time(), 3)
+        self.exception: Facts | None = None
+        self.signal: str | None = None
+        self.problem: str | None = None
+        self.last_output: list[str] = []
+        self.last_words = ""  # what Python will print of it after the block
+
+    @staticmethod
+    def of_error(error: BaseException | None) -> _Ending:
+        """Return how a block ended that was left by this exception, or by none."""
+        if error is None or _is_closed_generator(error):
+            return _Ending("success", "normal", 0)
+        if not isinstance(error, SystemExit):
+            code = 1
+            if isinstance(error, KeyboardInterrupt):
+                code = 128 + signal.SIGINT
+            ending = _Ending("failed", "exception", code)
+            ending.exception = _exception(error)
+            ending.last_words = ending.exception["traceback"]
+            return ending
+        code = _system_code(error.code)
+        if code == 0:
+            return _Ending("success", "system_exit", 0)
+        ending = _Ending("failed", "system_exit", code)
+        ending.exception = _exception(error)
+        if not isinstance(error.code, int):
+            ending.last_words = ending.exception["message"] + "\n"
+        return ending
+
+    @staticmethod
+    def of_command(code: int) -> _Ending:
+        """Return how a command ended with this status, or by signal -status."""
+        if code < 0:
+            return _Ending.of_signal(-code)
+        if code == 0:
+            return _Ending("success", "normal", 0)
+        return _Ending("failed", "system_exit", code)
+
+    @staticmethod
+    def of_signal(number: int, why: str = "") -> _Ending:
+        """Return how a process ended that a signal killed."""
+        names = {int(known): known.name for known in signal.Signals}
+        name = names.get(number, f"signal {number}")
+        ending = _Ending("failed", "killed", 128 + number)
+        ending.signal = name
+        ending.problem = f"killed by {name}{why}"
+        return ending
+
+    @staticmethod
+    def of_death(wait_status: int | None, starved: bool) -> _Ending:
+        """Return how a process died, as far as the kernel told its wait status.
+
+        `starved` says that the kernel killed something here for want of memory.
+        """
+        code = None
+        if wait_status is not None:
+            code = _exit_code(wait_status)
+        if code is not None and code < 0:
+            if -code == _signals.SIGKILL and starved:
+                return _Ending.of_signal(-code, ", out of memory")
+            return _Ending.of_signal(-code)
+        ending = _Ending("failed", "killed", code)
+        ending.problem = "the process ended without leaving the run_context block"
+        if code is not None:
+            ending.problem += f" (exit status {code})"
+        return ending
+
+    def to_json(self) -> Facts:
+        """Return the keys of status.json that tell how a run ended."""
+        facts: Facts = {
+            "status": self.status,
+            "exit_reason": self.exit_reason,
+            "exit_code": self.exit_code,
+            "exception": self.exception,
+            "ended": self.ended,
+        }
+        if self.signal or self.problem:
+            facts["signal"] = self.signal
+            facts["problem"] = self.problem
+        if self.last_output:
+            facts["last_output"] = self.last_output
+        return facts
+
+
+def _is_closed_generator(error: BaseException) -> bool:
+    """Tell whether the block is in a generator that its consumer left early."""
+    trace = error.__traceback__
+    if not isinstance(error, GeneratorExit) or trace is None:
+        return False
+    # CO_GENERATOR, CO_COROUTINE, CO_ASYNC_GENERATOR of the module inspect
+    return bool(trace.tb_frame.f_code.co_flags & (0x20 | 0x80 | 0x200))
+
+
+def _system_code(code: object) -> int:
+    """Return the exit status that the system sees of `sys.exit(code)`."""
+    if code is None:
+        return 0
+    if not isinstance(code, int):
+        return 1
+    if not -(2**63) <= code < 2**63:
+        return 255
+    return int(code) & 0xFF
+
+
+def _exception(error: BaseException) -> Facts:
+    """Return type, message and traceback of an exception, shortened."""
+    kind = type(error)
+    name = kind.__qualname__
+    if kind.__module__ not in ("builtins", "__main__"):
+        name = f"{kind.__module__}.{name}"
+    try:
+        message = str(error)
+    except Exception as problem:
+        message = f"<{kind.__name__} whose str() raises {type(problem).__name__}>"
+    try:
+        import traceback
+
+        trace = "".join(traceback.format_exception(kind, error, error.__traceback__))
+    except Exception as problem:  # the interpreter is shutting down, or out of memory
+        trace = f"<no traceback: {type(problem).__name__}>"
     return {
-        "run_dir": str(run_dir),
-        "directory": directory,
-        "row": row,
-        "executable": python[0] if python and is_python else None,
-        "sys_path": [] if argv else [os.path.join(here, place) for place in sys.path],
-        "prefix": sys.prefix,
-        "entered": _entered_at(run_dir, begun),
-        "pid": os.getpid(),
-        "process": _process_identity(os.getpid()),
-        "begun": time.monotonic() if begun is None else begun,
-        "secrets": sorted(_known_secrets),
+        "type": name,
+        "message": _cut_middle(message, MAX_MESSAGE),
+        "traceback": _cut_middle(trace, MAX_TRACEBACK),
     }
 
 
-def _entered_at(run_dir: Path, begun: float | None) -> list[int] | None:
-    """Return the moment of entry: ns of our clock, and device and ns of the disk's."""
-    if begun is None:
-        return None
-    info = os.stat(run_dir / "status.json")  # the server of a network disk has a clock
-    ago = int((time.monotonic() - begun) * 1e9)
-    return [time.time_ns() - ago, info.st_dev, info.st_mtime_ns]
-
-
-_PYTHON = re.compile(r"(python|pypy)[\d.]*(\.exe)?$", re.I)
-
-
-def _no_interpreter() -> str | None:
-    """Return why sys.executable is not the Python that runs this, or None."""
-    if getattr(sys, "frozen", False):
-        return "a frozen program"
-    found = _PYTHON.match(os.path.basename(sys.executable or ""))
-    return None if found else f"sys.executable is {sys.executable!r}, not a Python"
-
-
-def _complete_metadata(
-    run_dir: Path, request: Mapping[str, Any], filename: str = "metadata.json"
-) -> None:
-    """Ask what is slow to answer, and add each answer to metadata.json."""
-    attempt, places = request.get("attempt", 0), request["sys_path"]
-    directory, known = request["directory"], len(_known_secrets)
-    excluded = [request["row"]["results_root"], str(run_dir)]
-    tree = functools.lru_cache(lambda: _GitTree(
-        directory, excluded, _entry_moment(request["entered"], directory)
-    ))  # fmt: skip
-    keep = functools.partial(_record_of, run_dir, attempt)
-    collectors: dict[str, Callable[[], tuple[Any, str | None]]] = {
-        "git": lambda: _git(tree()),
-        "git.patch": lambda: _git_patch(tree(), keep() / "git.patch"),
-        "git.bundle": lambda: _git_bundle(tree(), keep() / "git.bundle"),
-        "cuda": _cuda,
-        "container": _container,
-        "environment": lambda: _environment(tree().root, request["prefix"]),
-        "pip_freeze": lambda: _packages(request["executable"], places),
-        "local_packages": lambda: _local_packages(request, tree(), keep()),
-    }
-    for name, collect in collectors.items():
-        facts, report = _ask(collect)
-        with _tolerating(filename):
-            metadata = _read_json(keep() / filename) or {}
-            _add_facts(metadata, name, facts, report)
-            _write_json(keep() / filename, metadata)
-    if attempt > 1:
-        with _tolerating(filename):
-            _record_changes(run_dir, attempt)
-    if len(_known_secrets) > known:  # in a file of the patch, in the URL of a package
-        _redact_again(keep(), filename, "config.yaml", "notes.jsonl")
-
-
-def _entry_moment(entered: Sequence[int] | None, directory: str) -> int | None:
-    """Return the moment of entry by the clock of the disk that holds the code."""
-    if entered is None:
-        return None
-    ours, device, disks = entered
-    return disks if os.stat(directory).st_dev == device else ours
-
-
-def _redact_again(folder: Path, *names: str) -> None:
-    """Replace what was found secret after these files had been written."""
-    for name in names:
-        with _tolerating(name), contextlib.suppress(FileNotFoundError):
-            path = folder / name
-            data = _read_bytes(path)
-            clean = _replace_known(data)
-            if clean != data and name.endswith(".json"):
-                _write_json(path, _read_json(path), durable=True)
-            elif clean != data:
-                _write_file(path, clean)
+def _last_output(run_dir: Path, rank_prefix: str = "") -> list[str]:
+    """Return the last lines of the log that is likeliest to say why."""
+    for name in ("stderr", "output", "stdout"):
+        path = run_dir / "logs" / f"{rank_prefix}{name}.log"
+        data = b""
+        with _ignoring(OSError):
+            data = _read_bytes(path, tail=MAX_MESSAGE)
+        # A private key goes over several lines, so it is searched for in all of them.
+        text = _redactor.text(data.decode("utf-8", "replace"))
+        lines = text.splitlines()
+        if lines:
+            return lines[-LAST_OUTPUT_LINES:]
+    return []
 
 
 # === Several processes ===
-# Rank 0 creates the run and waits for nobody. Another rank asks below base_dir for it:
-# on one host it sees that the rank 0 which published is alive; elsewhere, or when that
-# has ended, rank 0's recorder answers its very request. So no stale file is believed.
+# Rank 0 creates the run and waits for nobody. Another rank asks for it by a file below
+# base_dir, and rank 0 or its recorder answers that very request: no answer to an
+# earlier launch is ever believed.
 
 
 class _Launch:
-    """Which of how many processes this is, and the name that they share."""
+    """Which of how many processes this is, and what names their launch."""
 
-    def __init__(self, env: Mapping[str, str], options: Mapping[str, Any]) -> None:
+    def __init__(
+        self, env: Mapping[str, str], base_dir: Path, run_prefix: str | None, ranks: str
+    ) -> None:
         found = _rank(env) or (0, 1, {}, None)
         self.rank, self.world, self.shared, self.launcher = found
-        self.base_dir: Path = options["base_dir"]
-        self.facts: dict[str, Any] = {}  # for metadata.json
-        slurm = {key: env[key] for key in _SLURM_JOB if key in env}
+        self.base_dir = base_dir
+        self.facts: Facts = {}  # for metadata.json
+        slurm = {name: env[name] for name in _SLURM_JOB if name in env}
         if not slurm and not self.shared:
             return
-        name, separate = options["run_prefix"], options["ranks"] == "separate"
-        own = (os.getpid(), self.base_dir, name)  # the n-th of one rank meets the n-th
+        # The first run_context of one rank meets the first of the others, and so on.
+        own = (os.getpid(), base_dir, run_prefix)
         _entered[own] = _entered.get(own, 0) + 1
-        which = [str(name or _script_name()), _entered[own], separate and self.rank]
-        counts = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
-        restarts = [_whole(env.get(count)) or 0 for count in counts]
-        launch = [slurm, env.get("SLURM_STEP_ID")] if slurm else self.shared
-        job = _short_hash([launch, which])
-        self.facts = {"job": job, "restarts": restarts}
+        which: list[JSON] = [str(run_prefix or _script_name()), _entered[own]]
+        if ranks == "separate":
+            which.append(self.rank)
+        restarts = [_whole(env.get(name)) or 0 for name in _RESTARTS]
+        job: JSON = self.shared
+        if slurm:
+            job = [slurm, env.get("SLURM_STEP_ID")]
+        self.facts = {"job": _short_hash([job, which]), "restarts": restarts}
         if self.world > 1:
             self.facts.update(rank=self.rank, world_size=self.world)
-        key = _short_hash([self.shared, restarts, which])
-        self.folder = self.base_dir / ".ranks" / key
-        if separate:
-            self.rank, self.world = 0, 1
+        self.key = _short_hash([self.shared, restarts, which])
+        if ranks == "separate":
+            self.rank = 0
+            self.world = 1
 
-    def publish(self, run_dir: Path, attempt: int) -> _Meeting | None:
-        """Tell the other ranks where the run is, in .ranks/<key>/run.json."""
+    def publish(self, record: _Record) -> _Meeting | None:
+        """Begin to tell the other ranks where the run is; None if there are none."""
         if self.world == 1:
             return None
-        ours = {"pid": os.getpid(), "process": _process_identity(os.getpid())}
-        answer = {"run_dir": str(run_dir), "attempt": attempt, **ours}
+        meeting = _Meeting({
+            "base_dir": str(self.base_dir),
+            "key": self.key,
+            "answer": {"run_dir": str(record.path), "attempt": record.attempt},
+            "others": self.world - 1,
+            "until": time.monotonic() + RANK_WAIT_SECONDS,
+            "launcher": self.launcher,
+            "answered": [],
+        })  # fmt: skip
         with _tolerating("the other ranks"):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for path in self.folder.glob("*.joined"):  # of a launch that crashed
-                path.unlink()
-            _write_file(self.folder / "run.json", json.dumps(answer).encode())
-        until = time.monotonic() + RANK_WAIT_SECONDS
-        return _Meeting(str(self.folder), answer, self.world - 1, until, self.launcher)
+            meeting.answer_all()
+        return meeting
 
     def join(self) -> tuple[Path, int]:
         """Wait until rank 0 has created the run; return its path and attempt."""
-        request = self.folder / f"{self.rank}-{os.urandom(8).hex()}"
-        reply = request.with_suffix(".json")
+        place = _MeetingPlace(self.base_dir, self.key)
+        request = f"{self.rank}-{os.urandom(8).hex()}"
+        reply = f"{request}.json"
         deadline = time.monotonic() + RANK_WAIT_SECONDS
         try:
             while time.monotonic() < deadline:
-                with contextlib.suppress(FileNotFoundError):  # somebody tidied up
-                    if not request.exists():
-                        self.folder.mkdir(parents=True, exist_ok=True)
-                        request.touch()
-                answer = self._published_here() or _read_json(reply)
-                if answer:
-                    with contextlib.suppress(OSError):
-                        request.rename(request.with_suffix(".joined"))
+                names = place.names()
+                if reply in names:
+                    answer = _read_json(place.path / reply) or {}
                     return Path(answer["run_dir"]), answer["attempt"]
+                if request not in names:  # at first, and when somebody tidied up
+                    place.write(request, b"")
                 time.sleep(RANK_POLL_SECONDS)
         except OSError as error:
-            raise _unwritable(self.folder, error) from None
+            if _is_foreign(error):
+                raise
+            raise _unwritable(place.path, error) from None
         finally:
-            for path in (request, reply):
-                with contextlib.suppress(OSError):
-                    path.unlink()
+            place.remove(request, reply)
         who = f"rank {self.rank} of {self.world} waited {RANK_WAIT_SECONDS:g} s"
         what = f"rank 0 to create the run below {str(self.base_dir)!r}"
-        known = {k: v for k, v in self.shared.items() if isinstance(v, str)}
-        names = " ".join(f"{key}={value}" for key, value in known.items())
+        known = [(k, v) for k, v in self.shared.items() if isinstance(v, str)]
+        variables = " ".join(f"{key}={value}" for key, value in known)
         todo = "let all ranks enter run_context, or give ranks='separate'"
-        raise TimeoutError(f"{who} for {what} ({names}); {todo}")
-
-    def _published_here(self) -> dict[str, Any] | None:
-        """Return what a rank 0 published that is alive on this host (Linux)."""
-        published = _read_json(self.folder / "run.json")
-        then, here = _mapping(published, "process"), _process_identity(os.getpid())
-        same = all(then.get(key) == here[key] for key in ("boot_id", "pid_namespace"))
-        if not published or not same or not then.get("start_ticks"):
-            return None
-        return published if _is_alive(published["pid"], then["start_ticks"]) else None
+        raise TimeoutError(f"{who} for {what} ({variables}); {todo}")
 
     def earlier_attempt(self) -> Path | None:
         """Return the run that this job recorded before it was started again."""
         restarts = self.facts.get("restarts", [])
-        places = self.base_dir.glob("*") if any(restarts) else []
-        for path in sorted(places, key=_started, reverse=True):
+        if not any(restarts):
+            return None
+        found = []
+        for path in self.base_dir.glob("*"):
             then = _mapping(_read_json(path / "metadata.json"), "launcher")
-            if then.get("job") == self.facts["job"] and then["restarts"] < restarts:
-                return path
-        return None
+            is_ours = then.get("job") == self.facts["job"] and _is_mine(path)
+            if is_ours and [int(count) for count in then["restarts"]] < restarts:
+                found.append(path)
+        return max(found, key=_started, default=None)
 
 
 class _Meeting:
-    """How rank 0, and then its recorder, answers the ranks that have not come yet."""
+    """How rank 0, and after entry its recorder, answers the other ranks."""
 
-    def __init__(
-        self, folder: str, answer: dict[str, Any], others: int, until: float,
-        launcher: Any, answered: Sequence[str] = (), joined: Sequence[str] = (),
-    ) -> None:
-        self.folder, self.answer, self.others = folder, answer, others
-        self.until, self.launcher = until, launcher
-        self.answered, self.joined = list(answered), list(joined)
+    def __init__(self, facts: Facts) -> None:
+        self.facts = facts
+        self.place = _MeetingPlace(Path(facts["base_dir"]), facts["key"])
+        self.until: float = facts["until"]  # by time.monotonic(), one for all of a host
+        self.answered: list[str] = facts["answered"]  # the requests
+
+    def to_json(self) -> Facts:
+        """Return what the recorder needs to go on with it."""
+        return self.facts
 
     def answer_all(self) -> bool:
-        """Tell all that ask where the run is; return False once all have come."""
-        known = self.answered + self.joined
-        for path in Path(self.folder).glob("*-*"):
-            rank, kind = path.name.partition("-")[0], path.suffix
-            with contextlib.suppress(OSError):
-                if kind == ".joined":
-                    path.unlink()
-                    self.joined.append(rank)
-                elif not kind and not {path.name, rank}.intersection(known):
-                    reply = json.dumps(self.answer).encode()
-                    _write_file(path.with_suffix(".json"), reply)
-                    self.answered.append(path.name)
-        if len(set(self.joined)) == self.others:
-            self.tidy()
-            return False
-        return True
+        """Answer every new request; return False once all ranks have come."""
+        names = self.place.names()
+        answer = json.dumps(self.facts["answer"]).encode("ascii")
+        for name in names:
+            is_request = re.fullmatch(r"[0-9]+-[0-9a-f]{16}", name)
+            if is_request and name not in self.answered:
+                self.place.write(f"{name}.json", answer)
+                self.answered.append(name)
+        # A rank removes its request when it has read the answer.
+        gone = [name for name in self.answered if name not in names]
+        joined = {name.partition("-")[0] for name in gone}
+        return len(joined) < int(self.facts["others"])
+
+    def tick(self) -> float:
+        """Answer; return the seconds until the next time, _NEVER if none is needed."""
+        launcher = self.facts["launcher"]
+        now = time.monotonic()
+        is_over = launcher is not None and not _is_alive(*launcher[:2])
+        is_gone = not os.path.isdir(self.facts["answer"]["run_dir"])
+        if not self.answer_all() or now > self.until or is_over or is_gone:
+            for name in self.answered:
+                self.place.remove(name, f"{name}.json")
+            self.place.remove_folders()
+            return _NEVER
+        # Most ranks come at once; for one that does not, a second makes no difference.
+        waited = now - (self.until - RANK_WAIT_SECONDS)
+        return min(1.0, max(RANK_POLL_SECONDS, waited / 20))
 
     def serve(self) -> None:
         """Answer until all have come, or it can be assumed that none will."""
-        while self.answer_all():
-            late = time.monotonic() > self.until
-            over = self.launcher and not _is_alive(*self.launcher[:2])
-            if late or over or not os.path.isdir(self.answer["run_dir"]):
-                return self.tidy()
-            time.sleep(RANK_POLL_SECONDS)
-
-    def tidy(self) -> None:
-        """Remove what is ours; a folder goes when no other launch has a file there."""
-        folder = Path(self.folder)
-        mine = [folder / name for name in self.answered]
-        if _read_json(folder / "run.json") == self.answer:
-            mine.append(folder / "run.json")
-        for path in (*mine, *(path.with_suffix(".json") for path in mine)):
-            with contextlib.suppress(OSError):
-                path.unlink()
-        for path in (folder, folder.parent):
-            with contextlib.suppress(OSError):
-                path.rmdir()
+        with _tolerating("the other ranks"):
+            pause = self.tick()
+            while pause != _NEVER:
+                time.sleep(pause)
+                pause = self.tick()
 
 
-_entered: dict[tuple[int, Path, Any], int] = {}  # how often this process has
+class _MeetingPlace:
+    """The folder .ranks/<key> below base_dir, in which only this user can write."""
+
+    def __init__(self, base_dir: Path, key: str) -> None:
+        base_dir.mkdir(parents=True, exist_ok=True)
+        self.base_dir = base_dir
+        self.key = key
+
+    @property
+    def path(self) -> Path:
+        name = ".ranks"
+        if os.path.lexists(self.base_dir / name) and not _is_mine(self.base_dir / name):
+            name = f".ranks-{_posix.geteuid()}"  # beside a folder of another user
+        return self.base_dir / name / self.key
+
+    def names(self) -> list[str]:
+        """Return what is there; a network disk tells it anew to who opens a folder."""
+        with self._opened() as place:
+            if place.dir_fd is None:
+                return os.listdir(place.path)
+            return os.listdir(place.dir_fd)
+
+    def write(self, name: str, data: bytes) -> None:
+        with self._opened() as place:
+            place.write(name, data)
+
+    def remove(self, *names: str) -> None:
+        for name in names:
+            with _ignoring(OSError):
+                os.unlink(self.path / name)
+
+    def remove_folders(self) -> None:
+        """Remove the folders, unless another launch has something there."""
+        path = self.path
+        for folder in (path, path.parent):
+            with _ignoring(OSError):
+                folder.rmdir()
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[_Place]:
+        """Open the folder, made if need be; raise PermissionError if it is not safe."""
+        folder = _Folder(self.base_dir)
+        inside = f"{self.path.parent.name}/{self.key}"
+        with folder.opened(inside, create=True) as place:
+            if place.dir_fd is not None:
+                ranks = os.stat(os.pardir, dir_fd=place.dir_fd)
+                # A network disk may tell a wrong owner, then of base_dir as well.
+                owners = (_posix.geteuid(), os.stat(self.base_dir).st_uid)
+                if ranks.st_uid not in owners:
+                    text = "the folder belongs to another user"
+                    raise PermissionError(errno.EPERM, text, str(self.path.parent))
+                if stat.S_IMODE(ranks.st_mode) != 0o700:
+                    os.chmod(os.pardir, 0o700, dir_fd=place.dir_fd)
+            yield place
+
+
+_entered: dict[tuple[int, Path, str | None], int] = {}  # how often this process has
 _SLURM_JOB = ("SLURM_CLUSTER_NAME", "SLURM_JOB_ID")
+_RESTARTS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
 # Rank, number of ranks, ranks on this host; what all ranks of a launch have in common.
-_LAUNCHERS = (
+_RANK_VARIABLES = (
     ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE",
      ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE",
@@ -1153,27 +2437,30 @@ _LAUNCHERS = (
 
 
 def _rank(
-    env: Mapping[str, str]
-) -> tuple[int, int, dict[str, Any], list[Any] | None] | None:
+    env: Mapping[str, str],
+) -> tuple[int, int, Facts, list[JSON] | None] | None:
     """Return rank, world size, what the ranks of this launch alone share, its launcher.
 
     The first launcher that names both decides. None for an ordinary process, such as
     the script of sbatch, a shell of salloc, or a program that a rank starts.
     """
-    known = [row for row in _LAUNCHERS if row[0] in env and row[1] in env]
+    known = [row for row in _RANK_VARIABLES if row[0] in env and row[1] in env]
     if not known:
         return None
     name, size, local, shared = known[0]
-    rank, world = _whole(env[name]), _whole(env[size])
-    names = (*shared, *_SLURM_JOB, "PBS_JOBID", size)
-    ids: dict[str, Any] = {key: env[key] for key in names if key in env}
-    step = _whole(env.get("SLURM_STEP_ID", ""))
-    if rank is None or world is None or not rank < world > 1 or _is_child(ids):
+    rank = _whole(env[name])
+    world = _whole(env[size])
+    if rank is None or world is None or world < 2 or rank >= world:
         return None
-    if name == "RANK" and not {"MASTER_PORT", "TORCHELASTIC_RUN_ID"}.intersection(ids):
+    names = (*shared, *_SLURM_JOB, "PBS_JOBID", size)
+    ids: Facts = {key: env[key] for key in names if key in env}
+    if name == "RANK" and "MASTER_PORT" not in ids and "TORCHELASTIC_RUN_ID" not in ids:
         return None  # somebody's own variable
+    step = _whole(env.get("SLURM_STEP_ID"))
     if name == "SLURM_PROCID" and (step is None or step >= 0xFFFFFFF0):
-        return None  # the numbers of what is no step of srun (slurm.h)
+        return None  # the number of what is no step of srun (slurm.h)
+    if _is_child(ids):
+        return None
     if re.match(r"localhost|127\.|::1", env.get("MASTER_ADDR", "")):
         ids["host"] = [_hostname(), _process_identity(os.getpid())["boot_id"]]
     mark = [f"{key}={env[key]}" for key in (name, size, local) if key in env]
@@ -1184,32 +2471,39 @@ def _rank(
 
 
 def _whole(text: str | None) -> int | None:
-    return int(text) if text and re.fullmatch(r"[0-9]{1,10}", text) else None
+    """Return a plain number without a sign, None for any other text."""
+    if text is None or not re.fullmatch(r"[0-9]{1,10}", text):
+        return None
+    return int(text)
 
 
-def _is_child(ids: Mapping[str, str]) -> bool:
-    """Return whether a rank of this launch started us inside its run: we are none."""
-    if any(run.pid == os.getpid() for run in _active) or "RUN_DIR" not in os.environ:
+def _is_child(ids: Facts) -> bool:
+    """Tell whether a rank of this launch started us inside its run: we are none."""
+    run_dir = os.environ.get("RUN_DIR")
+    if run_dir is None or any(run.pid == os.getpid() for run in _active):
         return False
-    metadata = _read_json(Path(os.environ["RUN_DIR"]) / "metadata.json")
-    then = _mapping(metadata, "launcher")
-    known = [key for key in ids if not key.startswith(("PMIX_", "OMPI_MCA_"))]
-    return "world_size" in then and all(then.get(key) == ids[key] for key in known)
+    then = _mapping(_read_json(os.path.join(run_dir, "metadata.json")), "launcher")
+    if "world_size" not in then:
+        return False
+    for key, value in ids.items():
+        if not key.startswith(("PMIX_", "OMPI_MCA_")) and then.get(key) != value:
+            return False
+    return True
 
 
-def _launcher_process(mark: Sequence[str]) -> list[Any] | None:
-    """Return what tells the launcher, which started all ranks, from any other process.
+def _launcher_process(mark: Sequence[str]) -> list[JSON] | None:
+    """Return what tells the launcher, which started all ranks, from other processes.
 
-    It is the nearest ancestor without our rank in its environment, since a rank may
-    be started by a shell. Where that cannot be read, it is our parent.
+    It is the nearest ancestor without our rank (`mark`) in its environment, since a
+    rank may be started by a shell. Where that cannot be read, it is our parent.
     """
-    pid, wanted = os.getppid(), {os.fsencode(text) for text in mark}
+    wanted = {os.fsencode(text) for text in mark}
+    pid = os.getppid()
     while pid > 0:
-        try:
-            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        except OSError:
-            environment = []
-        fields = _proc_stat(pid)
+        environment: list[bytes] = []
+        with _ignoring(OSError):
+            environment = _read_proc(f"/proc/{pid}/environ").split(b"\0")
+        fields = _process_stat(pid)
         if fields is None or not wanted.issubset(environment):
             identity = _process_identity(pid)
             return [pid, identity["start_ticks"], identity["boot_id"], _hostname()]
@@ -1217,1684 +2511,5927 @@ def _launcher_process(mark: Sequence[str]) -> list[Any] | None:
     return None
 
 
-def _short_hash(value: Any) -> str:
-    import hashlib
+def _short_hash(value: JSON) -> str:
+    digest: str = _digest("sha256", json.dumps(value).encode()).hexdigest()
+    return digest[:16]
 
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
-
-def _record_rank(
-    folder: Path, rank: int, ending: Mapping[str, Any], row: Mapping[str, Any]
-) -> None:
+def _record_rank(record: _Record, rank: int, ending: _Ending, more: Facts) -> None:
     """Write logs/rank<k>.status.json for a rank that failed; name it in status.json."""
-    if ending["status"] != "failed":
+    if ending.status != "failed":
         return
-    path = folder / "logs" / f"rank{rank}.status.json"
-    path.parent.mkdir(exist_ok=True)
-    about = {"timestamp_utc": _utc(), "pid": row["pid"], "hostname": row["hostname"]}
-    _write_json(path, {"rank": rank, **ending, **about}, durable=True)
-    before = (_read_json(folder / "status.json") or {}).get("status")
-    after = _name_failed_rank(folder)
-    if after and before not in ("running", after["status"]):
-        _append_index(row, "end", after["status"], after["exit_reason"])
+    facts: Facts = {"rank": rank, **ending.to_json(), **more}
+    facts.update(timestamp_utc=_utc(), pid=record.pid, hostname=_hostname())
+    text = _format_json(_redactor.data(facts))
+    folder = os.path.join(record.inside, "logs")
+    with record.run_folder.opened(folder, create=True) as place:
+        place.write(f"rank{rank}.status.json", text.encode("ascii"), durable=True)
+    before = (record.read_json("status.json") or {}).get("status")
+    after = _name_failed_rank(record)
+    if after is not None and before not in ("running", after["status"]):
+        record.tell_index("end", after["status"], after["exit_reason"])
 
 
-def _name_failed_rank(folder: Path) -> dict[str, Any] | None:
-    """Make status.json of a run that has ended tell which rank failed first, and how.
+def _name_failed_rank(record: _Record) -> Facts | None:
+    """Let status.json of a run that has ended tell which rank failed first, and how.
 
-    Both rank 0 and the rank that failed do this after their own part is written:
-    whoever comes last sees both.
+    Rank 0 and each rank that fails do this after their own part is written: whoever
+    comes last sees both. Returns the new content, None if no rank has failed.
     """
-    status = _read_json(folder / "status.json") or {}
-    found = map(_read_json, sorted(folder.glob("logs/rank*.status.json")))
-    failed = {str(facts["rank"]): facts for facts in found if facts}
+    status: Facts | None = None
+    while True:
+        before = status
+        status = _with_failed_rank(record)
+        if status is None or status == before:  # no other rank failed meanwhile
+            return status
+        record.write_json("status.json", status, durable=True)
+
+
+def _with_failed_rank(record: _Record) -> Facts | None:
+    """Return status.json with the outcome of the rank that failed first."""
+    status = record.read_json("status.json") or {}
+    failed: dict[str, Facts] = {}
+    for path in sorted(record.folder.glob("logs/rank*.status.json")):
+        facts = _read_json(path)
+        if facts is not None:
+            failed[str(facts["rank"])] = facts
     if status.get("status") in (None, "running") or not failed:
         return None
-    own = {key: status[key] for key in _OUTCOME if key in status}
-    own = _mapping(status, "ranks").get("0", own)
-    causes = failed if own["status"] != "failed" else {"0": own, **failed}
+    own = _mapping(status, "ranks").get("0")
+    if own is None:
+        own = {key: status[key] for key in _OUTCOME if key in status}
+    causes = dict(failed)
+    if own["status"] == "failed":
+        causes["0"] = own
     first = min(causes, key=lambda rank: _failed_at(causes[rank]))
-    brief = ("exit_reason", "exit_code", "ended")  # the files tell more
-    ranks = {rank: {key: failed[rank].get(key) for key in brief} for rank in failed}
-    if len(_mapping(status, "ranks")) == 1 + len(ranks):
-        return status
+    outcome = {key: causes[first][key] for key in _OUTCOME if key in causes[first]}
     rest = {key: value for key, value in status.items() if key not in _OUTCOME}
-    facts = {key: causes[first][key] for key in _OUTCOME if key in causes[first]}
-    facts.update(rest, failed_rank=int(first), ranks={"0": own, **ranks})
-    _write_json(folder / "status.json", facts, durable=True)
-    return _name_failed_rank(folder)  # another rank may have failed meanwhile
+    ranks = {"0": own}
+    for rank, facts in failed.items():
+        ranks[rank] = {key: facts.get(key) for key in _RANK_OUTCOME}
+    return {**outcome, **rest, "failed_rank": int(first), "ranks": ranks}
 
 
 _OUTCOME = ("status", "exit_reason", "exit_code", "exception", "ended", "signal",
             "problem", "last_output")  # fmt: skip
+_RANK_OUTCOME = ("exit_reason", "exit_code", "ended")  # the rank's own file tells more
 
 
-def _failed_at(outcome: Mapping[str, Any]) -> tuple[bool, float]:
+def _failed_at(outcome: Facts) -> tuple[bool, float]:
     """Return a key that sorts failures: first what the others may follow from.
 
-    The launcher ends the other ranks by SIGTERM; and that a rank was killed is seen
+    The launcher ends the other ranks by SIGTERM. And that a rank was killed is seen
     by its peers, whose connections break, before it is by its recorder.
     """
-    killed = outcome.get("exit_reason") == "killed"
     seen = outcome.get("ended") or 0.0
-    return outcome.get("signal") == "SIGTERM", seen - 0.5 if killed else seen
+    if outcome.get("exit_reason") == "killed":
+        seen -= 0.5
+    return outcome.get("signal") == "SIGTERM", seen
 
 
-# === Provenance ===
-# Foreign programs may hang, flood, lie or be missing: a collector keeps its limits,
-# changes nothing, and gives (facts, None or the reason why it does not know).
+# === The recorder ===
+# One helper process per run, and nobody's child. It asks what is slow to answer, keeps
+# the heartbeat, forwards output, takes samples, and writes down how the process that
+# entered the run has died.
+
+if TYPE_CHECKING:
+
+    class _Request(TypedDict):
+        """What the recorder is told of a run: plain data."""
+
+        record: Facts
+        site: Facts
+        rank: int
+        process: Facts  # _process_identity() of the process that entered
+        begun: float  # time.monotonic() on entry
+        secrets: list[str]
+        settings: Facts  # what the program has changed
+        resources: bool  # whether to take samples
+        until_exit: bool  # the run ends with the process
+        meeting: Facts | None
 
 
-def _ask(collect: Callable[[], tuple[Any, str | None]]) -> tuple[Any, dict[str, Any]]:
-    """Return what a collector found out, and its entry in `capture`."""
-    started, facts = time.monotonic(), None
-    try:
-        facts, problem = collect()
-    except Exception as error:
-        problem = f"{type(error).__name__}: {error}"
-    seconds = round(time.monotonic() - started, 3)
-    return facts, {"ok": problem is None, "seconds": seconds, "problem": problem}
+class _Recorder:
+    """The experiment's end of the recorder: a socket, and no process of its own."""
 
+    def __init__(self, connection: int, starter: int, is_sent_code: bool) -> None:
+        self.kept = _Kept(connection)
+        self.starter = starter  # a process that only starts the recorder
+        self.is_sent_code = is_sent_code
+        self.owner = os.getpid()
+        self.pid: int | None = None  # of the recorder
+        self.forwards: Sequence[_Forward] = ()
+        self.number = 0  # of the last question
+        self.received = b""
+        self.lock = threading.Lock()
+        self.has_died = False
 
-def _add_facts(
-    metadata: dict[str, Any], name: str, facts: Any, report: dict[str, Any]
-) -> None:
-    """Put facts at their place ("git.patch": `patch` in `git`); None: leave it."""
-    *above, key = name.split(".")
-    place = metadata
-    for part in above:
-        place = place.setdefault(part, {})
-    if isinstance(facts, dict):  # what is already known is not lost
-        known = _mapping(place, key).items()
-        facts = {**facts, **{k: v for k, v in known if v is not None}}
-    place[key] = place.get(key) if facts is None else facts
-    metadata.setdefault("capture", {})[name] = report
+    @staticmethod
+    def spawn() -> _Recorder:
+        """Start the process, which gets ready and waits to be told of a run.
 
+        Raises _Unknown, with the reason, where there can be none; `begin` does, too.
+        """
+        problem = _no_interpreter()
+        path = _file_to_load()
+        if not hasattr(os, "posix_spawn") or not hasattr(select, "poll"):
+            problem = "it takes posix_spawn and poll"  # Windows, eventlet
+        elif os.getpid() == 1:
+            problem = "process 1 would become its parent"
+        elif path is None:
+            problem = "run_utils is no module of its own"
+        if problem is not None:
+            raise _Unknown(problem)
+        _socket: Any = __import__("_socket")  # what socket adds is slow to import
+        ours, theirs = (_above_stderr(end.detach()) for end in _socket.socketpair())
+        try:
+            starter = _spawn_recorder(theirs, path or "")
+            return _Recorder(ours, starter, not path)
+        except BaseException as error:
+            os.close(ours)
+            raise _why_none(error) from None
+        finally:
+            os.close(theirs)
 
-def _git_head(directory: str) -> str | None:
-    """Return the short hash of the commit in `directory`: one call, for the name."""
-    head = _git_run(directory, "rev-parse", "--short", "HEAD", timeout=HEAD_SECONDS)
-    found = re.fullmatch(r"[0-9a-f]{4,64}", head.text.strip())
-    return found[0] if found and not head.problem else None
+    def begin(self, request: _Request, forwards: Sequence[_Forward]) -> None:
+        """Tell the recorder of the run, once it has answered for the first time."""
+        deadline = time.monotonic() + RECORDER_SECONDS
+        self.forwards = forwards
+        watch = []  # a descriptor that tells of our death
+        with _ignoring(OSError, AttributeError):  # Linux has it, mostly
+            watch.append(_above_stderr(_posix.pidfd_open(os.getpid())))
+        try:
+            first = self._answer(0, deadline)
+            if first is None and self.is_gone():
+                raise _Unknown("it ended at once")
+            if first is None:
+                raise _Unknown(f"it does not answer within {RECORDER_SECONDS:g} s")
+            self.pid = first["pid"]
+            _reap(self.starter, RECORDER_SECONDS)
+            fields = _process_stat(first["pid"])
+            if fields is not None and int(fields[1]) == os.getpid():
+                raise _Unknown("this process would become its parent (a subreaper)")
+            code = b""
+            if self.is_sent_code:
+                import marshal
 
+                code = marshal.dumps(_MODULE_CODE)
+            message = {
+                "request": request,
+                "environment": _python_variables(),
+                "oom_kills": _oom_kills(),
+                "is_watched": bool(watch),
+            }
+            data = json.dumps(message).encode()
+            sizes = len(code).to_bytes(8, "big") + len(data).to_bytes(8, "big")
+            descriptors = list(watch)
+            for forward in forwards:
+                descriptors += [forward.log, forward.target]
+            self._send(sizes, deadline, descriptors)
+            self._send(code + data, deadline)
+        except BaseException as error:
+            self.give_up()
+            raise _why_none(error) from None
+        finally:
+            for descriptor in watch:
+                os.close(descriptor)
 
-def _git(tree: _GitTree) -> tuple[dict[str, Any], str | None]:
-    """Return what git says about a repository.
+    def give_up(self) -> None:
+        """Let go of a recorder that has not begun; it ends by itself."""
+        self.has_died = True
+        self.close()
+        if not _reap(self.starter, 0):
+            with _ignoring(OSError):
+                os.kill(self.starter, _signals.SIGKILL)
+            _reap(self.starter, 0.5)
+        if self.pid is not None:
+            _reap(self.pid, 0.5)  # it is our child if it was refused for that
 
-    It is dirty when a tracked file or a submodule differs from the commit, or a file
-    is neither tracked nor ignored; what was written after entry does not count. No
-    filter is run, so that a touched Git LFS file counts as changed.
-    """
-    facts: dict[str, Any] = dict.fromkeys(GIT_FACTS)
-    if tree.is_shallow is None:
-        return facts, tree.problem
-    facts.update(is_shallow=tree.is_shallow, root=tree.root or None, branch=tree.branch)
-    facts["remote_origin_url"] = tree.config.get("remote.origin.url")
-    if tree.head:
-        facts.update(commit_full=tree.head, commit_short=_git_head(tree.directory))
-        unpushed = ("rev-list", "--count", "HEAD", "--not", "--remotes")
-        count = _git_run(tree.directory, *unpushed).text.strip()
-        facts["unpushed"] = int(count) if count.isdigit() else None
-    if tree.problem or not tree.root:
-        return facts, tree.problem
-    modules = [_submodule(*module) for module in tree.submodules(tree.head)]
-    names = sorted(tree.changes.keys() - set(tree.late))
-    untracked = [_show(name) for name in names if name not in tree.tracked]
-    changed = [_show(name) for name in names if name in tree.tracked]
-    dirty = bool(names) or any(module["is_dirty"] for module in modules)
-    facts.update(is_dirty=dirty, submodules=modules, untracked_count=len(untracked))
-    facts.update(changed=changed[:MAX_LISTED], untracked=untracked[:MAX_LISTED])
-    facts["changed_after_entry"] = [_show(name) for name in tree.late[:MAX_LISTED]]
-    return facts, None
+    def ask(
+        self, do: str, seconds: float | None = None, descriptors: Sequence[int] = (),
+        **facts: JSON,
+    ) -> bool:
+        """Send a question and wait for its answer; False if none comes in time.
 
+        "collected" is answered once all captures are done, "drain" once all output
+        is forwarded; "retarget" sends a descriptor to which output is forwarded from
+        now on; "add" adds `facts` to metadata.json; "end" ends the recorder.
+        """
+        if seconds is None:
+            seconds = RECORDER_SECONDS
+        deadline = time.monotonic() + seconds
+        if os.getpid() != self.owner or not self.lock.acquire(timeout=seconds):
+            return False  # a forked child does not talk to the recorder of its parent
+        try:
+            self.number += 1
+            number = self.number
+            message = {"number": number, "do": do, **facts}
+            with _ignoring(OSError):
+                data = json.dumps(message).encode() + b"\n"
+                self._send(data, deadline, descriptors)
+                return self._answer(number, deadline) is not None
+            return False
+        finally:
+            self.lock.release()
 
-GIT_FACTS = ["commit_short", "commit_full", "branch", "is_dirty", "remote_origin_url"]
-GIT_FACTS += ["root", "is_shallow", "unpushed", "untracked", "untracked_count"]
-GIT_FACTS += ["changed", "changed_after_entry", "submodules"]
+    def is_gone(self) -> bool:
+        """Tell whether the recorder has died, by one system call."""
+        if self.kept.is_ours():
+            self.has_died = _is_closed_there(self.kept.number)
+        return self.has_died
 
+    def finish(self, seconds: float) -> bool:
+        """Return whether the recorder has completed the record within `seconds`.
 
-def _submodule(name: bytes, recorded: str, tree: _GitTree) -> dict[str, Any]:
-    facts, problem = _git(tree)
-    keys = ("commit_full", "is_dirty", "unpushed", "remote_origin_url")
-    known = {key: facts[key] for key in keys}
-    return {"path": _show(name), "recorded": recorded, **known, "problem": problem}
+        A Ctrl-C ends the waiting, and nothing else: the recorder goes on alone, and
+        so does the code after the block. What comes into the logs from now on, the
+        traceback that Python prints itself, is not forwarded.
+        """
+        logs = [each.log for each in self.forwards if each.kept[0].is_ours()]
+        ends = [os.fstat(log).st_size for log in logs]
+        is_complete = False
+        try:
+            with _ignoring(KeyboardInterrupt):
+                is_complete = self.ask("end", seconds, ends=ends)
+        finally:
+            is_gone = self.is_gone()
+            self.close()
+        if seconds > 0 and not is_complete and not is_gone:
+            _warn("the recorder is still busy; it completes the record")
+        return is_complete
 
+    def close(self) -> None:
+        if os.getpid() == self.owner:
+            self.kept.close()
 
-class _GitTree:
-    """A work tree and what differs in it from its commit, read without side effects.
-
-    Not counted are the folders `excluded`, other runs, files that a filter encrypts,
-    and what was written after `entered`, in ns since 1970 (`late`, where tracked).
-    """
-
-    def __init__(
-        self, directory: str, excluded: Sequence[str] = (), entered: int | None = None
+    def _send(
+        self, data: bytes, deadline: float, descriptors: Sequence[int] = ()
     ) -> None:
-        self.directory, self.excluded, self.entered = directory, excluded, entered
-        self.root = self.head = ""
-        self.branch: str | None = None
-        self.is_shallow: bool | None = None  # None: no repository
-        self.config: dict[str, str] = {}
-        self.switches: list[str] = []  # that turn filters off
-        self.changes: dict[bytes, _Blob] = {}  # name: what the commit has there
-        self.tracked: set[bytes] = set()  # those of them that the commit or index has
-        self.late: list[bytes] = []
-        self.pathspec = [":/"]
-        self.problem = self._open() or self._read_config() or self._read_status()
+        """Send all of `data`, and descriptors with its first byte, or raise OSError."""
+        import array
 
-    def _open(self) -> str | None:
-        # true\nfalse\n/home/ann/tree\n: the last line is missing in a bare repository
-        asked = ("--is-inside-work-tree", "--is-shallow-repository", "--show-toplevel")
-        where = _git_run(self.directory, "rev-parse", *asked)
-        inside, shallow, root = [*where.text.split("\n", 2), "", ""][:3]
-        if inside not in ("true", "false"):
-            return where.problem or "git did not answer what it was asked"
-        self.is_shallow = shallow == "true"
-        self.root = root[:-1] if inside == "true" else ""
-        head = _git_run(self.directory, "rev-parse", "--verify", "HEAD").text.strip()
-        self.head = head if re.fullmatch(r"[0-9a-f]{40,64}", head) else ""
-        branch = _git_run(self.directory, "symbolic-ref", "--short", "-q", "HEAD")
-        self.branch = branch.text.strip() or None
+        _socket: Any = __import__("_socket")
+        if not self.kept.is_ours() or self.is_gone():
+            raise OSError(errno.EPIPE, "the other end is closed")
+        flags = _socket.MSG_DONTWAIT
+        flags |= getattr(_socket, "MSG_NOSIGNAL", 0)  # SIGPIPE would kill the program
+        rights: list[Any] = []
+        if descriptors:
+            numbers = array.array("i", descriptors)
+            rights = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, numbers)]
+        connection = _socket.socket(fileno=self.kept.number)
+        try:
+            while data:
+                with _ignoring(BlockingIOError):
+                    sent = connection.sendmsg([data], rights, flags)
+                    data = data[sent:]
+                    rights = []
+                if data and not _is_ready(self.kept.number, _polls.POLLOUT, deadline):
+                    raise OSError(errno.ETIMEDOUT, "it does not read what it is told")
+        finally:
+            connection.detach()
+
+    def _answer(self, number: int, deadline: float) -> Facts | None:
+        """Return the answer to a question; None if none comes in time, or ever."""
+        while self.kept.is_ours():
+            line, newline, rest = self.received.partition(b"\n")
+            if newline:
+                self.received = rest
+                answer: Facts = json.loads(line)
+                if answer["answer"] == number:
+                    return answer
+                continue
+            if not _is_ready(self.kept.number, _polls.POLLIN, deadline):
+                return None
+            data = os.read(self.kept.number, 65536)
+            if not data:
+                return None
+            self.received += data
         return None
 
-    def _read_config(self) -> str | None:
-        listed = _git_run(self.directory, "config", "--list", "-z")
-        # remote.origin.url\nhttps://example.org/x.git\0filter.lfs.clean\ngit-lfs\0
-        pairs = (item.partition("\n") for item in listed.text.split("\0"))
-        self.config = {name: value for name, _, value in pairs}
-        keys = (key for key in self.config if key.startswith("filter."))
-        filters = sorted({key.rpartition(".")[0] for key in keys})
-        if any("=" in name for name in filters):
-            return "a git filter has a name that cannot be switched off"
-        off = ("clean=", "smudge=", "process=", "required=false")
-        settings = [f"{name}.{setting}" for name in filters for setting in off]
-        self.switches = [word for text in settings for word in ("-c", text)]
-        real = os.path.realpath(self.root)
-        for path in self.excluded:
-            inside = os.path.relpath(os.path.realpath(path), real)
-            if inside.split(os.sep)[0] not in (os.curdir, os.pardir):
-                self.pathspec.append(f":(exclude,top,literal){inside}")
-        encrypting = re.compile(r"filter\.([a-z-]*(crypt|sops|vault)[a-z-]*)$")
-        for match in filter(None, map(encrypting.match, filters)):
-            self.pathspec.append(f":(exclude,top,attr:filter={match[1]})")
-        return listed.problem
 
-    def _read_status(self) -> str | None:
-        if not self.root:
-            return None
-        options = ("--porcelain=v2", "-z", "--no-renames", "--untracked-files=all")
-        words = ("status", *options, "--ignore-submodules=dirty", "--", *self.pathspec)
-        output = _git_run(self.root, *self.switches, *words)
-        # ? untracked name
-        # 1 .M N... <old mode> <index mode> <new mode> <old id> <index id> name
-        # u UU N... <base mode> <our mode> ... <base id> <our id> <their id> name
-        for record in output.data.split(b"\0")[:-1]:
-            kind, _, rest = record.partition(b" ")
-            count, mode, oid = (7, 2, 5) if kind == b"1" else (9, 3, 7)
-            fields = [rest] if kind == b"?" else rest.split(b" ", count)
-            name, old = fields[-1], (b"", b"")
-            if kind != b"?":
-                self.tracked.add(name)
-                old = _blob(fields[mode], fields[oid])
-            elif self._is_of_a_run(name):
-                continue
-            self._add(name, old)
-        return output.problem or self._read_hidden()
+def _why_none(error: BaseException) -> BaseException:
+    """Return what went wrong as _Unknown, but what the program raised as it is."""
+    if isinstance(error, _Unknown) or not isinstance(error, Exception):
+        return error
+    if _is_foreign(error):
+        return error
+    return _Unknown(str(error) or type(error).__name__)
 
-    def _add(self, name: bytes, old: _Blob) -> None:
-        is_tracked, is_late = name in self.tracked, self.is_late(name)
-        if is_tracked and is_late:
-            self.late.append(name)
-        if is_tracked or not is_late:
-            self.changes[name] = old
 
-    def _read_hidden(self) -> str | None:
-        """Look at the files that git was told to take as unchanged."""
-        words = ("ls-files", "-v", "-s", "-z", "--", *self.pathspec)
-        listed = _git_run(self.root, *words, limit=5 * PROGRAM_BYTES)
-        # h 100644 <id> 0\tname, or S where a sparse checkout need not have it
-        marked = re.findall(rb"(?<![^\0])([a-zS]) (\d+) (\w+) 0\t([^\0]+)", listed.data)
-        hidden: dict[bytes, _Blob] = {}
-        for mark, mode, oid, name in marked:
-            there = mark not in b"sS" or os.path.lexists(self.path(name))
-            if there and mode != b"160000" and name not in self.changes:
-                hidden[name] = mode, oid
-        kinds = {name: _lstat(self.path(name)) for name in hidden}
-        plain = [name for name, (kind, size) in kinds.items()
-                 if stat.S_ISREG(kind) and size <= PATCH_FILE_BYTES]  # fmt: skip
-        ids, problem = self._object_ids(plain)
-        for name, old in hidden.items():
-            if (self.mode(kinds[name][0], old[0]), ids.get(name)) != old:
-                self.tracked.add(name)
-                self._add(name, old)
-        return listed.problem or problem
+def _is_ready(descriptor: int, event: int, deadline: float) -> bool:
+    """Wait until a descriptor can be read or written; False after the deadline."""
+    poller = _polls.poll()
+    poller.register(descriptor, event)
+    return bool(poller.poll(max(0.0, deadline - time.monotonic()) * 1000))
 
-    def _object_ids(self, names: list[bytes]) -> tuple[dict[bytes, bytes], str | None]:
-        """Return what git calls the content of files, and why of some it is unknown."""
-        ids: dict[bytes, bytes] = {}
-        deadline = time.monotonic() + PROGRAM_SECONDS
-        while names and time.monotonic() < deadline:
-            some, names = names[:1000], names[1000:]
-            words = (*self.switches, "hash-object", "--", *map(os.fsdecode, some))
-            ids.update(zip(some, _git_run(self.root, *words).data.split()))
-        return ids, "no time to look at all files of a git index" if names else None
 
-    def _is_of_a_run(self, name: bytes) -> bool:
-        """Tell whether an untracked file is recorded in a run, or about runs."""
-        folders = name.split(b"/")[:-1]
-        index = os.fsencode(INDEX_FILE)
-        if b".ranks" in folders or name == index or name.endswith(b"/" + index):
+def _is_closed_there(connection: int) -> bool:
+    """Tell whether nobody has the other end of a socket any more."""
+    return _is_ready(connection, 0, 0.0)
+
+
+def _reap(pid: int, seconds: float) -> bool:
+    """Wait for a child that is about to end; return whether it is no child any more."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            if os.waitpid(pid, _posix.WNOHANG)[0] == pid:
+                return True
+        except ChildProcessError:
             return True
-        for depth, folder in enumerate(folders, 1):
-            if re.search(rb"-\d{8}-\d{6}", folder):
-                status = self.path(b"/".join([*folders[:depth], b"status.json"]))
-                return os.path.exists(status)
-        return False
-
-    def is_late(self, name: bytes) -> bool:
-        """Tell whether a file was written after entry; a missing one was not."""
-        with contextlib.suppress(OSError):
-            if self.entered is not None:
-                return os.lstat(self.path(name)).st_ctime_ns > self.entered
-        return False
-
-    def changes_since(self, base: str) -> dict[bytes, _Blob]:
-        """Return what differs from the commit `base`, which need not be that here."""
-        if base == self.head or not self.head:
-            return self.changes
-        words = ("diff-tree", "-r", "--raw", "-z", "--no-renames")
-        output = _git_run(self.root, *words, base, self.head, "--", *self.pathspec)
-        self.problem = self.problem or output.problem
-        # :<old mode> <new mode> <old id> <new id> M\0name\0
-        fields = output.data.split(b"\0")
-        olds = (record[1:].split(b" ") for record in fields[::2])
-        moved = {name: _blob(old[0], old[2]) for name, old in zip(fields[1::2], olds)}
-        return {**self.changes, **moved}
-
-    def submodules(self, base: str) -> list[tuple[bytes, str, _GitTree]]:
-        """Return path, commit and tree of the checked-out submodules of `base`."""
-        if not base or not os.path.lexists(self.path(b".gitmodules")):
-            return []
-        # submodule.a.path\nfolder\0
-        asked = ("-z", "-f", ".gitmodules", "--get-regexp", r"^submodule\..*\.path$")
-        items = _git_run(self.root, "config", *asked).text.split("\0")
-        names = [item.partition("\n")[2] for item in items[:-1]]
-        # 160000 commit <id>\tname
-        known = _git_run(self.root, "ls-tree", "-z", base, "--", *names).data
-        modules = []
-        for oid, name in re.findall(rb"160000 commit (\w+)\t([^\0]+)\0", known):
-            if os.path.lexists(self.path(name + b"/.git")):
-                where = os.fsdecode(self.path(name))
-                tree = _GitTree(where, self.excluded, self.entered)
-                modules.append((name, oid.decode(), tree))
-        return modules
-
-    def object_id(self, kind: bytes, data: bytes) -> str:
-        """Return what git calls this content."""
-        import hashlib
-
-        name = self.config.get("extensions.objectformat", "sha1")
-        digest = hashlib.new(name, b"%s %d\0" % (kind, len(data)))
-        digest.update(data)
-        return digest.hexdigest()
-
-    def mode(self, kind: int, old: bytes) -> bytes:
-        """Return what git writes for the mode of a file: empty when there is none."""
-        if stat.S_ISLNK(kind):
-            return b"120000"
-        if stat.S_ISREG(kind):
-            if old[:3] == b"100" and self.config.get("core.filemode") == "false":
-                return old
-            return b"100755" if kind & 0o100 else b"100644"
-        if old == b"160000" and (stat.S_ISDIR(kind) or not kind):
-            return old
-        return b"other" if kind and not (old and stat.S_ISDIR(kind)) else b""
-
-    def path(self, name: bytes) -> bytes:
-        """Return where a file of this tree lies."""
-        return os.path.join(os.fsencode(self.root), name)
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.0005)
 
 
-def _blob(mode: bytes, oid: bytes) -> _Blob:
-    return (mode, oid) if oid.strip(b"0") else (b"", b"")
+# The first thing that the new process runs. The experiment waits for the answer, so
+# nothing before it may be slow. The socket is descriptor 0. A second process goes on
+# and the first ends, so that os.wait() in the experiment never meets the recorder.
+_BOOTSTRAP = """
+import sys
+sys.path[:] = [place for place in sys.path if place]  # not the current directory
+import _signal, _socket, posix
+for number in sys.argv[3:]:
+    _signal.signal(int(number), _signal.SIG_IGN)
+_signal.pthread_sigmask(_signal.SIG_SETMASK, [])
+posix.chdir(sys.argv[1])
+posix.setsid()
+if posix.fork():
+    posix._exit(0)
+for name in posix.listdir("/dev/fd"):
+    if int(name) > 2:
+        try:
+            posix.close(int(name))
+        except OSError:
+            pass
+connection = _socket.socket(fileno=posix.dup(0))
+posix.dup2(1, 0)
+connection.sendall(b'{"answer": 0, "pid": %d}\\n' % posix.getpid())
+
+def receive(size):
+    data = connection.recv(size, _socket.MSG_WAITALL)
+    if len(data) < size:
+        sys.exit()
+    return data
+
+def load(code):
+    module = type(sys)("run_utils")
+    module.__file__ = sys.argv[2]
+    sys.modules["run_utils"] = module
+    exec(code, module.__dict__)
+    return module
+
+if sys.argv[2]:
+    from _frozen_importlib_external import SourceFileLoader
+    module = load(SourceFileLoader("run_utils", sys.argv[2]).get_code("run_utils"))
+sizes, rights, _, _ = connection.recvmsg(16, _socket.CMSG_SPACE(4 * 8))
+if not sizes:
+    sys.exit()
+code = receive(int.from_bytes(sizes[:8], "big"))
+if code:
+    import marshal
+    module = load(marshal.loads(code))
+del code
+message = receive(int.from_bytes(sizes[8:], "big"))
+module._recorder_main(connection, [each[2] for each in rights], message)
+"""
+_MODULE_CODE = sys._getframe().f_code  # of this very file, as it was compiled
+# What it ignores: a terminal and a scheduler send signals to whole groups.
+_IGNORED_SIGNALS = [
+    getattr(signal, name)
+    for name in ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2",
+                 "SIGALRM", "SIGVTALRM", "SIGXCPU", "SIGPIPE")
+    if hasattr(signal, name)
+]  # fmt: skip
 
 
-def _show(name: bytes) -> str:
-    return name.decode("utf-8", "backslashreplace")
+def _spawn_recorder(connection: int, path: str) -> int:
+    """Start the process with `connection` as its descriptor 0; return its pid.
 
-
-def _git_patch(tree: _GitTree, path: Path) -> tuple[dict[str, Any], str | None]:
-    """Write `path`, the way from the commit to the files as they were at entry.
-
-    ``git apply --whitespace=nowarn git.patch`` in a clean checkout of the commit and
-    its submodules gives the same files. Secrets in them are redacted. Not in it are
-    changes after entry, files that hold secrets by nature, and what passes a limit:
-    these are listed. Nothing is written when nothing differs.
+    Signals are blocked in it until it ignores them, and SIGCHLD has its default.
     """
-    patch = _Patch(time.monotonic() + PATCH_SECONDS)
-    if tree.root and tree.problem is None:
-        patch.add(tree, tree.head)
-    elif tree.is_shallow is not None:
-        patch.problems.append(tree.problem or "a bare repository has no files")
-    if patch.text:
-        _write_file(path, bytes(patch.text))
-        patch.facts.update(file=path.name, bytes=len(patch.text))
-    return patch.facts, "; ".join(patch.problems) or None
+    flags = ["-s", "-S"]  # without the packages of the user and of the environment
+    if sys.dont_write_bytecode:
+        flags.append("-B")
+    if sys.pycache_prefix:
+        flags += ["-X", f"pycache_prefix={sys.pycache_prefix}"]
+    flags += ["-X", f"utf8={sys.flags.utf8_mode}"]
+    words = [_neutral_directory(), path]
+    words += [str(int(number)) for number in _IGNORED_SIGNALS]
+    environment = dict(os.environ)
+    for name in _python_variables():
+        environment.pop(name, None)
+    starter: int = _posix.posix_spawn(
+        sys.executable,
+        [sys.executable, *flags, "-c", _BOOTSTRAP, *words],
+        environment,
+        file_actions=[
+            (_posix.POSIX_SPAWN_DUP2, connection, 0),
+            (_posix.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_RDWR, 0),
+            (_posix.POSIX_SPAWN_DUP2, 1, 2),
+        ],
+        setsigmask=_IGNORED_SIGNALS,
+        setsigdef=[_signals.SIGCHLD],
+    )
+    return starter
 
 
-class _Patch:
-    """A patch in the making: its text, and what it leaves out."""
+def _python_variables() -> dict[str, str]:
+    """Return the variables that would change how the recorder's Python works.
 
-    def __init__(self, deadline: float) -> None:
-        self.deadline, self.text, self.size = deadline, bytearray(), 0
-        self.problems: list[str] = []
-        self.facts: dict[str, Any] = {"file": None, "bytes": 0, "files": 0}
-        self.facts.update(redacted=[], left_out=[], left_out_count=0, left_out_bytes=0)
+    It gets them back for the programs that it starts. PYTHONHOME is none of them: a
+    Python that needs it does not start without.
+    """
+    names = [name for name in os.environ if name.startswith("PYTHON")]
+    needed = ("PYTHONHOME", "PYTHONPLATLIBDIR", "PYTHONCOERCECLOCALE")
+    return {name: os.environ[name] for name in names if name not in needed}
 
-    def add(self, tree: _GitTree, base: str, prefix: bytes = b"") -> None:
-        """Add what differs in a tree from `base`, then the same of its submodules."""
-        base = base or tree.object_id(b"tree", b"")
-        known, read = tree.changes_since(base), {}
-        sizes = {name: _lstat(tree.path(name)) for name in known}
-        small_first = sorted(known, key=lambda name: (sizes[name][1], name))
-        for name in sorted(small_first, key=lambda name: name not in tree.tracked):
-            new = self._read(tree, prefix + name, name, known[name], *sizes[name])
-            if new is not None:
-                read[name] = new
-        blobs = {}
-        for name, (mode, data, clean) in read.items():
-            same = mode and tree.object_id(b"blob", data).encode() == known[name][1]
-            # What a later file has shown to be secret is replaced here as well.
-            clean = data if same else _replace_known(clean)
-            self.facts["redacted"] += [_show(prefix + name)] if clean != data else []
-            oid = tree.object_id(b"blob", clean).encode() if mode else b""
-            if (mode, oid) != known[name]:
-                blobs[name] = mode, oid, clean
-        if blobs:
-            self._compare(tree, base, prefix, blobs)
-        self.problems += [tree.problem] if tree.problem else []
-        for name, commit, module in () if self.problems else tree.submodules(base):
-            self.add(module, commit, prefix + name + b"/")
 
-    def _read(
-        self, tree: _GitTree, title: bytes, name: bytes, old: _Blob, kind: int,
-        size: int,
-    ) -> tuple[bytes, bytes, bytes] | None:
-        """Return mode, content and redacted content, or list a file as left out."""
-        mode = tree.mode(kind, old[0])
-        if mode == b"160000" or not (mode or old[0]):
-            return None  # a submodule, whose files come later; or it is gone
-        path, data = tree.path(name), b""
-        problem = self._obstacle(title, mode, size)
-        if mode and not problem:
-            try:
-                data = _content(path, mode)
-            except OSError as error:
-                problem = error.strerror or str(error)
-        # Asked only now, because the file may have been written while it was read.
-        if mode and tree.is_late(name):
-            return None
-        same = tree.object_id(b"blob", data).encode() == old[1]
-        clean = data if same or problem else _redact_bytes(data)
-        if clean != data and b"\0" in data:
-            problem = "a binary file that holds a secret"
-        if problem:
-            self._leave_out(title, size, problem, path)
-            return None
-        self.size += len(clean)
-        self.facts["files"] += 1
-        return mode, data, clean
+def _file_to_load() -> str | None:
+    """Return the file that the recorder loads; "" if it is sent the compiled code.
 
-    def _obstacle(self, title: bytes, mode: bytes, size: int) -> str | None:
-        """Return why a file cannot be in the patch."""
-        reasons = {
-            "no file of this repository": mode == b"other",
-            "holds secrets by nature": mode and _compiled(SECRET_FILES).search(title),
-            "has a secret in its name": _redact_bytes(title) != title,
-            "too large": size > PATCH_FILE_BYTES,
-            "the patch is full": self.size + size > PATCH_BYTES,
-            "too many files": self.facts["files"] >= PATCH_FILES,
-            "no time left": time.monotonic() > self.deadline,
-        }
-        return next((reason for reason, holds in reasons.items() if holds), None)
+    That is so where Python keeps no byte code, which takes long to make. But what an
+    import hook has changed is loaded, since it would need packages that the recorder
+    has not. None if this is part of a script, which must not run once more.
+    """
+    path = str(globals().get("__file__", ""))
+    spec = globals().get("__spec__")
+    if spec is None and os.path.basename(path) != "run_utils.py":
+        return None
+    is_kept = os.path.isfile(getattr(spec, "cached", None) or "")
+    loader = type(globals().get("__loader__")).__name__
+    if os.path.isfile(path) and (is_kept or loader != "SourceFileLoader"):
+        return path
+    return ""
 
-    def _leave_out(
-        self, title: bytes, size: int, reason: str, path: bytes = b""
-    ) -> None:
-        """List a file that the patch lacks, with its sha256 where that is cheap."""
-        entry = {"path": _show(title), "bytes": size, "reason": reason}
-        self.facts["left_out_count"] += 1
-        self.facts["left_out_bytes"] += size
-        if len(self.facts["left_out"]) < MAX_LISTED:
-            cheap = size <= HASH_BYTES and time.monotonic() < self.deadline
-            if reason in ("too large", "the patch is full") and cheap:
-                entry["sha256"] = _sha256(path)
-            self.facts["left_out"].append(entry)
 
-    def _compare(
-        self, tree: _GitTree, base: str, prefix: bytes,
-        blobs: Mapping[bytes, tuple[bytes, bytes, bytes]],
-    ) -> None:
-        """Let git compare the commit with an index and object store of our own."""
-        import tempfile
+def _recorder_main(connection: Any, rights: list[bytes], message: bytes) -> None:
+    """Be the recorder: what the new process does once it is told of a run."""
+    sys.stderr = io.StringIO()  # what it has to say comes into metadata.json
+    facts = json.loads(message)
+    os.environ.update(facts["environment"])
+    request: _Request = facts["request"]
+    globals().update(request["settings"])
+    _redactor.learn_values(request["secrets"])
+    process = _RecorderProcess(request, connection, facts["oom_kills"])
+    descriptors = _unpacked(rights)
+    if facts["is_watched"]:
+        process.pidfd = descriptors.pop(0)
+    for log, target in zip(descriptors[::2], descriptors[1::2]):
+        process.forwards.append(_Forward(log, target))
+    process.run()
 
-        words = "diff-index --cached -p --binary --full-index --no-renames --no-color"
-        ends = [f"--{side}-prefix={letter}/{os.fsdecode(prefix)}"
-                for side, letter in (("src", "a"), ("dst", "b"))]  # fmt: skip
-        options = (*words.split(), "--no-ext-diff", "--no-textconv", *ends, base)
-        with tempfile.TemporaryDirectory(prefix="run_utils-") as scratch:
-            more, problem = _git_store(scratch, tree, base, blobs)
-            if problem:
-                self.problems.append(problem)
+
+def _unpacked(rights: Iterable[bytes]) -> list[int]:
+    """Return the descriptors that came with a message."""
+    import array
+
+    return array.array("i", b"".join(rights)).tolist()
+
+
+class _RecorderProcess:
+    """The recorder's own end: one loop, and threads for what may block."""
+
+    def __init__(self, request: _Request, connection: Any, oom_kills: int) -> None:
+        self.request = request
+        self.connection = connection  # a socket
+        self.oom_kills = oom_kills  # how many had been killed here before
+        self.pidfd: int | None = None  # tells of the death of the process that entered
+        self.forwards: list[_Forward] = []
+        self.descriptors: list[int] = []  # those that came with a question
+        self.record = _Record.from_json(request["record"])
+        self.site = _Site.from_json(request["site"])
+        self.rank = request["rank"]
+        self.metadata = self.record.read_json("metadata.json") or {}
+        self.metadata_lock = threading.Lock()
+        self.received = b""
+        self.is_over = False  # the block has been left, or its process is dead
+        self.has_heir = False  # its process has ended well, perhaps as a daemon does
+        self.wait_status: int | None = None
+        self.last_question = 0
+        self.sampler: _Sampler | None = None
+        if request["resources"] and self.rank == 0:
+            self.sampler = _Sampler(self.site.pid, self.record)
+        self.ends_sampling = threading.Event()
+        self.meeting: _Meeting | None = None  # with ranks that have not come yet
+        if request["meeting"] is not None:
+            self.meeting = _Meeting(request["meeting"])
+        self.poller = _polls.poll()
+
+    def run(self) -> None:
+        """Serve the experiment until its block is left or its process has died."""
+        self.forwarding = [_started_thread(each.run) for each in self.forwards]
+        self.captures = _started_thread(self._collect)
+        self.sampling = _started_thread(self._sample)
+        self.due = {self._touch: 0.0, self._look_after_process: 0.0}
+        if self.meeting is not None:
+            self.due[self.meeting.tick] = 0.0
+        connection = self.connection.fileno()
+        self.poller.register(connection, _polls.POLLIN)
+        if self.pidfd is not None:
+            self.poller.register(self.pidfd, _polls.POLLIN)
+        while not self.is_over:
+            pause = min(self.due.values()) - time.monotonic()
+            ready = dict(self.poller.poll(max(0.0, pause) * 1000))
+            if connection in ready:
+                self._listen()
+            if self.pidfd in ready:
+                self.due[self._look_after_process] = 0.0
+            for task, due in self.due.items():
+                if time.monotonic() >= due:
+                    self.due[task] = time.monotonic() + HEARTBEAT_SECONDS
+                    with _tolerating("the recorder"):
+                        self.due[task] = time.monotonic() + task()
+        self._complete()
+
+    def _listen(self) -> None:
+        """Do what the experiment asks for."""
+        data = b""
+        with _ignoring(OSError):
+            data, rights, _, _ = self.connection.recvmsg(65536, 1024)
+            self.descriptors += _unpacked(each[2] for each in rights)
+        if not data:  # it has called exec, or closed what it has open, or is dead
+            self.poller.unregister(self.connection)
+        self.received += data
+        while b"\n" in self.received:
+            line, _, self.received = self.received.partition(b"\n")
+            message = json.loads(line)
+            if message["do"] == "end":
+                self.is_over = True
+                self.last_question = message["number"]
+                for forward, end in zip(self.forwards, message["ends"]):
+                    forward.stop_at = end
+            elif message["do"] == "add":
+                with self.metadata_lock:
+                    self.metadata.update(message["facts"])
+                self._answer(message["number"])
+            elif message["do"] == "collected":
+                _started_thread(self._wait_for_captures, message["number"])
+            else:  # "drain" or "retarget"
+                _started_thread(self._drain, message["number"], message.get("forward"))
+
+    def _answer(self, number: int) -> None:
+        with _ignoring(OSError):
+            self.connection.sendall(b'{"answer": %d}\n' % number)
+
+    def _wait_for_captures(self, number: int) -> None:
+        self.captures.join()
+        self._answer(number)
+
+    def _drain(self, number: int, moved: int | None) -> None:
+        """Answer once all that is in the logs by now is forwarded.
+
+        From then on the forward with the number `moved` goes to the descriptor that
+        came with the question.
+        """
+        ends = [os.fstat(forward.log).st_size for forward in self.forwards]
+        for forward, end in zip(self.forwards, ends):
+            forward.wake.set()
+            while not forward.has_reached(end):
+                time.sleep(0.001)
+        if moved is not None:
+            self.forwards[moved].retarget(self.descriptors.pop(0))
+        self._answer(number)
+
+    def _collect(self) -> None:
+        """Find out what is slow to answer; write it down unless the end does so."""
+        if self.rank:
+            return  # it is the same for all ranks
+        with _tolerating("metadata.json"):
+            _complete_metadata(self.metadata, self.site, self.record)
+            if self.record.attempt > 1:
+                changes = _changes_since_last_attempt(self.record, self.metadata)
+                self.metadata["changes"] = changes
+        if not self.is_over:
+            self._write_metadata()
+
+    def _write_metadata(self) -> None:
+        with _tolerating("metadata.json"), self.metadata_lock:
+            self.record.write_json("metadata.json", self.metadata)
+
+    def _sample(self) -> None:
+        """Take samples until the end; a slow nvidia-smi holds nobody up here."""
+        while self.sampler is not None:
+            with _tolerating("resources"):
+                self.sampler.tick()
+            if self.ends_sampling.wait(HEARTBEAT_SECONDS):
                 return
 
-            def compare(*settings: str) -> _Output:
-                left = max(self.deadline - time.monotonic(), 1.0)
-                limits: Any = {"timeout": left, "limit": 3 * PATCH_BYTES, "more": more}
-                return _git_run(tree.root, *settings, *options, **limits)
+    def _touch(self) -> float:
+        """Renew the heartbeat."""
+        if self.rank == 0:
+            self.record.touch()
+        return HEARTBEAT_SECONDS
 
-            texts = compare()
-            sections = {} if texts.problem else _split_patch(texts.data)
-            if texts.problem or any(map(_shows_secret, sections.values())):
-                # What would show the old content is shown as a binary patch.
-                binary = compare("-c", f"core.attributesFile={scratch}/attributes")
-                problem = binary.problem
-                for title, section in _split_patch(binary.data).items():
-                    if texts.problem or _shows_secret(sections[title]):
-                        sections[title] = section
-        if problem:
-            self.problems.append(problem)
+    def _look_after_process(self) -> float:
+        """Look whether the process that entered lives; a pidfd tells when to look.
+
+        One that has ended well while somebody else has its socket has become a daemon:
+        a child of it goes on, and the end of that child is the end of the run.
+        """
+        if not self.has_heir:
+            if self.pidfd is not None:
+                if not _is_ready(self.pidfd, _polls.POLLIN, 0.0):
+                    return _NEVER
+                self.poller.unregister(self.pidfd)
+            elif _is_alive(self.site.pid, self.request["process"]["start_ticks"]):
+                return 1.0
+            self.wait_status = _wait_status(self.site.pid, self.pidfd)
+            self.pidfd = None
+            self.has_heir = self.wait_status == 0
+        if self.has_heir and not _is_closed_there(self.connection.fileno()):
+            return 1.0
+        self._record_death(self.wait_status)
+        return _NEVER
+
+    def _record_death(self, wait_status: int | None) -> None:
+        """Write the end of the run, unless the process did so before it died."""
+        self.is_over = True
+        prefix, name = "", "status.json"
+        if self.rank:
+            prefix = f"rank{self.rank}."
+            name = f"logs/{prefix}status.json"
+        status = self.record.read_json(name) or {}
+        if not isinstance(status.get("exit_code"), int):
+            ending = _Ending.of_death(wait_status, _oom_kills() > self.oom_kills)
+            ending.last_output = _last_output(self.record.path, prefix)
+            self._write_ending(ending)
+
+    def _write_ending(self, ending: _Ending) -> None:
+        """Write status.json, or the file of another rank that failed, and the index."""
+        more: Facts = {}
+        more["duration_seconds"] = round(time.monotonic() - self.request["begun"], 3)
+        with _tolerating("status.json"):
+            if self.rank:
+                _record_rank(self.record, self.rank, ending, more)
+                return
+            status = self.record.finish(ending, more)
+            status = _name_failed_rank(self.record) or status
+            self.record.tell_index("end", status["status"], status["exit_reason"])
+
+    def _complete(self) -> None:
+        """Forward the rest, let go of what is the program's, complete the record."""
+        for forward in self.forwards:
+            if forward.stop_at is None:
+                forward.stop_at = os.fstat(forward.log).st_size
+            forward.wake.set()
+        self.ends_sampling.set()
+        self.captures.join()
+        self.sampling.join()
+        if self.rank == 0:
+            with _tolerating("resources"):
+                if self.sampler is not None:
+                    self.metadata["resources"] = self.sampler.summary()
+            with _tolerating("outputs"):
+                self.metadata["outputs"] = _left_files(self.record.path)
+            said = str(getattr(sys.stderr, "getvalue", str)())
+            if said:
+                problem = {"ok": False, "problem": _cut_middle(said, MAX_MESSAGE)}
+                self.metadata["capture"]["recorder"] = problem
+            self._write_metadata()
+            _write_summary(self.record)
+            if set(_redactor.secrets()).difference(self.request["secrets"]):
+                self.record.redact_again()
+        for forward, thread in zip(self.forwards, self.forwarding):
+            thread.join()
+            os.close(forward.target)
+        self._answer(self.last_question)
+        if self.request["until_exit"] and self.pidfd is not None:
+            self._wait_for_exit(self.pidfd)
+        meeting = self.meeting
+        if meeting is not None and not self._has_failed():
+            if self.due[meeting.tick] < _NEVER:  # some rank has not come yet
+                meeting.serve()
+
+    def _wait_for_exit(self, pidfd: int) -> None:
+        """Correct the end of a run that ends with its process, by its exit status.
+
+        The program cannot know it: sys.exit(3) leaves no trace when the interpreter
+        ends. It does not take long, unless another run has followed in this process.
+        """
+        if _is_ready(pidfd, _polls.POLLIN, time.monotonic() + 10):
+            wait_status = _wait_status(self.site.pid, pidfd)
+            if wait_status and not self._has_failed():
+                self._write_ending(_Ending.of_command(_exit_code(wait_status)))
+
+    def _has_failed(self) -> bool:
+        status = self.record.read_json("status.json") or {}
+        return status.get("status") == "failed"
+
+
+_NEVER = float("inf")
+
+
+def _started_thread(work: Callable[..., None], *args: object) -> threading.Thread:
+    thread = threading.Thread(target=work, args=args, daemon=True)
+    thread.start()
+    return thread
+
+
+# === Output ===
+# Not a terminal: descriptors 1 and 2 point at the logs, and the recorder forwards what
+# is appended. A terminal, a notebook, a test runner: what is written is copied. The
+# stream stays the program's own object: only an attribute `write` is set on the file
+# below it, or on itself, and deleted again.
+
+
+class _Capture:
+    """The output of one run: the streams that are captured, and their logs."""
+
+    def __init__(self, record: _Record, rank_prefix: str = "") -> None:
+        self.record = record
+        self.rank_prefix = rank_prefix  # "rank3." for the logs of another rank
+        self.pid = os.getpid()
+        self.streams: list[_Stream] = []
+        self.forwards: list[_Forward] = []
+        self.recorder: _Recorder | None = None
+        self.lock = threading.Lock()  # two threads may find the disk full at once
+
+    def open(self) -> None:
+        """Open the logs and remember where output goes; redirect nothing yet."""
+        for name, descriptor in (("stdout", 1), ("stderr", 2)):
+            if getattr(sys, name, None) is not None:
+                self.streams.append(_Stream(self, name, descriptor))
+        log = None
+        if len({stream.place for stream in self.streams}) < len(self.streams):
+            log = "output"  # both go to one place
+        try:
+            for stream in self.streams:
+                stream.open(log or stream.name, self.streams[0])
+        except BaseException:
+            self.close("")
+            raise
+
+    def start(self, recorder: _Recorder | None) -> None:
+        """Redirect; without a recorder, which would forward, everything is copied."""
+        self.recorder = recorder
+        if recorder is None:
+            for stream in self.streams:
+                stream.is_direct = False
+        _flush_c_streams(self.streams)
+        _captures.append(self)
+        for stream in self.streams:
+            stream.start()
+
+    def copy(self, name: str, data: bytes) -> None:
+        """Append to the log of a stream alone, what `run` shows on a terminal."""
+        for stream in self.streams:
+            if stream.name == name:
+                stream.copy(data, [])
+
+    def stop(self) -> None:
+        """Put every stream back as it was, whatever fails on the way."""
+        steps: list[Callable[[], object]] = []
+        steps += [stream.flush for stream in self.streams]
+        steps.append(lambda: _flush_c_streams(self.streams))
+        steps += [stream.stop for stream in self.streams]
+        if self in _captures:
+            steps.append(lambda: _captures.remove(self))
+        _in_turn(steps)
+
+    def close(self, last_words: str) -> None:
+        """Append what Python itself will print, such as a traceback; close the logs."""
+        if self.recorder is not None and self.recorder.is_gone():
+            self.drain()
+        if last_words and self.streams:
+            text = _redactor.text(last_words)
+            self.streams[-1].copy(text.encode("utf-8", "backslashreplace"), [])
+        for stream in self.streams:
+            stream.log.close()
+            stream.saved.close()
+        for forward in self.forwards:
+            forward.kept[0].close()
+        self.streams = []
+        self.forwards = []
+
+    def drain(self) -> None:
+        """Have all that is in the logs shown, as far as a moment allows."""
+        if self.pid != os.getpid():  # a forked child has no word with the recorder
+            for forward in self.forwards:
+                forward.wait(DRAIN_SECONDS)
+        elif self.recorder is not None and not self.recorder.is_gone():
+            self.recorder.ask("drain", seconds=DRAIN_SECONDS)
+        else:
+            for forward in self.forwards:
+                forward.drain()
+
+    def look_after_recorder(self) -> None:
+        """Give the output back if the recorder is gone, which would forward it."""
+        if self.recorder is None or self.pid != os.getpid():
             return
-        for title, section in sections.items():
-            if _shows_secret(section):
-                self._leave_out(title, len(section), "its old version holds a secret")
-            else:
-                self.text += section
+        if self.recorder.is_gone():
+            for stream in self.streams:
+                stream.give_back()
 
 
-def _shows_secret(section: bytes) -> bool:
-    """Tell whether the old side of a text patch shows a secret; the new is redacted."""
-    lines = section.partition(b"\n@@")[2].split(b"\n")
-    old = b"\n".join(line[1:] for line in lines if line[:1] != b"+")
-    return _redact_bytes(old) != old
+_captures: list[_Capture] = []  # those that have started and not stopped, in order
 
 
-def _git_store(
-    scratch: str, tree: _GitTree, base: str,
-    blobs: Mapping[bytes, tuple[bytes, bytes, bytes]],
-) -> tuple[dict[str, str], str | None]:
-    """Make a git index of `base` and the changes; return its environment."""
-    import zlib
+class _Stream:
+    """sys.stdout or sys.stderr while a run captures it."""
 
-    objects = os.path.join(scratch, "objects")
-    os.makedirs(os.path.join(objects, "info"))
-    asked = _git_run(tree.root, "rev-parse", "--git-path", "objects")
-    if asked.problem:
-        return {}, asked.problem
-    alternates = tree.path(asked.data.rstrip(b"\n")) + b"\n"
-    Path(objects, "info", "alternates").write_bytes(alternates)
-    Path(scratch, "attributes").write_bytes(b"* -diff\n")
-    entries = b""
-    # What goes comes first, so that a file can become a folder.
-    for name, (mode, oid, data) in sorted(blobs.items(), key=lambda item: item[1][0]):
-        entries += b"%s %s\t%s\0" % (mode or b"0", oid or b"0" * len(base), name)
-        if oid:
-            loose = Path(objects, oid[:2].decode(), oid[2:].decode())
-            loose.parent.mkdir(exist_ok=True)
-            loose.write_bytes(zlib.compress(b"blob %d\0%s" % (len(data), data), 1))
-    listed = Path(scratch, "entries")
-    listed.write_bytes(entries)
-    more = {"GIT_INDEX_FILE": os.path.join(scratch, "index")}
-    more["GIT_OBJECT_DIRECTORY"] = objects
-    done = _git_run(tree.root, "read-tree", base, more=more)
-    if not done.problem:
-        with open(listed, "rb") as file:
-            words = ("update-index", "-z", "--replace", "--index-info")
-            done = _git_run(tree.root, *words, more=more, stdin=file)
-    return more, done.problem
+    def __init__(self, capture: _Capture, name: str, descriptor: int) -> None:
+        self.capture = capture
+        self.name = name
+        self.descriptor = descriptor
+        self.original: Any = getattr(sys, name)
+        self.log = _Kept(-1)
+        self.saved = _Kept(-1)  # what the descriptor stood for before
+        self.forward: _Forward | None = None
+        self.is_logged = True  # until the log fails
+        self.taps: list[_Tap] = []
+        self.is_direct = False  # the descriptor is the log
+        self.place: object = self  # equal for two streams that go to one place
+        identity = _identity(descriptor)
+        if identity is not None and _descriptor_of(self.original) == descriptor:
+            self.place = identity
+            self.is_direct = _can_be_a_file(descriptor)
+
+    def open(self, log: str, first: _Stream) -> None:
+        """Open the log, unless the first stream has it; keep the descriptor."""
+        if self.is_direct:
+            self.saved = _Kept(_above_stderr(os.dup(self.descriptor)))
+        if self is not first and self.place == first.place:
+            self.log = first.log
+            self.forward = first.forward
+            return
+        record = self.capture.record
+        name = f"{self.capture.rank_prefix}{log}"
+        self.log = _Kept(record.open_log(name))
+        if self.is_direct:
+            reader = _open(record.log_path(name), os.O_RDONLY)
+            os.lseek(reader, 0, os.SEEK_END)
+            self.forward = _Forward(reader, self.saved.number)
+            self.capture.forwards.append(self.forward)
+
+    def start(self) -> None:
+        """Point the descriptor at the log, or have a copy of what is written."""
+        if self.is_direct:
+            self.flush()
+            os.dup2(self.log.number, self.descriptor)
+            for stream in (self.original, getattr(sys, f"__{self.name}__", None)):
+                file, is_buffered = _bottom(stream)
+                is_file = isinstance(file, io.FileIO)
+                if is_file and _descriptor_of(file) == self.descriptor:
+                    self._tap(file, is_buffered)
+        elif _is_plain(self.original):
+            self._tap(*_bottom(self.original))
+        else:
+            self._tap(self.original, False)
+
+    def _tap(self, holder: Any, is_buffered: bool) -> None:
+        """See what is written to an object; one that refuses gets a stand-in."""
+        tap = next((tap for tap in _taps if tap.holder is holder), None)
+        if tap is None:
+            try:
+                tap = _Tap(holder, is_buffered)
+            except (AttributeError, TypeError):
+                holder = _StandIn(self.original)
+                setattr(sys, self.name, holder)
+                tap = _Tap(holder, False)
+            _taps.append(tap)
+        if tap not in self.taps:
+            self.taps.append(tap)
+            tap.set_streams([*tap.streams, self])
+
+    def copy(self, data: bytes, written: list[int]) -> None:
+        """Append to the log alone, and to `written` that it was; give up a full log.
+
+        That is stored by a function of C, as in `_Tap._buffered_write`.
+        """
+        if not self.is_logged:
+            return
+        try:
+            if not self.log.is_ours():
+                raise OSError(errno.EBADF, "the program closed the log")
+            written.extend(map(os.write, (self.log.number,), (data,)))
+            if written[-1] < len(data):
+                written.pop()
+                raise OSError(errno.ENOSPC, "only a part of it fitted")
+        except OSError as error:
+            if _is_foreign(error):
+                raise
+            with self.without_log(error):
+                pass
+
+    def is_log(self) -> bool:
+        """Tell whether the descriptor still is the log: the program may move it."""
+        return self.is_direct and _identity(self.descriptor) == self.log.identity
+
+    @contextlib.contextmanager
+    def without_log(self, error: OSError) -> Iterator[None]:
+        """Go on without the log, which has failed; then say so in one line."""
+        self.is_logged = False
+        self.give_back()
+        yield
+        problem = f"{self.name} is no longer logged: {error}"
+        if _descriptor_of(getattr(sys, "stderr", None)) != 2:
+            _warn(problem)
+            return
+        line = f"run_utils: {problem}\n".encode("utf-8", "replace")
+        for _ in range(2):
+            written = 0
+            with _ignoring(OSError):
+                written = os.write(2, line)  # this thread may have locked sys.stderr
+            if written == len(line):
+                return
+            for stream in self.capture.streams:
+                if stream.descriptor == 2:  # its log is on the same disk
+                    stream.is_logged = False
+                    stream.give_back()
+
+    def give_back(self) -> None:
+        """Let the descriptor be what it was before, once the log has been shown.
+
+        Several threads may come here at once, and a forked child. Unless the log has
+        failed, what Python writes is copied to it from now on.
+        """
+        capture = self.capture
+        is_parent = capture.pid == os.getpid()
+        is_locked = is_parent and capture.lock.acquire(timeout=2 * DRAIN_SECONDS)
+        try:
+            if self.is_log() and (is_locked or not is_parent):
+                capture.drain()
+            for stream in capture.streams:
+                if stream.log is self.log:
+                    stream.is_logged = self.is_logged
+                    stream.let_go()
+        finally:
+            if is_locked:
+                capture.lock.release()
+
+    def let_go(self) -> None:
+        """Point the descriptor at where it pointed before."""
+        if self.is_log():
+            if not self.saved.is_ours():  # the program has closed what was kept
+                self.saved = _Kept(os.open(os.devnull, os.O_WRONLY))
+            os.dup2(self.saved.number, self.descriptor)
+        self.is_direct = False
+        if self.forward is not None:
+            self.forward.is_broken = True  # copies in the log are not to be shown
+        for tap in self.taps:
+            tap.set_streams(tap.streams)
+
+    def flush(self) -> None:
+        """Write out what Python still buffers for this stream."""
+        names = [self.name, f"__{self.name}__"]
+        for stream in [self.original, *(getattr(sys, name, None) for name in names)]:
+            with _ignoring(Exception):  # closed, detached, or the program's own kind
+                stream.flush()
+
+    def stop(self) -> None:
+        """Put the stream back as it was before this run, whichever runs go on."""
+        steps: list[Callable[[], object]] = []
+        for tap in self.taps:
+            rest = [stream for stream in tap.streams if stream is not self]
+            steps.append(functools.partial(tap.set_streams, rest))
+            is_in_place = getattr(sys, self.name) is tap.holder
+            if isinstance(tap.holder, _StandIn) and is_in_place and not rest:
+                setattr(sys, self.name, self.original)
+        steps.append(self._release)
+        _in_turn(steps)
+
+    def _release(self) -> None:
+        """Move the descriptor back; or move a later run, which goes on, below us."""
+        if self.is_log():
+            if self.saved.is_ours():  # else the recorder goes on until the end
+                os.dup2(self.saved.number, self.descriptor)
+        elif self.is_direct:
+            for capture in reversed(_captures):
+                capture.drain()
+            for capture in _captures:
+                for stream in capture.streams:
+                    if stream.saved.identity == self.log.identity:
+                        stream.move_below(self)
+        self.is_direct = False
+
+    def move_below(self, ended: _Stream) -> None:
+        """Send output on to where that of an earlier run went, which has ended.
+
+        What was printed until now is in the logs of both; the rest is in ours.
+        """
+        if not self.saved.is_ours() or not ended.saved.is_ours():
+            return
+        target = ended.saved.number
+        forward, recorder = self.forward, self.capture.recorder
+        if forward is not None and forward.target == self.saved.number:
+            number = self.capture.forwards.index(forward)
+            if recorder is None or not recorder.ask(
+                "retarget", descriptors=[target], forward=number
+            ):
+                self.is_logged = False
+        os.dup2(target, self.saved.number, inheritable=False)
+        self.saved.identity = ended.saved.identity
+        if not self.is_logged:
+            self.give_back()
 
 
-def _split_patch(patch: bytes) -> dict[bytes, bytes]:
-    """Split a patch by files, and drop the way back, which git adds to binary ones."""
-    sections: dict[bytes, bytes] = {}
-    for text in re.split(rb"^(?=diff --git )", patch, flags=re.M)[1:]:
-        start, binary, hunk = text.partition(b"\nGIT binary patch\n")
-        text = start + binary + hunk.partition(b"\n\n")[0] + b"\n\n" if binary else text
-        title = text.partition(b"\n")[0]
-        sections[title] = sections.get(title, b"") + text  # a link that became a file
-    return sections
-
-
-def _lstat(path: bytes) -> tuple[int, int]:
-    """Return mode and size of a file, zeros where there is none."""
-    with contextlib.suppress(OSError):
-        info = os.lstat(path)
-        return info.st_mode, 0 if stat.S_ISDIR(info.st_mode) else info.st_size
-    return 0, 0
-
-
-def _content(path: bytes, mode: bytes) -> bytes:
-    """Return where a link leads, or what is in a file, as far as a patch has room."""
-    if mode == b"120000":
-        return os.readlink(path)
-    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-    with open(os.open(path, flags), "rb") as file:
-        return file.read(PATCH_FILE_BYTES + 1)
-
-
-def _sha256(path: bytes | str) -> str | None:
-    import hashlib
-
-    digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            for chunk in iter(lambda: file.read(1 << 20), b""):
-                digest.update(chunk)
-    except OSError:
-        return None
-    return digest.hexdigest()
-
-
-def _git_bundle(tree: _GitTree, path: Path) -> tuple[dict[str, Any], str | None]:
-    """Write `path`, the commits that no remote has, unless they hold a secret.
-
-    ``git fetch git.bundle HEAD`` in a clone gets them. Without a remote that is the
-    whole history. A bundle cannot be redacted: one secret keeps all of it away.
-    """
-    facts: dict[str, Any] = {"file": None, "bytes": 0, "commit": None, "commits": 0}
-    unpushed = ("HEAD", "--not", "--remotes")
-    if not tree.head:
-        return facts, None
-    # <id of a commit>\n<id> name of a file or folder\n
-    listed = _git_run(tree.directory, "rev-list", "--objects", *unpushed)
-    rows = [line.partition(b" ") for line in listed.data.splitlines()]
-    if listed.problem or not rows:
-        return facts, listed.problem and f"no bundle: {listed.problem}"
-    names = {oid: name for oid, _, name in rows}
-    facts.update(commit=tree.head, commits=sum(not space for _, space, _ in rows))
-    import tempfile
-
-    with tempfile.TemporaryFile() as file:
-        file.write(b"\n".join(names) + b"\n")
-        file.seek(0)
-        limits: Any = {"limit": BUNDLE_BYTES, "timeout": PATCH_SECONDS}
-        words = ("cat-file", "--batch", "--buffer")
-        content = _git_run(tree.directory, *words, stdin=file, **limits)
-    if content.problem:
-        return facts, f"no bundle: {content.problem}"
-    secret = _secret_object(content.data, names, time.monotonic() + PATCH_SECONDS)
-    if secret is not None:
-        return facts, f"no bundle: {secret}"
-    pack = ("-c", "pack.threads=1", "bundle", "create", "-q", "-", *unpushed)
-    bundle = _git_run(tree.directory, *pack, **limits)
-    # The header names its commit: only what was searched may be kept.
-    if bundle.problem or b"\n%s HEAD\n" % tree.head.encode() not in bundle.data[:10000]:
-        return facts, f"no bundle: {bundle.problem or 'HEAD has moved meanwhile'}"
-    _write_file(path, bundle.data)
-    return {**facts, "file": path.name, "bytes": len(bundle.data)}, None
-
-
-def _secret_object(
-    data: bytes, names: Mapping[bytes, bytes], deadline: float
-) -> str | None:
-    """Return why a bundle of these objects must not be kept; each line is read once."""
-    seen: set[bytes] = set()
-    start = 0
-    while start < len(data):
-        # <id> blob <size>\n<content>\n
-        header, _, _ = data[start : start + 200].partition(b"\n")
-        oid, kind, size = header.split(b" ")
-        begin = start + len(header) + 1
-        start = begin + int(size) + 1
-        name = names.get(oid, b"")
-        where = f"{_show(name)!r} of an unpushed commit" if name else "a commit"
-        if _compiled(SECRET_FILES).search(name):
-            return f"{where} holds secrets by nature"
-        lines = data[begin : start - 1].split(b"\n") if kind != b"tree" else []
-        new = b"\n".join([line for line in lines if line not in seen])
-        seen.update(lines)
-        if _redact_bytes(name) != name:
-            return "the name of a file in a commit holds a secret"
-        if _redact_bytes(new) != new:
-            return f"{where} holds a secret"
-        if time.monotonic() > deadline:
-            return f"its search took more than {PATCH_SECONDS:g} s"
+def _descriptor_of(stream: Any) -> int | None:
+    """Return the descriptor that a stream says it writes to, if it has one."""
+    with _ignoring(Exception):  # none, closed, or the program's own kind
+        number = stream.fileno()
+        if isinstance(number, int):
+            return number
     return None
 
 
-def _git_run(
-    directory: str, *words: str, more: Mapping[str, str] | None = None, **how: Any
-) -> _Output:
-    """Run git so that it asks, pages, fetches, locks and executes nothing."""
-    kept = ("GIT_CEILING_DIRECTORIES", "GIT_DISCOVERY_ACROSS_FILESYSTEM")
-    env = {k: v for k, v in os.environ.items() if k[:4] != "GIT_" or k in kept}
-    env.update(dict.fromkeys(("GIT_ASKPASS", "SSH_ASKPASS"), "true"), LC_ALL="C")
-    env.update(dict.fromkeys(("GIT_OPTIONAL_LOCKS", "GIT_TERMINAL_PROMPT"), "0"))
-    env.update(GIT_NO_LAZY_FETCH="1", GIT_ALLOW_PROTOCOL="none", GIT_PAGER="cat")
-    settings = ["core.fsmonitor=false", "core.hooksPath=/dev/null"]
-    settings.append("core.splitIndex=false")
-    switches = [word for setting in settings for word in ("-c", setting)]
-    argv = ["git", "--no-pager", *switches, *words]
-    return _run(argv, cwd=directory, env={**env, **(more or {})}, **how)
+def _can_be_a_file(descriptor: int) -> bool:
+    """Tell whether what is written to a descriptor may go to a file instead.
 
-
-def _packages(
-    executable: str | None, places: Sequence[str]
-) -> tuple[list[str] | None, str | None]:
-    """Return the installed packages as requirement lines: what `pip freeze` says.
-
-    Where there is no pip, they are read from the metadata below `places` (PEP 610
-    tells of packages that were installed from a URL, a repository or a folder).
+    A terminal must stay one. And where `ulimit -f` is set, the kernel would kill
+    children for a log that gets too long.
     """
-    problem, found = None, {}
-    folders = [os.path.join(place, "pip") for place in places]
-    if executable is not None and (not folders or any(map(os.path.isdir, folders))):
-        pip = [executable, "-m", "pip", "--disable-pip-version-check", "freeze"]
-        env = {k: v for k, v in os.environ.items() if not k.startswith("PIP_")}
-        output = _run(pip, env=env, timeout=PIP_SECONDS)
-        lines = [line.strip() for line in output.text.splitlines() if line.strip()]
-        if lines and not output.problem:
-            return lines, None
-        problem = output.problem
-    if not places:
-        return None, problem
-    from importlib.metadata import distributions
-
-    for distribution in distributions(path=list(places)):
-        with contextlib.suppress(Exception):  # a dist-info that is empty or torn
-            metadata: Any = distribution.metadata
-            name = metadata.get("Name")
-            if name and name.lower() not in found:
-                found[name.lower()] = _requirement(name, distribution)
-    return [found[name] for name in sorted(found)], None
+    if not hasattr(os, "pread") or os.isatty(descriptor):
+        return False
+    with _ignoring(ImportError):
+        resource: Any = __import__("resource")
+        limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if limit != resource.RLIM_INFINITY:
+            text = "`ulimit -f` is set: what other programs print is not logged"
+            _warn(text, once=True)
+            return False
+    return True
 
 
-def _requirement(name: str, distribution: Any) -> str:
-    """Return "name==1.0", "name @ git+URL@commit" or "-e folder"."""
-    direct = json.loads(distribution.read_text("direct_url.json") or "{}")
-    url, vcs = str(direct.get("url", "")), direct.get("vcs_info", {})
-    if direct.get("dir_info", {}).get("editable"):
-        return f"-e {url.replace('file://', '', 1)}"
-    url = f"{vcs.get('vcs')}+{url}@{vcs.get('commit_id')}" if vcs else url
-    return f"{name} @ {url}" if url else f"{name}=={distribution.version}"
+def _is_plain(stream: Any) -> bool:
+    """Tell whether all that is written to a stream goes to the buffer that it has."""
+    is_wrapper = isinstance(stream, io.TextIOWrapper)
+    return is_wrapper and type(stream).write is io.TextIOWrapper.write
 
 
-def _local_packages(
-    request: Mapping[str, Any], tree: _GitTree, folder: Path
-) -> tuple[list[dict[str, Any]], str | None]:
-    """Return the repository of each package that was installed from a local folder.
+def _bottom(stream: Any) -> tuple[Any, bool]:
+    """Return the file below a stream, and whether a buffer stands in between.
 
-    Its changes become git.<package>.patch in `folder`, its commits that no remote has
-    git.<package>.bundle; not so for the repository of the experiment itself.
+    Whoever writes to the stream, its buffer or the file calls `write` of the file.
     """
-    places, problem = _sys_path(request)
-    sources = _local_sources(places)
-    packages, problems, seen = [], [problem] if problem else [], {tree.root}
-    deadline = time.monotonic() + PATCH_SECONDS
-    for name, (source, editable) in sorted(sources.items())[:MAX_LOCAL_PACKAGES]:
-        if time.monotonic() > deadline:
-            problems.append(f"no time left for {name} and those after it")
-            break
-        found = _GitTree(source, tree.excluded, tree.entered)
-        facts, problem = _git(found)
-        keys = ("root", "commit_full", "is_dirty", "remote_origin_url", "unpushed")
-        package = {"name": name, "path": source, "editable": editable}
-        package.update((key, facts[key]) for key in keys)
-        package["problem"] = problem
-        if found.root and found.root not in seen:
-            seen.add(found.root)
-            file = folder / f"git.{_safe_name(name)}.patch"
-            for kind, keep in (("patch", _git_patch), ("bundle", _git_bundle)):
-                package[kind], problem = keep(found, file.with_suffix(f".{kind}"))
-                problems += [f"{name}: {problem}"] if problem else []
-        packages.append(package)
-    if len(sources) > MAX_LOCAL_PACKAGES:
-        problems.append(f"{len(sources) - MAX_LOCAL_PACKAGES} more are not recorded")
-    return packages, "; ".join(problems) or None
+    buffer = None
+    with _ignoring(Exception):  # detached
+        buffer = stream.buffer
+        return buffer.raw, True
+    if buffer is None:
+        return stream, False
+    return buffer, False  # python -u, or a buffer of a test runner
 
 
-def _sys_path(request: Mapping[str, Any]) -> tuple[list[str], str | None]:
-    """Return where the experiment's Python looks for modules."""
-    if request["sys_path"] or request["executable"] is None:
-        return request["sys_path"], None
-    asked = "import json, sys; print(json.dumps(sys.path[1:]))"
-    output = _run([request["executable"], "-c", asked], cwd=request["directory"])
-    lines = output.text.splitlines()
-    if output.problem or not lines:
-        return [], output.problem or "python printed no sys.path"
-    return json.loads(lines[-1]), None
+class _Tap:
+    """An attribute `write`, set on an object to see what is written to it.
+
+    Whoever writes looks `write` up by its name in the object itself: print, logging,
+    writelines, a text stream at its buffer, and a buffer at its file. A million lines
+    may pass here: the functions that are set have all they need at hand.
+    """
+
+    def __init__(self, holder: Any, is_buffered: bool) -> None:
+        """Set the attribute; raise AttributeError or TypeError if that is refused."""
+        self.holder = holder
+        self.before = getattr(holder, "__dict__", {}).get("write")
+        self.original: Callable[[Any], Any] = holder.write
+        self.streams: list[_Stream] = []
+        self.copies: list[_Stream] = []  # those whose log gets a copy
+        self.look_at = 0.0  # when to see next whether the recorders are alive
+        self.repeated = b""  # was written, and is about to be written once more
+        self.installed = self._plain_write()
+        if is_buffered:
+            self.installed = self._buffered_write()
+        holder.write = self.installed
+
+    def set_streams(self, streams: list[_Stream]) -> None:
+        """See what is written for these streams; for none, be gone."""
+        self.streams = streams
+        copies: list[_Stream] = []
+        for stream in streams:
+            has_copy = stream.is_direct or not stream.is_logged
+            if not has_copy and stream.log not in [other.log for other in copies]:
+                copies.append(stream)
+        self.copies = copies
+        if streams:
+            return
+        if self in _taps:
+            _taps.remove(self)
+        if getattr(self.holder, "write", None) is not self.installed:
+            return  # somebody else has set `write` since, and calls ours
+        if self.before is not None:
+            self.holder.write = self.before
+        else:
+            del self.holder.write
+
+    def _plain_write(self) -> Callable[[Any], Any]:
+        """Return a `write` for an object, or for a file that has no buffer."""
+        original = self.original
+        now = time.monotonic
+
+        def write(data: Any) -> Any:
+            if now() > self.look_at:
+                self._look_after_recorders()
+            try:
+                written = original(data)
+            except OSError as error:
+                return self._write_elsewhere(data, error)
+            if self.copies:
+                self._copy(data, written, [])
+            elif written != len(data) and any(s.is_log() for s in self.streams):
+                # The disk is nearly full, and python -u tries only once.
+                rest = memoryview(data).cast("B")[written:]
+                return written + write(rest)
+            return written
+
+        return write
+
+    def _buffered_write(self) -> Callable[[Any], Any]:
+        """Return a `write` for a file below a buffer, which writes again what failed.
+
+        A signal handler may raise between any two steps, even when the file is written
+        and the buffer does not know it yet. It cannot come into a function of C, so
+        there the result is stored, in `done`.
+        """
+        import collections
+
+        done: collections.deque[Any] = collections.deque()
+        store = done.extend
+        forget = done.clear
+        original = self.original
+        now = time.monotonic
+
+        def write(data: Any) -> Any:
+            if now() > self.look_at:
+                self._look_after_recorders()
+            rest = data
+            copied: list[int] = []
+            forget()
+            try:
+                if self.repeated:
+                    rest = self._new_part(data)
+                store(map(original, (rest,)))
+                if self.copies:
+                    self._copy(rest, done[0], copied)
+                if done[0] is None:
+                    return None  # a terminal that does not block takes nothing now
+                self.repeated = b""
+                return len(data) - len(rest) + done[0]
+            except BaseException as error:
+                if done:
+                    self._remember(data, len(data) - len(rest) + (done[0] or 0))
+                    if self.copies:
+                        self._copy(rest, done[0], copied)
+                    raise
+                return self._write_elsewhere(data, error)
+
+        return write
+
+    def _remember(self, data: Any, written: int) -> None:
+        """Remember what the buffer above will write again; it keeps no larger piece."""
+        kept = min(getattr(self.holder, "_blksize", 0), io.DEFAULT_BUFFER_SIZE)
+        if len(data) <= kept:
+            self.repeated = bytes(memoryview(data)[:written])
+
+    def _new_part(self, data: Any) -> Any:
+        """Leave out what was written already, if that is what is written again."""
+        size = len(self.repeated)
+        if bytes(memoryview(data)[:size]) == self.repeated:
+            return memoryview(data)[size:]
+        return data
+
+    def _copy(self, data: Any, written: Any, copied: list[int]) -> None:
+        """Append what the object has taken of `data` to the logs that lack it yet."""
+        if isinstance(data, str):
+            data = data.encode("utf-8", "backslashreplace")
+        else:
+            data = bytes(memoryview(data).cast("B")[: written or 0])
+        for stream in self.copies[len(copied) :]:
+            stream.copy(data, copied)
+
+    def _write_elsewhere(self, data: Any, error: BaseException) -> Any:
+        """Write where output went before, if its log has failed; else raise."""
+        if isinstance(error, OSError) and not _is_foreign(error):
+            for stream in reversed(self.streams):
+                if stream.is_log():
+                    with stream.without_log(error):
+                        return self.installed(data)
+        raise error
+
+    def _look_after_recorders(self) -> None:
+        self.look_at = time.monotonic() + LOOK_SECONDS
+        with _tolerating("output capture"):
+            for stream in self.streams:
+                stream.capture.look_after_recorder()
 
 
-def _local_sources(places: Sequence[str]) -> dict[str, tuple[str, bool]]:
-    """Return folder and whether it is editable of packages from local folders."""
-    from importlib.metadata import distributions
-    from urllib.parse import unquote, urlsplit
-
-    sources: dict[str, tuple[str, bool]] = {}
-    for distribution in distributions(path=list(places)):
-        with contextlib.suppress(Exception):  # a dist-info that is empty or torn
-            about: Any = distribution
-            # {"url": "file:///home/me/a", "dir_info": {"editable": true}}   (PEP 610)
-            direct = json.loads(about.read_text("direct_url.json") or "{}")
-            home, local = Path(about.locate_file("")), direct.get("dir_info")
-            develops = about._path.suffix == ".egg-info" and home.name not in _INSTALLED
-            if local is not None:
-                folder = unquote(urlsplit(direct.get("url", "")).path)
-                editable = bool(local.get("editable"))
-                sources.setdefault(about.metadata["Name"], (folder, editable))
-            elif develops:  # setup.py develop
-                sources.setdefault(about.metadata["Name"], (str(home), True))
-    return sources
+_taps: list[_Tap] = []  # all that are set
 
 
-_INSTALLED = ("site-packages", "dist-packages")
+class _StandIn:
+    """Stands in for a stream whose attributes cannot be set, and is like it."""
+
+    run_utils_original: Any = None
+
+    def __init__(self, original: Any) -> None:
+        self.run_utils_original = original
+        self.write = original.write
+
+    def writelines(self, lines: Iterable[Any]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.run_utils_original, name)
 
 
-def _cuda() -> tuple[dict[str, Any], str | None]:
-    """Return what the NVIDIA driver says; no CUDA context is ever made."""
-    facts: dict[str, Any] = {**dict.fromkeys(CUDA_FACTS), "available": False}
-    columns = list(GPU_FACTS)
-    output = _nvidia_smi(columns)
-    if "not a valid field" in output.text:  # a driver older than MIG
-        columns.remove("mig.mode.current")
-        output = _nvidia_smi(columns)
-    if output.returncode is None and not os.path.exists(NVIDIA_DRIVER):
-        return facts, None  # no such program and no driver: no GPU
-    # 0, NVIDIA H100 80GB HBM3, 81559, GPU-8a1b2c3d-..., 550.54.15, Disabled
-    rows = [line.split(", ") for line in output.text.splitlines()]
-    devices = [_gpu(columns, row) for row in rows if len(row) == len(columns)]
-    if output.problem or (rows and not devices and "No devices" not in output.text):
-        return dict.fromkeys(CUDA_FACTS), output.problem or "nvidia-smi gave no table"
-    header = _run(["nvidia-smi"]).text
-    version = re.search(r"CUDA (?:UMD )?Version: *([\d.]+)", header)
-    facts.update(available=bool(devices), device_count=len(devices), devices=devices)
-    driver = devices[0]["driver_version"] if devices else None
-    facts.update(driver_version=driver, version=version[1] if version else None)
-    # GPU 0: NVIDIA H100 (UUID: GPU-8a1b...)\n  MIG 1g.10gb Device 0: (UUID: MIG-...)
-    parts = re.findall(r"^ +MIG .*", _run(["nvidia-smi", "-L"]).text, re.M)
-    facts["mig_devices"] = [part.strip() for part in parts]
-    return facts, None
+def _flush_c_streams(streams: Sequence[_Stream]) -> None:
+    """Flush the buffers of C's stdio, so that a `puts` lands in the log of its run.
+
+    Nobody but ctypes and extension modules can call it; importing ctypes takes long.
+    Only stdout and stderr: another thread may hold stdin while it waits for input.
+    """
+    files = [str(getattr(module, "__file__", "")) for module in [*sys.modules.values()]]
+    extensions = [f for f in files if f.endswith(".so") and "lib-dynload" not in f]
+    is_used = extensions or "ctypes" in sys.modules
+    if not is_used or not any(stream.is_direct for stream in streams):
+        return
+    with _ignoring(Exception):  # a Python built without ctypes
+        import ctypes
+
+        library = ctypes.CDLL(None)
+        for name in ("stdout", "stderr", "__stdoutp", "__stderrp"):  # __ on macOS
+            with _ignoring(ValueError):
+                library.fflush(ctypes.c_void_p.in_dll(library, name))
 
 
-def _nvidia_smi(columns: Sequence[str]) -> _Output:
-    query = "--query-gpu=" + ",".join(columns)
-    return _run(["nvidia-smi", query, "--format=csv,noheader,nounits"])
+class _Forward:
+    """Copies what is appended to a log to where the output went before.
+
+    The position is the file offset of `log`, which the process and its recorder share:
+    when one dies, the other goes on where it stopped.
+    """
+
+    def __init__(self, log: int, target: int) -> None:
+        self.log = log
+        self.target = target
+        self.kept = [_Kept(log), _Kept(target)]
+        self.stop_at: int | None = None  # the offset where forwarding ends
+        self.is_broken = False  # nothing is shown any more: the reader went away
+        self.wake = threading.Event()  # there is something to do
+
+    def position(self) -> int:
+        return os.lseek(self.log, 0, os.SEEK_CUR)
+
+    def wait(self, seconds: float) -> None:
+        """Wait until the recorder has forwarded what is in the log now."""
+        deadline = time.monotonic() + seconds
+        with _ignoring(OSError):  # the program has closed the log
+            end = os.fstat(self.log).st_size
+            while not self.has_reached(end) and time.monotonic() < deadline:
+                time.sleep(0.002)
+
+    def has_reached(self, end: int) -> bool:
+        """Tell whether all up to an offset is forwarded, or was cut from the log."""
+        return self.position() >= end or os.fstat(self.log).st_size < end
+
+    def run(self) -> None:
+        """Forward until `stop_at`; look often while there is output, else rarely."""
+        silent_since = time.monotonic()
+        while True:
+            size = FORWARD_BYTES
+            if self.stop_at is not None:
+                size = min(size, self.stop_at - self.position())
+            if size <= 0:
+                return
+            if self._forward(size):
+                silent_since = time.monotonic()
+            elif self.stop_at is not None:
+                return  # the log has been cut
+            elif self.wake.wait(_pause(time.monotonic() - silent_since)):
+                self.wake.clear()
+
+    def _forward(self, size: int) -> bool:
+        """Forward up to `size` bytes; return False if there is nothing new."""
+        data = b""
+        with _ignoring(OSError):
+            data = _posix.pread(self.log, size, self.position())
+        if not data:
+            if os.fstat(self.log).st_size < self.position():  # as by copytruncate
+                os.lseek(self.log, 0, os.SEEK_SET)
+            return False
+        while data:
+            # A pipe takes so many bytes at once or none, so that whoever goes on
+            # after a process that was killed repeats nothing.
+            piece = data[: getattr(select, "PIPE_BUF", 512)]
+            if not self.is_broken:
+                self.is_broken = not _write_patiently(self.target, piece)
+            os.lseek(self.log, len(piece), os.SEEK_CUR)
+            data = data[len(piece) :]
+        return True
+
+    def drain(self) -> None:
+        """Forward everything that is in the log now."""
+        if all(kept.is_ours() for kept in self.kept):
+            self.stop_at = os.fstat(self.log).st_size
+            self.run()
+
+    def retarget(self, target: int) -> None:
+        """Go on to another target: the last one was the log of a run that has ended."""
+        before = self.target
+        self.target = target
+        self.is_broken = False
+        os.close(before)
 
 
-def _gpu(columns: Sequence[str], row: Sequence[str]) -> dict[str, Any]:
-    """Return a row of nvidia-smi; memory.total in MiB; [N/A] is None."""
-    values = [None if text.startswith("[") else text.strip() for text in row]
-    facts: dict[str, Any] = {**dict.fromkeys(GPU_FACTS), **dict(zip(columns, values))}
-    memory = facts["memory.total"]
-    facts["memory.total"] = int(memory) if str(memory).isdigit() else memory
-    return facts
+def _pause(silence: float) -> float:
+    """Return how long to wait for output after so many seconds without.
+
+    From a second on all that waits in a process wakes at the same moment.
+    """
+    pause = max(0.005, silence / 8)
+    if pause < 1.0:
+        return pause
+    return 1.0 - time.monotonic() % 1.0
 
 
-CUDA_FACTS = ["available", "version", "device_count", "driver_version", "devices"]
-CUDA_FACTS += ["mig_devices"]
-GPU_FACTS = ["index", "name", "memory.total", "uuid", "driver_version"]
-GPU_FACTS += ["mig.mode.current"]
-NVIDIA_DRIVER = "/proc/driver/nvidia/version"
+def _write_patiently(descriptor: int, data: bytes) -> bool:
+    """Write all of `data`, however slow the reader; return False if it is gone."""
+    failures = 0
+    while data and failures < 4:
+        try:
+            data = data[os.write(descriptor, data) :]
+        except BlockingIOError:
+            _is_ready(descriptor, _polls.POLLOUT, time.monotonic() + 1.0)
+        except BrokenPipeError:
+            return False
+        except OSError as error:
+            if _is_foreign(error):
+                raise
+            failures += 1
+            time.sleep(0.05)
+    return True
 
 
-def _loaded_cuda() -> dict[str, Any]:
-    """Return what torch, if it is loaded already, says of its CUDA."""
-    version = getattr(sys.modules.get("torch.version"), "cuda", None)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    facts = {"torch_cuda_version": version, "visible_devices": visible}
-    return {**dict.fromkeys(CUDA_FACTS), **facts}
+# === Provenance ===
+# One collector finds out one key of metadata.json. It returns facts or raises _Unknown
+# with the reason, changes nothing, imports nothing, and keeps its limits, for foreign
+# programs may hang, flood, lie or be missing.
 
 
-def _environment(root: str, prefix: str) -> tuple[dict[str, Any], str | None]:
-    """Return what made the environment below `prefix`, and the project's lock files."""
-    # home = /usr/bin\nuv = 0.4.18\nversion_info = 3.12.1
-    uv = _first_match(f"{prefix}/pyvenv.cfg", r"^uv *= *(.+)$")
-    conda = os.path.isdir(f"{prefix}/conda-meta")
-    venv = os.path.exists(f"{prefix}/pyvenv.cfg")
-    manager = "uv" if uv else "conda" if conda else "venv" if venv else None
-    installed = os.listdir(f"{prefix}/conda-meta") if conda else []
-    packages = sorted(name[:-5] for name in installed if name.endswith(".json"))
-    locks = {name: _sha256(os.path.join(root, name)) for name in LOCK_FILES if root}
-    return {
-        "manager": manager,
-        "prefix": prefix,
-        "uv_version": uv,
-        "conda_environment": os.environ.get("CONDA_DEFAULT_ENV"),
-        "conda_packages": packages,  # name-version-build
-        "lock_files": {name: digest for name, digest in locks.items() if digest},
-    }, None
+class _Unknown(Exception):
+    """Something could not be found out; the text says why.
+
+    `facts` is what is known all the same. `is_expected` means that nobody has to be
+    told, as where there is no repository.
+    """
+
+    def __init__(
+        self, reason: str, facts: JSON = None, is_expected: bool = False
+    ) -> None:
+        super().__init__(reason)
+        self.facts = facts
+        self.is_expected = is_expected
 
 
-def _container() -> tuple[dict[str, Any], str | None]:
-    """Return the kind of container this is, its image, and the limits of its cgroup."""
-    env = os.environ
-    apptainer = env.get("APPTAINER_CONTAINER") or env.get("SINGULARITY_CONTAINER")
-    # image="docker.io/library/python:3.11"
-    podman = _first_match("/run/.containerenv", r'^image="(.*)"')
-    kinds = {
-        "apptainer": apptainer,
-        "podman": os.path.exists("/run/.containerenv"),
-        "kubernetes": env.get("KUBERNETES_SERVICE_HOST"),
-        "docker": os.path.exists("/.dockerenv"),
+def _quick_metadata(site: _Site, document: Facts | None) -> Facts:
+    """Return metadata.json with everything that takes no time; the rest is null.
+
+    `document` is that of config.yaml, kept for readers without PyYAML.
+    """
+    metadata: Facts = {
+        "run": os.path.basename(site.run_dir),
+        "timestamp_utc": _utc(),
+        "command": shlex.join(site.argv),
+        "argv": site.argv,
+        "working_dir": site.cwd,
+        "hostname": _hostname(),
+        "user": _user(),
+        "script_name": site.name,
+        "python": None,
+        "platform": None,
+        "git": {"commit_short": None, "directory": site.directory},
+        "cuda": None,
+        "pip_freeze": None,
+        "packages": None,
+        "local_packages": None,
+        "environment": None,
+        "container": None,
+        "determinism": None,
+        "config": document,
+        "env": None,
+        "inputs": [],
+        "parent": None,
+        "launcher": {},
+        "resources": None,
+        "outputs": None,
+        "run_utils": {
+            "version": __version__,
+            "vendored": __vendored__,
+            "schema_version": SCHEMA_VERSION,
+        },
+        "capture": {},
     }
-    named = [env[name] for name in IMAGE_VARIABLES if env.get(name)]
-    quota, _, period = str(_cgroup_limit("cpu.max") or "").partition(" ")
-    cpus = int(quota) / int(period) if quota.isdigit() and period.isdigit() else None
-    return {
-        "kind": next((kind for kind, holds in kinds.items() if holds), None),
-        "image": podman or apptainer or next(iter(named), None),
-        "cpu_limit": cpus,
-        "memory_limit_bytes": _cgroup_limit("memory.max"),
-    }, None
+    _collect(metadata, "python", lambda: _python(site))
+    _collect(metadata, "platform", _platform)
+    _collect(metadata, "cuda", _loaded_cuda)
+    _collect(metadata, "determinism", _determinism)
+    _collect(metadata, "launcher", lambda: _launcher(os.environ))
+    return metadata
 
 
-# Where an image is told to those inside: SLURM's pyxis, GitLab, hubs of notebooks.
-IMAGE_VARIABLES = ["SLURM_CONTAINER_IMAGE", "CONTAINER_IMAGE", "CI_JOB_IMAGE"]
-IMAGE_VARIABLES += ["JUPYTER_IMAGE", "DOCKER_IMAGE", "IMAGE_NAME"]
+def _complete_metadata(metadata: Facts, site: _Site, record: _Record) -> None:
+    """Find out what takes time, and put it and how that went into `metadata`.
 
-
-def _cgroup_limit(name: str) -> str | int | None:
-    """Return the nearest limit of that name, of cgroup v2, that is set for us."""
-    # 0::/system.slice/slurmstepd.scope/job_7/step_0
-    folder = str(_first_match("/proc/self/cgroup", r"^0::(/.*)$") or "")
-    while folder:
-        limit = _first_match(f"/sys/fs/cgroup{folder}/{name}", r"^(\d.*)$")
-        if limit is not None:
-            return limit
-        folder = folder.rpartition("/")[0]
-    return _first_match(f"/sys/fs/cgroup/{name}", r"^(\d.*)$")
-
-
-def _determinism() -> dict[str, Any]:
-    """Return seeds and flags that loaded modules have; nothing is drawn or imported.
-
-    A state that no seed tells is told by a number, equal where the state is.
+    In the recorder the chains run beside each other, for leaving a block waits for
+    the longest of them. A process of the user gets no threads from us.
     """
-    facts = {name: _loaded(path) for name, path in _DETERMINISM.items()}
-    for name in ("PYTHONHASHSEED", "CUBLAS_WORKSPACE_CONFIG"):
-        facts[name] = os.environ.get(name)
-    facts["hash_randomization"] = bool(sys.flags.hash_randomization)
-    state = _loaded("random.getstate")  # (3, 625 numbers, None)
-    facts["random_state"] = _state_number(state[1]) if state else None
-    state = _loaded("numpy.random.get_state")  # ("MT19937", 624 numbers, 624, 0, 0.0)
-    numbers = [*map(int, state[1].tolist()), int(state[2])] if state else [0]
-    facts["numpy_state"] = _state_number(numbers) if state else None
-    # Seeded and not used since: init_genrand of Matsumoto and Nishimura's mt19937ar.c.
-    seed = numbers[0]
-    then = (1812433253 * (seed ^ (seed >> 30)) + 1) & 0xFFFFFFFF
-    fresh = len(numbers) == 625 and numbers[-1] == 624 and numbers[1] == then
-    facts["numpy_seed"] = seed if fresh else None
+    packages = _Packages(site, record)
+    code: dict[str, Callable[[], JSON]] = {
+        **_git_collectors(site, record),
+        "environment": lambda: _environment(site, metadata["git"].get("root")),
+    }
+    python: dict[str, Callable[[], JSON]] = {
+        "python": lambda: _python_of_command(site),
+        "pip_freeze": packages.lines,
+        "packages": lambda: packages.about or None,
+        "env": lambda: dict(os.environ),  # of the recorder: it is that of its parent
+        "container": _container,
+    }
+    threads = []
+    for chain in (python, {"cuda": _cuda}):
+        thread = threading.Thread(target=_collect_chain, args=(metadata, chain))
+        try:
+            if site.pid == os.getpid():
+                raise RuntimeError("this is the process of the user")
+            thread.start()
+            threads.append(thread)
+        except RuntimeError:  # or there is no room for one more thread
+            _collect_chain(metadata, chain)
+    _collect_chain(metadata, code)
+    for thread in threads:
+        thread.join()
+
+
+def _collect_chain(metadata: Facts, chain: Mapping[str, Callable[[], JSON]]) -> None:
+    for name, ask in chain.items():
+        _collect(metadata, name, ask)
+
+
+def _collect(metadata: Facts, name: str, ask: Callable[[], JSON]) -> None:
+    """Put what `ask` finds out at its place, and how that went in `capture`."""
+    started = time.monotonic()
+    report: Facts = {"ok": True, "seconds": None, "problem": None}
+    facts = None
+    try:
+        facts = ask()
+    except _Unknown as reason:
+        facts = reason.facts  # what is known all the same
+        report.update(ok=False, problem=str(reason))
+        if reason.is_expected:
+            report["is_expected"] = True
+    except Exception as error:  # a bug of ours costs one key, not the record
+        is_main = threading.current_thread() is threading.main_thread()
+        if is_main and _is_foreign(error):
+            raise
+        report.update(ok=False, problem=f"{type(error).__name__}: {error}")
+    report["seconds"] = round(time.monotonic() - started, 3)
+    with _collecting:
+        _place(metadata, name, facts)
+        metadata["capture"] = {**metadata["capture"], name: report}
+
+
+_collecting = threading.Lock()  # held while a key of metadata.json changes
+
+
+def _place(metadata: Facts, name: str, facts: JSON) -> None:
+    """Put facts at their place, "git.patch" as `patch` in `git`; None changes nothing.
+
+    Mappings are replaced, not changed: somebody may be writing them at the moment.
+    """
+    name, _, inner = name.partition(".")
+    if inner and facts is not None:
+        facts = {inner: facts}
+    known = metadata.get(name)
+    if isinstance(known, dict) and isinstance(facts, dict):
+        news = {k: v for k, v in facts.items() if v is not None or k not in known}
+        facts = {**known, **news}
+    if facts is not None:
+        metadata[name] = facts
+
+
+class _Site:
+    """What ran and where: all that a collector may need and JSON can carry."""
+
+    argv: list[str]
+    cwd: str | None  # None: the working directory was removed
+    script: str | None = None  # absolute path of the file that ran
+    name: str = ""  # what a run of it is called by default: "train" of train.py
+    directory: str  # the folder whose repository is recorded
+    executable: str | None = None  # the Python of the experiment
+    origin: str = "this process"  # where it was found; or "the command", or "PATH"
+    prefix: str = ""  # of its environment; empty: it was not asked yet
+    sys_path: list[str]  # where it looks for modules; the same
+    entered: list[int] | None = None  # ns of our clock, a disk, ns of the disk's clock
+    run_dir: str = ""
+    results_root: str = ""
+    loaded: list[str]  # source files of the program, for code that has no git
+    pid: int
+
+    def __init__(self, argv: list[str]) -> None:
+        self.argv = argv
+        self.cwd = _working_dir()
+        self.sys_path = []
+        self.loaded = []
+        self.pid = os.getpid()
+        self.reading = threading.RLock()
+        self.packages: list[_Installed] | None = None
+
+    @staticmethod
+    def here(argv: list[str] | None = None) -> _Site:
+        """Return what there is to know of this process, or of a command to be run."""
+        if not argv:
+            site = _Site(_typed_argv())
+            _describe_process(site)
+        else:
+            site = _Site(argv)
+            _describe_command(site)
+        site.directory = site.places()[0]
+        return site
+
+    def to_json(self) -> Facts:
+        return {name: getattr(self, name) for name in _Site.__annotations__}
+
+    @staticmethod
+    def from_json(facts: Facts) -> _Site:
+        site = _Site(facts["argv"])
+        for name in _Site.__annotations__:
+            setattr(site, name, facts[name])
+        return site
+
+    def places(self) -> list[str]:
+        """Return the folders whose repository may have the code, the likeliest first.
+
+        The program that runs decides: not what it was given to read, and not where
+        pytest or Jupyter are installed. At the end stands the working directory.
+        """
+        folders = []
+        if self.script is not None:
+            for path in (os.path.realpath(self.script), self.script):
+                if not _is_installed(path):
+                    folders.append(os.path.dirname(path))
+        folders += [self.cwd or os.sep, os.sep]
+        return list(dict.fromkeys(filter(os.path.isdir, folders)))
+
+    def package_places(self) -> list[str]:
+        """Return where packages may be installed: sys.path without the script's folder.
+
+        Python puts that first on its own, and pip does not look there.
+        """
+        with self.reading:
+            if not self.sys_path and self.executable is not None:
+                _ask_python(self)
+        places = list(self.sys_path)
+        if self.origin == "this process" and places[:1] and places[0] in self.places():
+            del places[0]
+        return list(dict.fromkeys(places))
+
+    def installed(self) -> list[_Installed]:
+        """Return the packages of the experiment's Python; they are read once."""
+        with self.reading:
+            if self.packages is None:
+                self.packages = _installed(self.package_places())
+            return self.packages
+
+
+def _describe_process(site: _Site) -> None:
+    """Fill in what this very process says of itself."""
+    here = site.cwd or os.sep
+    file = getattr(sys.modules.get("__main__"), "__file__", None)
+    # `python -m cProfile train.py` leaves train.py in argv.
+    for word in [*getattr(sys, "argv", [])[:1], str(file or "-")]:
+        path = os.path.join(here, word)
+        if os.path.isfile(path) and (site.script is None or not _is_installed(path)):
+            site.script = path
+    site.name = _script_name()
+    if _no_interpreter() is None:
+        site.executable = os.path.join(here, sys.executable)
+    site.sys_path = [os.path.normpath(os.path.join(here, place)) for place in sys.path]
+    site.prefix = sys.prefix
+    site.loaded = _loaded_sources(here)
+
+
+def _script_name() -> str:
+    """Return the stem of the script: "train" of train.py, "mod" of -m pkg.mod."""
+    if "ipykernel" in sys.modules:
+        return "notebook"
+    words = getattr(sys, "argv", None) or [""]
+    if os.path.basename(words[0]) in ("", "-", "-c"):
+        return "interactive"
+    return _stem(words[0])
+
+
+def _stem(path: str) -> str:
+    """Return "train" of train.py, and "pkg" of pkg/__main__.py."""
+    folder, name = os.path.split(path)
+    stem = os.path.splitext(name)[0]
+    if stem == "__main__":
+        return os.path.basename(folder)
+    return stem
+
+
+def _typed_argv() -> list[str]:
+    """Return the command line as it was typed: interpreter, flags, `-m pkg.mod`.
+
+    Python 3.9 has no sys.orig_argv; there it is the interpreter and sys.argv.
+    """
+    typed = getattr(sys, "orig_argv", None)
+    if not typed:
+        typed = ["python", *getattr(sys, "argv", [])]
+    return [sys.executable or "python", *typed[1:]]
+
+
+def _working_dir() -> str | None:
+    with _ignoring(OSError):
+        return os.getcwd()
+    return None
+
+
+def _loaded_sources(here: str) -> list[str]:
+    """Return the loaded source files that are the program's own, not installed."""
+    found = []
+    for module in list(sys.modules.values()):
+        file = None
+        with _ignoring(AttributeError):
+            # A lazy module that is asked in the usual way begins to be imported.
+            file = object.__getattribute__(module, "__dict__").get("__file__")
+        if isinstance(file, str) and file.endswith(".py"):
+            path = os.path.join(here, file)
+            if not _is_installed(path):
+                found.append(path)
+    return found[:PATCH_FILES]
+
+
+def _is_installed(path: str) -> bool:
+    """Tell whether a file belongs to an environment or the system, not to a project."""
+    if re.search(r"[/\\](site|dist)-packages[/\\]", path):
+        return True
+    if path.startswith(_STANDARD_LIBRARY):
+        return True
+    folder = os.path.dirname(path)
+    if os.path.basename(folder) not in ("bin", "sbin", "shims", "Scripts"):
+        return False
+    is_on_path = folder in os.environ.get("PATH", "").split(os.pathsep)
+    return is_on_path or _is_prefix(os.path.dirname(folder))
+
+
+_STANDARD_LIBRARY = os.path.dirname(os.__file__) + os.sep
+
+
+def _is_prefix(folder: str) -> bool:
+    """Tell whether a folder is an environment made by venv, uv or conda."""
+    markers = ("pyvenv.cfg", "conda-meta")
+    return any(os.path.exists(os.path.join(folder, name)) for name in markers)
+
+
+def _describe_command(site: _Site) -> None:
+    """Fill in what the words of a command say of the program that will run.
+
+    Its Python is the one it names, else the one of its environment, else what
+    `python` means on PATH: a shell script or make is likely to start that one.
+    """
+    here = site.cwd or os.sep
+    words = _without_launcher(site.argv)
+    program = _on_path(words[0], here) or os.path.join(here, words[0])
+    site.script = program
+    site.name = _stem(program)
+    if _INTERPRETER.match(os.path.basename(program)):
+        script, module = _operand(words, here)
+        site.script = script
+        if module:
+            site.name = module.replace(".__main__", "").rpartition(".")[2]
+        elif script is not None:
+            site.name = _stem(script)
+    site.origin = "the command"
+    first = _on_path(site.argv[0], here) or ""
+    site.executable = _python_beside(first) or _python_beside(program)
+    if site.executable is None:
+        site.executable = _on_path("python", here) or _on_path("python3", here)
+        site.origin = "PATH"
+
+
+def _python_beside(program: str) -> str | None:
+    """Return the Python of the environment that has a program such as pytest."""
+    folder, name = os.path.split(program)
+    if _PYTHON.match(name):
+        return program
+    if _is_prefix(os.path.dirname(folder)):
+        return _on_path(os.path.join(folder, "python"))
+    return None
+
+
+_LAUNCHER = re.compile(
+    "accelerate|deepspeed|env|mpiexec|mpirun|nice|nohup|srun|time|timeout|torchrun|uv"
+)
+_INTERPRETER = re.compile(
+    r"(python|pypy|(ba|da|fi|k|z)?sh|Rscript|julia|lua|node|octave|perl|php|ruby)"
+    r"[\d.]*t?(\.exe)?$"
+)
+
+
+def _without_launcher(words: list[str]) -> list[str]:
+    """Return the words of a command from the program on that a launcher starts.
+
+    `torchrun --nproc-per-node 2 train.py --lr 1` becomes `python train.py --lr 1`.
+    """
+    if _LAUNCHER.fullmatch(os.path.basename(words[0])):
+        for number, word in enumerate(words):
+            if word == "-m" or word.endswith(".py"):
+                return ["python", *words[number:]]
+            if _INTERPRETER.match(os.path.basename(word)):
+                return words[number:]
+    return words
+
+
+def _operand(words: Sequence[str], here: str) -> tuple[str | None, str]:
+    """Return the script that an interpreter is given, and the module of `-m`.
+
+    `python -u -X dev train.py` has a script, `python -um pkg.mod` a module, and
+    `bash -ec "..."` neither of them.
+    """
+    is_python = _PYTHON.match(os.path.basename(words[0]))
+    code = "-[A-Za-z]*e$"
+    if is_python or words[0].endswith("sh"):
+        code = "-[A-Za-z]*c$"
+    rest = iter(words[1:])
+    for word in rest:
+        if re.match(code, word):
+            break
+        if is_python and re.match("-[A-Za-z]*m$", word):
+            module = next(rest, "")
+            path = os.path.join(here, *module.split("."))
+            for file in (f"{path}.py", f"{path}/__main__.py"):
+                if os.path.isfile(file):
+                    return file, module
+            return None, module
+        if word in ("-W", "-X", "-o", "-O", "-r"):
+            next(rest, "")
+        elif not word.startswith(("-", "+")):
+            return os.path.join(here, word), ""
+    return None, ""
+
+
+def _on_path(program: str, here: str = os.sep) -> str | None:
+    """Return the absolute path of a program as a shell in `here` would find it."""
+    folders = [""]
+    if os.sep not in program:
+        folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    for folder in folders:
+        path = os.path.join(here, folder, program)
+        if os.path.isfile(path) and os.access(path, os.X_OK):
+            return path
+    return None
+
+
+# What takes no time.
+
+
+def _hostname() -> str:
+    if hasattr(os, "uname"):
+        return str(os.uname().nodename)
+    return os.environ.get("COMPUTERNAME", "")
+
+
+def _user() -> str:
+    """Return the name of the user, "uid:54321" where the system has none."""
+    name = os.environ.get("LOGNAME") or os.environ.get("USER")
+    if name:
+        return name
+    import getpass
+
+    with _ignoring(ImportError, KeyError, OSError):
+        return getpass.getuser()
+    if hasattr(os, "getuid"):
+        return f"uid:{os.getuid()}"
+    return "unknown"
+
+
+def _python(site: _Site) -> Facts:
+    """Return which Python this is; that of a command is asked for later."""
+    facts: Facts = {
+        "version": None,
+        "executable": site.executable or sys.executable,
+        "origin": site.origin,
+        "implementation": None,
+        "prefix": None,
+        "flags": {},
+        "torch": _loaded("torch.__version__"),
+        "numpy": _loaded("numpy.__version__"),
+    }
+    if site.origin == "this process":
+        facts["version"] = sys.version
+        facts["implementation"] = sys.implementation.name
+        facts["prefix"] = sys.prefix
+        for name in ("dev_mode", "isolated", "no_site", "optimize", "safe_path"):
+            if getattr(sys.flags, name, None):
+                facts["flags"][name] = getattr(sys.flags, name)
     return facts
 
 
-_DETERMINISM = {
-    "torch_seed": "torch.initial_seed",
-    "torch_deterministic": "torch.are_deterministic_algorithms_enabled",
-    "torch_cudnn_deterministic": "torch.backends.cudnn.deterministic",
-    "torch_cudnn_benchmark": "torch.backends.cudnn.benchmark",
-    "torch_float32_matmul_precision": "torch.get_float32_matmul_precision",
-}
+def _platform() -> Facts:
+    """Return the keys of the platform module, and processors and memory."""
+    facts: Facts = {
+        "platform": sys.platform,
+        "system": None,
+        "machine": None,
+        "release": None,
+        "processor": _match_in_file("/proc/cpuinfo", r"^model name\s*: (.*)"),
+        "cpu_count": os.cpu_count(),
+        "usable_cpus": None,
+        "memory_kib": _match_in_file("/proc/meminfo", r"^MemTotal:\s*(\d+)"),
+    }
+    if hasattr(os, "uname"):
+        name = os.uname()
+        facts["platform"] = f"{name.sysname}-{name.release}-{name.machine}"
+        facts.update(system=name.sysname, release=name.release, machine=name.machine)
+    if hasattr(os, "sched_getaffinity"):
+        facts["usable_cpus"] = len(os.sched_getaffinity(0))
+    if facts["memory_kib"] is None and hasattr(os, "sysconf"):
+        with _ignoring(ValueError, OSError):  # macOS
+            pages = os.sysconf("SC_PHYS_PAGES")
+            facts["memory_kib"] = pages * os.sysconf("SC_PAGE_SIZE") // 1024
+    return facts
 
 
-def _loaded(path: str) -> Any:
+def _match_in_file(path: str, pattern: str) -> str | int | None:
+    """Return the first group of `pattern` in a small file; digits as a number.
+
+    Only its beginning is read: /proc/cpuinfo of a large machine takes milliseconds.
+    """
+    data = b""
+    with _ignoring(OSError), io.FileIO(path) as file:
+        data = file.read(16_384) or b""
+    found = re.search(pattern, data.decode("utf-8", "replace"), re.M)
+    if found is None:
+        return None
+    if found[1].isdigit():
+        return int(found[1])
+    return found[1]
+
+
+def _loaded_cuda() -> Facts:
+    """Return what torch, if it is loaded already, says of its CUDA."""
+    return {
+        **dict.fromkeys(_CUDA_FACTS),
+        "torch_cuda_version": _loaded("torch.version.cuda"),
+        "visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
+    }
+
+
+def _determinism() -> Facts:
+    """Return seeds and flags that loaded modules have; nothing is drawn or imported."""
+    return {
+        "torch_seed": _loaded("torch.initial_seed"),
+        "torch_deterministic": _loaded("torch.are_deterministic_algorithms_enabled"),
+        "torch_cudnn_deterministic": _loaded("torch.backends.cudnn.deterministic"),
+        "torch_cudnn_benchmark": _loaded("torch.backends.cudnn.benchmark"),
+        "torch_float32_matmul_precision": _loaded("torch.get_float32_matmul_precision"),
+        "hash_randomization": bool(sys.flags.hash_randomization),
+        "PYTHONHASHSEED": os.environ.get("PYTHONHASHSEED"),
+        "CUBLAS_WORKSPACE_CONFIG": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+        "PL_GLOBAL_SEED": os.environ.get("PL_GLOBAL_SEED"),  # of seed_everything()
+    }
+
+
+def _late_determinism(before: Facts) -> Facts:
+    """Return the seeds and flags that were set since `before`, for status.json."""
+    if not before:
+        return {}
+    late = {}
+    for name, value in _determinism().items():
+        if value is not None and value != before.get(name):
+            late[name] = value
+    return late
+
+
+def _loaded(path: str) -> JSON:
     """Read `torch.backends.cudnn.benchmark` if it is loaded; call a function.
 
     A module is not asked for what it lacks: numpy would import numpy.random.
     """
     module, *names = path.split(".")
     value: Any = sys.modules.get(module)
-    with contextlib.suppress(Exception):  # a stub, another version, a broken install
+    if type(value).__module__ == "importlib.util":  # it waits to be imported
+        return None
+    try:
         for name in names:
-            lazy = type(value) is type(sys)
-            value = vars(value).get(name) if lazy else getattr(value, name, None)
-        return value() if callable(value) else value
-    return None
+            if type(value) is type(sys):
+                value = vars(value).get(name)
+            else:  # torch.backends.cudnn puts an object in place of its module
+                value = getattr(value, name, None)
+        if callable(value):
+            value = value()
+    except Exception as error:  # a stub, another version, a broken install
+        _raise_if_foreign(error)
+        return None
+    return _plain(value)
 
 
-def _state_number(numbers: Sequence[int]) -> str:
-    """Return a number for a state; Python's hash of integers is the same everywhere."""
-    return f"{hash(tuple(numbers)) & 0xFFFFFFFFFFFFFFFF:016x}"
-
-
-def _late_determinism(before: Mapping[str, Any]) -> dict[str, Any]:
-    """Return, for status.json, the seeds and flags that were set after entry."""
-    facts = _determinism() if before else {}
-    set_since = {k: v for k, v in facts.items() if v not in (None, before.get(k))}
-    new = {k: v for k, v in set_since.items() if k not in _UNEQUAL}
-    return {"determinism": new} if new else {}
-
-
-def _python() -> dict[str, Any]:
-    return {
-        "version": sys.version,
-        "executable": sys.executable,
-        "implementation": sys.implementation.name,
-        "prefix": sys.prefix,
-        "flags": {k: v for k in _FLAGS if (v := getattr(sys.flags, k, None))},
-        "torch": getattr(sys.modules.get("torch"), "__version__", None),
-        "numpy": getattr(sys.modules.get("numpy"), "__version__", None),
-    }
-
-
-_FLAGS = ("dev_mode", "isolated", "no_site", "optimize", "safe_path", "utf8_mode")
-
-
-def _platform() -> dict[str, Any]:
-    """Return the keys of the platform module, and CPU and memory."""
-    name = os.uname() if hasattr(os, "uname") else None
-    known = dict.fromkeys(("platform", "system", "machine", "release"))
-    known["platform"] = _platform_name()
-    if name is not None:
-        known.update(system=name.sysname, release=name.release, machine=name.machine)
-    affinity = getattr(os, "sched_getaffinity", None)
-    return {
-        **known,
-        "processor": _first_match("/proc/cpuinfo", r"^model name\s*: (.*)"),
-        "cpu_count": os.cpu_count(),
-        "usable_cpus": len(affinity(0)) if affinity else None,
-        "memory_kib": _first_match("/proc/meminfo", r"^MemTotal:\s*(\d+)"),
-    }
-
-
-def _platform_name() -> str:
-    """Return "Linux-6.1.0-x86_64"."""
-    name = os.uname() if hasattr(os, "uname") else None
-    return f"{name.sysname}-{name.release}-{name.machine}" if name else sys.platform
-
-
-def _first_match(path: str, pattern: str) -> str | int | None:
-    """Return the first group of `pattern` in a small file; digits as a number."""
-    with contextlib.suppress(OSError, ValueError):
-        found = re.search(pattern, Path(path).read_text("utf-8"), re.M)
-        if found:
-            return int(found[1]) if found[1].isdigit() else found[1]
-    return None
-
-
-def _hostname() -> str:
-    return os.uname().nodename if hasattr(os, "uname") else ""
-
-
-def _user() -> str:
-    """Return the name of the user, "uid:54321" where the system has none."""
-    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
-        if os.environ.get(name):
-            return os.environ[name]
-    try:
-        import pwd
-
-        return pwd.getpwuid(os.getuid()).pw_name
-    except (ImportError, KeyError):
-        return f"uid:{os.getuid()}" if hasattr(os, "getuid") else "unknown"
-
-
-def _launcher(env: Mapping[str, str]) -> dict[str, Any]:
+def _launcher(env: Mapping[str, str]) -> Facts:
     """Return the ids that a scheduler or launcher gave this process."""
-    prefixes = (
-        "SLURM_", "TORCHELASTIC_", "OMPI_COMM_WORLD_", "PMI_", "PMIX_", "PALS_", "PBS_",
-        "LSB_", "FLUX_", "SGE_TASK_", "POD_", "JOB_COMPLETION_",
-    )  # fmt: skip
-    names = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "JOB_ID"]
-    names += ["MASTER_PORT", "KUBERNETES_SERVICE_HOST", "NODE_NAME", "PYTHONHASHSEED"]
-    return {k: env[k] for k in sorted(env) if k.startswith(prefixes) or k in names}
+    return {name: env[name] for name in sorted(env) if _LAUNCHER_NAMES.match(name)}
 
 
-class _Output:
-    """What a program printed, how it ended, and in a sentence what went wrong."""
+_LAUNCHER_NAMES = re.compile(
+    "SLURM_|TORCHELASTIC_|OMPI_COMM_WORLD_|PMIX?_|PALS_|PBS_|LSB_|FLUX_|SGE_TASK_|POD_"
+    "|JOB_COMPLETION_|(LOCAL_|GROUP_)?RANK$|WORLD_SIZE$|MASTER_(ADDR|PORT)$|JOB_ID$"
+    "|KUBERNETES_SERVICE_HOST$|NODE_NAME$|PYTHONHASHSEED$"
+)
 
-    def __init__(self, program: str) -> None:
-        self.program = os.path.basename(program)
-        self.returncode: int | None = None
-        self.problem: str | None = None
-        self.printed = {1: bytearray(), 2: bytearray()}
 
-    @property
-    def data(self) -> bytes:
-        return bytes(self.printed[1])
+# The Python of the experiment and its packages.
 
-    @property
-    def text(self) -> str:
-        return self.data.decode("utf-8", "surrogateescape")
 
-    def read(self, child: subprocess.Popen[bytes], timeout: float, limit: int) -> None:
-        """Collect what the child prints until it ends or passes a limit.
+def _python_of_command(site: _Site) -> Facts | None:
+    """Return which Python a command uses; that of this process is known already."""
+    if site.origin == "this process":
+        return None
+    return _ask_python(site)
 
-        A grandchild that keeps the pipe open is not waited for.
+
+def _ask_python(site: _Site) -> Facts:
+    """Ask the Python of a command what it is; fill in `prefix` and `sys_path`."""
+    if site.executable is None:
+        raise _Unknown("no Python was found on PATH")
+    code = "import json, sys; print(json.dumps([sys.version, sys.prefix, sys.path]))"
+    printed = _run([site.executable, "-c", code], env=_python_environment())
+    try:
+        version, site.prefix, places = json.loads(printed.splitlines()[-1])
+    except (ValueError, IndexError):
+        raise _Unknown("the command's Python does not say what it is") from None
+    site.sys_path = [place for place in places if os.path.isabs(place)]
+    return {"version": version, "prefix": site.prefix}
+
+
+def _python_environment() -> dict[str, str]:
+    """Return the environment in which the experiment's Python is asked things.
+
+    Settings of pip would change its answer, and a folder on PYTHONPATH that has a
+    `pip` of its own would be run instead of it.
+    """
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PIP_")}
+    env["PIP_CONFIG_FILE"] = os.devnull
+    places = []
+    for place in env.pop("PYTHONPATH", "").split(os.pathsep):
+        pip = os.path.join(place, "pip")
+        if os.path.isabs(place) and not os.path.exists(pip):
+            places.append(place)
+    if places:
+        env["PYTHONPATH"] = os.pathsep.join(places)
+    return env
+
+
+class _Packages:
+    """The installed packages, taken from an earlier run where nothing has changed."""
+
+    def __init__(self, site: _Site, record: _Record) -> None:
+        self.site = site
+        self.record = record
+        self.state: str | None = None  # tells whether the list can be used again
+        self.about: Facts = {}
+
+    def lines(self) -> list[str]:
+        """Return the requirement lines that `pip freeze` prints.
+
+        Where there is no pip (uv, conda) they are made from the metadata of the
+        packages, which tells by PEP 610 where each came from.
         """
-        pipes: list[Any] = [child.stdout, child.stderr]
-        streams = {pipe.fileno(): n + 1 for n, pipe in enumerate(pipes)}
-        deadline, ended, pause = time.monotonic() + timeout, False, 0.0001
-        poller = select.poll()
-        for descriptor in streams:
-            poller.register(descriptor, select.POLLIN)
-        while streams or not ended:
-            ended = child.poll() is not None
-            ready = poller.poll(0 if ended or not streams else 50)
-            for descriptor, _ in ready:
-                data = os.read(descriptor, 65536)
-                self.printed[streams[descriptor]] += data
-                if not data:
-                    poller.unregister(descriptor)
-                    del streams[descriptor]
-            if max(map(len, self.printed.values())) > limit:
-                self.problem = f"{self.program} printed more than {limit} bytes"
-            elif time.monotonic() > deadline:
-                self.problem = f"{self.program} did not end within {timeout:g} s"
-            if self.problem or (ended and not ready):
+        self.state = _packages_state(self.site)
+        earlier = self.earlier_lines()
+        if earlier is not None:
+            return earlier
+        self.about = {"source": "pip freeze", "taken_from": None, "state": self.state}
+        python = self.site.executable
+        problem = ""
+        if python is None:
+            problem = _no_interpreter() or "no Python was found on PATH"
+        elif any(os.path.isdir(f"{place}/pip") for place in self.site.package_places()):
+            try:
+                return _pip_freeze(python)
+            except _ProgramFailed as reason:
+                problem = str(reason)
+        self.about["source"] = "installed metadata"
+        lines, torn = _requirements(self.site.installed())
+        if problem or torn:
+            raise _Unknown("; ".join(filter(None, [problem, *torn])), lines or None)
+        return lines
+
+    def earlier_lines(self) -> list[str] | None:
+        """Return the list of the newest earlier run, if it must be the same."""
+        earlier = self.record.earlier_metadata() or {}
+        about = _mapping(earlier, "packages")
+        report = _mapping(_mapping(earlier, "capture"), "pip_freeze")
+        lines = earlier.get("pip_freeze")
+        if self.state is None or about.get("state") != self.state:
+            return None
+        if report.get("ok") is not True or not isinstance(lines, list):
+            return None
+        self.about = {**about, "taken_from": about["taken_from"] or earlier["run"]}
+        return [str(line) for line in lines]
+
+
+def _pip_freeze(executable: str) -> list[str]:
+    """Return what pip of this interpreter prints."""
+    pip = [*_safe_python(executable), "-m", "pip", "--disable-pip-version-check"]
+    printed = _run([*pip, "freeze"], env=_python_environment(), timeout=PIP_SECONDS)
+    lines = printed.decode("utf-8", "surrogateescape").splitlines()
+    return [line.strip() for line in lines if line.strip()]
+
+
+class _Installed:
+    """The metadata of a package in a folder of sys.path, a link to one, or a .pth."""
+
+    def __init__(self, place: str, name: str) -> None:
+        self.path = os.path.join(place, name)
+        self.kind = os.path.splitext(name)[1]
+        self.folder: str | None = None  # of the sources that it was installed from
+        self.is_editable = False
+        self.direct: Facts = {}  # direct_url.json of PEP 610
+        self.problem: str | None = None
+        # Only where an installer writes is it believed where a package comes from.
+        if os.path.basename(place) in ("site-packages", "dist-packages"):
+            self.read_origin()
+
+    def read_origin(self) -> None:
+        """Find out whether the package came from a folder, a URL or an index."""
+        if self.kind == ".egg-link":  # setup.py develop: its first line is the folder
+            self.folder = _head_of_file(self.path).partition("\n")[0].strip()
+            self.is_editable = True
+        file = os.path.join(self.path, "direct_url.json")
+        if not os.path.exists(file):
+            return
+        # {"url": "file:///home/me/a", "dir_info": {"editable": true}}
+        try:
+            direct = json.loads(_head_of_file(file))
+            url = str(direct["url"])
+        except (ValueError, LookupError, TypeError):
+            self.problem = f"{file} cannot be read"
+            return
+        self.direct = direct
+        if isinstance(direct.get("dir_info"), dict):
+            from urllib.parse import unquote, urlsplit
+
+            self.folder = unquote(urlsplit(url).path)
+            self.is_editable = bool(direct["dir_info"].get("editable"))
+
+    def stamp(self) -> list[object]:
+        """Return name and times, which tell a package from another of its version."""
+        files = ("", "/METADATA", "/direct_url.json")
+        return [self.path, *(_stamp(self.path + file) for file in files)]
+
+    def names(self) -> tuple[str, str]:
+        """Return name and version; both are empty if the metadata is torn."""
+        for file in ("", "/METADATA", "/PKG-INFO", "/EGG-INFO/PKG-INFO"):
+            head = _head_of_file(self.path + file).partition("\n\n")[0]
+            name = re.search(r"^Name: *(\S+)", head, re.M)
+            version = re.search(r"^Version: *(\S+)", head, re.M)
+            if name is not None and version is not None:
+                return name[1], version[1]
+        return "", ""
+
+
+def _installed(places: Iterable[str]) -> list[_Installed]:
+    """Return all packages in some folders, and what else tells Python where to look."""
+    kinds = (".dist-info", ".egg-info", ".egg-link", ".egg", ".pth")
+    found = []
+    for place in places:
+        names: list[str] = []
+        with _ignoring(OSError):  # a zip file, or a folder that does not exist
+            names = sorted(os.listdir(place))
+        found += [_Installed(place, name) for name in names if name.endswith(kinds)]
+    return found
+
+
+def _head_of_file(path: str) -> str:
+    """Return the beginning of a text file, nothing if it cannot be read.
+
+    A link is followed, for uv may install packages as links.
+    """
+    with _ignoring(OSError), _opened(path, MAX_READ, follow=True) as file:
+        return (file.read(65_536) or b"").decode("utf-8", "replace")
+    return ""
+
+
+def _stamp(path: str) -> list[int] | None:
+    with _ignoring(OSError):
+        info = os.stat(path)
+        return [info.st_mtime_ns, info.st_ctime_ns, info.st_size]
+    return None
+
+
+def _packages_state(site: _Site) -> str | None:
+    """Return a digest of all that `pip freeze` depends on, None if that is not known.
+
+    It is the interpreter, the folders it looks into, name and times of each package
+    there, and the commit of each that is installed from a folder.
+    """
+    places = site.package_places()
+    if site.executable is None or not places:
+        return None
+    state: list[object] = [site.executable, _stamp(site.executable), places]
+    for package in site.installed():
+        state.append(package.stamp())
+        if package.is_editable and package.folder is not None:
+            checkout = _checkout(package.folder)
+            if checkout is None:
+                return None
+            state.append(checkout)
+    return str(_digest("sha256", json.dumps(state).encode("ascii")).hexdigest())
+
+
+def _checkout(folder: str) -> list[object] | None:
+    """Return what tells one checkout of a package from another, None if nothing can.
+
+    pip prints the commit and the URL of the remote.
+    """
+    try:
+        answer = _git_run(folder, "rev-parse", "HEAD", "--git-common-dir")
+    except _Unknown as reason:
+        if "not a git repository" in str(reason):
+            return []
+        return None
+    commit, _, common = os.fsdecode(answer).rstrip("\n").partition("\n")
+    return [commit, _stamp(os.path.join(folder, common, "config"))]
+
+
+def _requirements(installed: Iterable[_Installed]) -> tuple[list[str], list[str]]:
+    """Return requirement lines in the order of their names, and what was torn."""
+    found: dict[str, str] = {}
+    torn: list[str] = []
+    for package in installed:
+        name, version = package.names()
+        key = re.sub("[-_.]+", "-", name).lower()
+        if name and key not in found:  # the first on sys.path is what is imported
+            found[key] = _requirement(name, version, package)
+            torn += filter(None, [package.problem])
+    return [found[key] for key in sorted(found)], torn
+
+
+def _requirement(name: str, version: str, package: _Installed) -> str:
+    """Return "name==1.0", "name @ git+URL@commit" or "-e folder"."""
+    if package.is_editable:
+        return f"-e {package.folder}"
+    url = package.direct.get("url")
+    if url is None:
+        return f"{name}=={version}"
+    source = package.direct.get("vcs_info")
+    if isinstance(source, dict):
+        url = f"{source.get('vcs')}+{url}@{source.get('commit_id')}"
+    return f"{name} @ {url}"
+
+
+def _local_sources(site: _Site) -> dict[str, tuple[str, bool]]:
+    """Return folder, and whether it is editable, of packages from local folders."""
+    sources: dict[str, tuple[str, bool]] = {}
+    for package in site.installed():
+        if package.folder is not None:
+            name = package.names()[0] or _stem(package.path)
+            sources.setdefault(name, (package.folder, package.is_editable))
+    return sources
+
+
+# The machine.
+
+_CUDA_FACTS = (
+    "available", "version", "device_count", "driver_version", "devices", "mig_devices",
+)  # fmt: skip
+_GPU_FACTS = (
+    "index", "name", "memory.total", "uuid", "driver_version", "mig.mode.current",
+)  # fmt: skip
+NVIDIA_DRIVER = "/proc/driver/nvidia/version"
+
+
+def _cuda() -> Facts:
+    """Return what the NVIDIA driver says; no CUDA context is ever made."""
+    facts: Facts = {**dict.fromkeys(_CUDA_FACTS), "available": False}
+    # NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 ...
+    driver = _match_in_file(NVIDIA_DRIVER, r"Kernel Module +([\d.]+)")
+    if _on_path("nvidia-smi") is None and not os.path.exists(NVIDIA_DRIVER):
+        return facts  # no program and no driver: no GPU
+    try:
+        devices = _gpus()
+        header = _run(["nvidia-smi"]).decode("utf-8", "replace")
+    except _Unknown as reason:
+        facts.update(available=None, driver_version=driver)
+        raise _Unknown(str(reason), facts) from None
+    facts.update(available=bool(devices), device_count=len(devices), devices=devices)
+    facts.update(driver_version=driver, mig_devices=[])
+    if devices:
+        facts["driver_version"] = devices[0]["driver_version"]
+    # | NVIDIA-SMI 550.54.15    Driver Version: 550.54.15    CUDA Version: 12.4     |
+    version = re.search(r"CUDA (?:UMD )?Version: *([\d.]+)", header)
+    if version is not None:
+        facts["version"] = version[1]
+    if any(device["mig.mode.current"] == "Enabled" for device in devices):
+        # GPU 0: NVIDIA H100 (UUID: GPU-8a1b...)\n  MIG 1g.10gb Device 0: (UUID: ...)
+        listed = _run(["nvidia-smi", "-L"]).decode("utf-8", "replace")
+        facts["mig_devices"] = re.findall(r"^ +(MIG .*)", listed, re.M)
+    return facts
+
+
+def _gpus() -> list[Facts]:
+    """Return the columns _GPU_FACTS of each GPU.
+
+    0, NVIDIA H100 80GB HBM3, 81559, GPU-8a1b2c3d-..., 550.54.15, Disabled
+    """
+    columns = list(_GPU_FACTS)
+    try:
+        table = _nvidia_smi(columns)
+    except _ProgramFailed as problem:
+        if b"not a valid field" not in problem.output:
+            raise
+        columns.remove("mig.mode.current")  # a driver older than MIG
+        table = _nvidia_smi(columns)
+    devices = []
+    for row in table:
+        device: Facts = {**dict.fromkeys(_GPU_FACTS), **dict(zip(columns, row))}
+        if str(device["memory.total"]).isdigit():
+            device["memory.total"] = int(device["memory.total"])  # in MiB
+        devices.append(device)
+    return devices
+
+
+def _nvidia_smi(
+    columns: Sequence[str], seconds: float | None = None
+) -> list[list[str | None]]:
+    """Return a table of nvidia-smi, a row for each GPU; None for "[N/A]"."""
+    query = ["--query-gpu=" + ",".join(columns), "--format=csv,noheader,nounits"]
+    try:
+        printed = _run(["nvidia-smi", *query], timeout=seconds)
+    except _ProgramFailed as problem:
+        printed = problem.output
+        if b"No devices" not in printed:
+            raise
+    table: list[list[str | None]] = []
+    for line in printed.decode("utf-8", "replace").splitlines():
+        row: list[str | None] = []
+        for value in line.split(", "):
+            known = None
+            if not value.startswith("["):
+                known = value.strip()
+            row.append(known)
+        if len(row) == len(columns):
+            table.append(row)
+    if not table and b"No devices" not in printed:
+        raise _Unknown("nvidia-smi gave no table")
+    return table
+
+
+def _environment(site: _Site, root: str | None) -> Facts:
+    """Return what made the experiment's environment, and the project's lock files."""
+    settings = os.path.join(site.prefix, "pyvenv.cfg")
+    # home = /usr/bin\nuv = 0.4.18\nversion_info = 3.12.1
+    uv = _match_in_file(settings, r"^uv *= *(.+)$")
+    conda: list[str] = []
+    with _ignoring(OSError):
+        conda = sorted(os.listdir(os.path.join(site.prefix, "conda-meta")))
+    locks = {}
+    for name in LOCK_FILES:
+        digest = _sha256(os.path.join(root or site.directory, name))
+        if digest is not None:
+            locks[name] = digest
+    manager = None
+    if uv is not None:
+        manager = "uv"
+    elif conda:
+        manager = "conda"
+    elif os.path.exists(settings):
+        manager = "venv"
+    return {
+        "manager": manager,
+        "prefix": site.prefix or None,
+        "uv_version": uv,
+        "conda_environment": os.environ.get("CONDA_DEFAULT_ENV"),
+        # name-version-build
+        "conda_packages": [name[:-5] for name in conda if name.endswith(".json")],
+        "lock_files": locks,
+    }
+
+
+def _container() -> Facts:
+    """Return the kind of container this is, its image, and the limits of its cgroup."""
+    env = os.environ
+    apptainer = env.get("APPTAINER_CONTAINER") or env.get("SINGULARITY_CONTAINER")
+    kind = None
+    if apptainer:
+        kind = "apptainer"
+    elif os.path.exists("/run/.containerenv"):
+        kind = "podman"
+    elif env.get("KUBERNETES_SERVICE_HOST"):
+        kind = "kubernetes"
+    elif os.path.exists("/.dockerenv"):
+        kind = "docker"
+    # image="docker.io/library/python:3.11"
+    image = _match_in_file("/run/.containerenv", r'^image="(.*)"') or apptainer
+    # Where it is told to those inside: SLURM's pyxis, GitLab, hubs of notebooks.
+    for name in ("SLURM_CONTAINER_IMAGE", "CONTAINER_IMAGE", "CI_JOB_IMAGE",
+                 "JUPYTER_IMAGE", "DOCKER_IMAGE", "IMAGE_NAME"):  # fmt: skip
+        image = image or env.get(name)
+    cpus = None
+    # 150000 100000   (microseconds that may be used in each period of so many)
+    quota, _, period = str(_cgroup_limit("cpu.max")).partition(" ")
+    if quota.isdigit() and period.isdigit():
+        cpus = int(quota) / int(period)
+    return {
+        "kind": kind,
+        "image": image,
+        "cpu_limit": cpus,
+        "memory_limit_bytes": _cgroup_limit("memory.max"),
+    }
+
+
+def _cgroup_limit(name: str) -> str | int | None:
+    """Return the nearest limit of that name, of cgroup v2, that is set for us."""
+    folder = _cgroup()
+    while folder.startswith(_CGROUPS):
+        limit = _match_in_file(f"{folder}/{name}", r"^(\d.*)$")
+        if limit is not None:
+            return limit
+        folder = os.path.dirname(folder)
+    return None
+
+
+_CGROUPS = "/sys/fs/cgroup"
+
+
+def _cgroup() -> str:
+    """Return the folder of our control group, of version 2.
+
+    0::/system.slice/slurmstepd.scope/job_7/step_0
+    """
+    inner = _match_in_file("/proc/self/cgroup", r"^0::(/.*)$") or ""
+    return f"{_CGROUPS}{inner}".rstrip("/")
+
+
+# === Resources ===
+# What a run takes is measured by its recorder, from outside: processor time by
+# differences, memory by samples, GPUs by nvidia-smi. What is slow is asked less often.
+
+
+class _Sampler:
+    """What the processes of a run take, from one sample to the next."""
+
+    def __init__(self, pid: int, record: _Record) -> None:
+        self.record = record
+        self.tree = _ProcessTree(pid)
+        self.gpus = _GpuMeter()
+        self.problem: str | None = None
+        self.begun = time.monotonic()
+        self.due = self.begun + HEARTBEAT_SECONDS
+        self.cpu_seconds = 0.0
+        self.cpu_peak = 0.0  # percent of one core
+        self.memory = _Values()
+        self.samples = 0
+        self.last = self._sample()
+
+    def tick(self) -> None:
+        """Append a row to metrics/system.jsonl, whenever one is due."""
+        started = time.monotonic()
+        if started < self.due:
+            return
+        row = self._take()
+        cost = time.monotonic() - started
+        self.due = started + max(HEARTBEAT_SECONDS, cost / SAMPLE_SHARE)
+        if row is not None:
+            row.update(self.gpus.measure())
+            self.record.append("metrics/system.jsonl", row)
+
+    def summary(self) -> Facts:
+        """Return peaks and means with their sources, for metadata.json."""
+        self._take()
+        facts: Facts = {
+            "samples": self.samples,
+            "cpu_seconds": None,
+            "cpu_percent_mean": None,
+            "cpu_percent_peak": None,
+            "cpu_source": None,
+            "memory_bytes_mean": self.memory.mean(),
+            "memory_bytes_peak": self.memory.peak,
+            "memory_source": " or ".join(self.memory.sources) or None,
+            "cgroup_memory_bytes_peak": _cgroup_memory_peak(),
+            "gpus": self.gpus.summary(),
+            "gpu_source": self.gpus.source,
+            "problem": self.problem or self.gpus.problem,
+        }
+        if self.samples and self.last is not None:
+            mean = 100 * self.cpu_seconds / (self.last.time - self.begun)
+            facts["cpu_seconds"] = round(self.cpu_seconds, 2)
+            facts["cpu_percent_mean"] = round(mean, 1)
+            facts["cpu_percent_peak"] = self.cpu_peak
+            facts["cpu_source"] = "/proc, with ended children"
+        return facts
+
+    def _sample(self) -> _Sample | None:
+        """Measure all processes of the run; None once they have ended."""
+        try:
+            return self.tree.measure()
+        except _Unknown as reason:
+            self.problem = str(reason)
+            return None
+
+    def _take(self) -> Facts | None:
+        """Take a sample, add it to the sums, and return its row."""
+        before = self.last
+        sample = self._sample()
+        if sample is None or before is None:
+            return None
+        self.last = sample
+        self.samples += 1
+        # Where nobody waited for a child, its time vanishes with it.
+        seconds = max(0.0, sample.cpu_seconds - before.cpu_seconds)
+        percent = round(100 * seconds / (sample.time - before.time), 1)
+        self.cpu_seconds += seconds
+        self.cpu_peak = max(percent, self.cpu_peak)
+        row: Facts = {"time": round(time.time(), 3), "processes": sample.processes}
+        row["cpu_percent"] = percent
+        if sample.memory_bytes:  # processes that are just ending have none
+            row["memory_bytes"] = sample.memory_bytes
+            row["memory_source"] = sample.memory_source
+            self.memory.add(sample.memory_bytes, sample.memory_source)
+        return row
+
+
+class _Sample:
+    """What the processes of a run had taken at one moment."""
+
+    def __init__(
+        self, processes: int, cpu_seconds: float, memory_bytes: int, source: str
+    ) -> None:
+        self.time = time.monotonic()
+        self.processes = processes
+        self.cpu_seconds = cpu_seconds
+        self.memory_bytes = memory_bytes
+        self.memory_source = source
+
+
+class _Values:
+    """Peak, mean and sources of what was measured again and again."""
+
+    def __init__(self) -> None:
+        self.peak: int | None = None
+        self.total = 0
+        self.count = 0
+        self.sources: list[str] = []
+
+    def add(self, value: int, source: str = "") -> None:
+        self.peak = max(value, self.peak or 0)
+        self.total += value
+        self.count += 1
+        if source not in self.sources:
+            self.sources.append(source)
+
+    def mean(self) -> int | None:
+        if not self.count:
+            return None
+        return self.total // self.count
+
+
+class _ProcessTree:
+    """A process with its descendants, also those that init adopted meanwhile."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.known: dict[int, str] = {}  # when each process started, by its pid
+        self.is_cheap = True  # to count memory by pages
+
+    def measure(self) -> _Sample | None:
+        """Return what the processes take now, None if all have ended."""
+        if not os.path.isdir("/proc/self/task") or not hasattr(os, "sysconf"):
+            raise _Unknown("there is no /proc, which tells what processes take")
+        found = self._processes()
+        if not found:
+            return None
+        ticks = 0
+        resident = 0  # pages
+        shared = 0
+        for pid, fields in found.items():
+            # utime, stime, cutime and cstime of proc_pid_stat(5)
+            ticks += sum(map(int, fields[11:15]))
+            with _ignoring(OSError):
+                pages = _read_proc(f"/proc/{pid}/statm").split()
+                resident += int(pages[1])
+                shared += int(pages[2])
+        page = os.sysconf("SC_PAGE_SIZE")
+        memory = 0
+        source = "proportional"
+        if self.is_cheap and resident * page < PROPORTIONAL_BYTES:
+            memory = self._proportional_bytes(found)
+        if not memory:
+            memory = (resident - shared) * page
+            source = "resident minus shared"
+        seconds = ticks / os.sysconf("SC_CLK_TCK")
+        return _Sample(len(found), seconds, memory, source)
+
+    def _processes(self) -> dict[int, list[str]]:
+        """Return the fields of /proc/<pid>/stat of each process of the run."""
+        found: dict[int, list[str]] = {}
+        waiting = [self.pid, *self.known]
+        while waiting:
+            pid = waiting.pop()
+            fields = _process_stat(pid)
+            # What the recorder starts is its own affair.
+            if fields is None or pid in found or pid == os.getpid():
+                continue
+            if self.known.get(pid, fields[19]) != fields[19]:
+                continue  # another process has the number of one that ended
+            found[pid] = fields
+            with _ignoring(OSError):
+                for thread in os.listdir(f"/proc/{pid}/task"):
+                    children = _read_proc(f"/proc/{pid}/task/{thread}/children")
+                    waiting += map(int, children.split())
+        self.known = {pid: fields[19] for pid, fields in found.items()}
+        return found
+
+    def _proportional_bytes(self, pids: Iterable[int]) -> int:
+        """Return the memory of some processes with each shared page counted once.
+
+        The kernel walks through all pages for it, and is not asked again if that
+        takes long. 0: it is not allowed, or older than Linux 4.14.
+        """
+        started = time.monotonic()
+        total = 0
+        for pid in pids:
+            with _ignoring(OSError):
+                text = _read_proc(f"/proc/{pid}/smaps_rollup")
+                found = re.search(rb"^Pss: *(\d+) kB", text, re.M)
+                if found is not None:
+                    total += int(found[1]) * 1024
+        self.is_cheap = time.monotonic() - started < PROPORTIONAL_SECONDS
+        return total
+
+
+def _cgroup_memory_peak() -> int | str | None:
+    """Return what the kernel says of our control group, for as long as that exists.
+
+    4:memory:/slurm/job_7      (version 1)
+    """
+    group = _match_in_file("/proc/self/cgroup", r"^\d+:memory:(/.*)$")
+    peak = _match_in_file(f"{_cgroup()}/memory.peak", r"^(\d+)$")
+    if peak is None and group is not None:
+        path = f"{_CGROUPS}/memory{group}/memory.max_usage_in_bytes"
+        peak = _match_in_file(path, r"^(\d+)$")
+    return peak
+
+
+class _GpuMeter:
+    """Utilisation and memory of each GPU."""
+
+    def __init__(self) -> None:
+        self.source: str | None = None
+        self.problem: str | None = None
+        self.due = 0.0
+        self.values: dict[str, dict[str, _Values]] = {}  # by index and name
+        if _on_path("nvidia-smi") is not None:
+            self.source = "nvidia-smi"
+
+    def measure(self) -> Facts:
+        """Ask nvidia-smi; the slower it is the less often, and never after a failure.
+
+        0, 93, 40536                  (index, percent, MiB)
+        """
+        started = time.monotonic()
+        if self.source is None or self.problem is not None or started < self.due:
+            return {}
+        columns = ["index", "utilization.gpu", "memory.used"]
+        try:
+            table = _nvidia_smi(columns, GPU_SECONDS)
+        except _Unknown as reason:
+            self.problem = str(reason)
+            return {}
+        cost = time.monotonic() - started
+        self.due = started + cost / SAMPLE_SHARE
+        row: Facts = {}
+        for index, *values in table:
+            device = self.values.setdefault(str(index), {})
+            for name, value in zip(("utilization_percent", "memory_mib"), values):
+                if value is not None and value.isdigit():
+                    row[f"gpu{index}_{name}"] = int(value)
+                    device.setdefault(name, _Values()).add(int(value))
+        return row
+
+    def summary(self) -> list[Facts]:
+        result = []
+        for index, device in sorted(self.values.items()):
+            facts: Facts = {"index": index}
+            for name, values in device.items():
+                facts[f"{name}_mean"] = values.mean()
+                facts[f"{name}_peak"] = values.peak
+            result.append(facts)
+        return result
+
+
+# === Git ===
+# A repository is read, never touched: no program that it names is started, and nothing
+# in it changes. git.patch leads from the base, a commit that a remote has, to the files
+# as they were when the run began.
+
+SOURCE_FILES = (  # names of files that come first where there is no git
+    r"(?i)\.(py\w?|ipynb|sh|r|jl|m|lua|c|cc|cpp|cuh?|h|hpp|rs|js|ts|toml|ya?ml|cfg"
+    r"|ini)$|file$"
+)
+
+if TYPE_CHECKING:
+    _Blob = tuple[bytes, bytes]  # mode and id of a file in git; both empty: none
+
+_NO_BLOB = (b"", b"")
+_GIT_FACTS = (
+    "commit_short", "commit_full", "branch", "is_dirty", "remote_origin_url", "base",
+    "root", "is_shallow", "unpushed", "unpushed_commits", "untracked",
+    "untracked_count", "changed", "changed_after_entry", "submodules",
+)  # fmt: skip
+
+
+def _git_head(directory: str) -> str | None:
+    """Return the short hash of the commit in `directory`: one call, for the name."""
+    if _has_repository(directory):
+        with _ignoring(_Unknown):
+            words = ("rev-parse", "--short", "HEAD")
+            head = _git_run(directory, *words, timeout=HEAD_SECONDS)
+            match = re.fullmatch(rb"([0-9a-f]{4,64})\n", head)
+            if match:
+                return match[1].decode()
+    return None
+
+
+def _git_collectors(site: _Site, record: _Record) -> dict[str, Callable[[], JSON]]:
+    """Return the collectors that read the code; they are asked in this order."""
+    tree = _Repository.of(site)
+    return {
+        "git": lambda: _git(site, tree),
+        "git.patch": lambda: _git_patch(site, record, tree),
+        "local_packages": lambda: _local_packages(site, record, tree),
+    }
+
+
+def _git(site: _Site, tree: _Repository | None = None) -> Facts:
+    """Return what git says about the code of a run.
+
+    It is dirty when a tracked file or a repository inside differs from the commit, or
+    a file is neither tracked nor ignored; what was written after entry does not count.
+    """
+    facts: Facts = dict.fromkeys(_GIT_FACTS)
+    tree = tree or _Repository.of(site)
+    try:
+        tree.describe(facts)
+    except _Unknown as reason:
+        raise _Unknown(str(reason), facts, reason.is_expected) from None
+    return facts
+
+
+def _git_patch(site: _Site, record: _Record, tree: _Repository | None = None) -> Facts:
+    """Write git.patch, the way from the base to the files as they were at entry.
+
+    ``git apply --whitespace=nowarn git.patch`` in a clone of the base, or in an empty
+    folder where there is none, gives the same files. Secrets in them are redacted. Not
+    in it are changes after entry, files that hold secrets by nature, and what passes a
+    limit: these are listed. Nothing is written when nothing differs.
+    """
+    tree = tree or _Repository.of(site)
+    patch = _Patch()
+    try:
+        tree.open()
+        base = tree.base
+        if base is not None and base["url"] is None:
+            only = f"no remote is known to have commit {base['commit'][:12]}"
+            patch.problems.append(f"{only}, only {tree.root!r}: push it to keep it")
+    except _Unknown as reason:
+        if not reason.is_expected:
+            tree.is_deep = False
+            only = "only the script and what it had loaded is kept"
+            patch.problems.append(f"{reason}; {only}")
+    patch.add(tree)
+    return patch.keep(record, "git.patch", tree.root)
+
+
+def _local_packages(
+    site: _Site, record: _Record, tree: _Repository | None = None
+) -> list[Facts]:
+    """Return the repository of each package that was installed from a local folder.
+
+    What a clone lacks of its code becomes git.<package>.patch; not so for a package
+    that lies in the repository of the experiment itself.
+    """
+    seen = {(tree or _Repository.of(site)).root}
+    problems = []
+    packages = []
+    deadline = time.monotonic() + PATCH_SECONDS
+    sources = sorted(_local_sources(site).items())
+    for name, (folder, is_editable) in sources[:MAX_LOCAL_PACKAGES]:
+        if time.monotonic() > deadline:
+            problems.append(f"no time left for {name} and those after it")
+            break
+        package = {"name": name, "path": folder, "editable": is_editable}
+        package.update(_package(name, _Repository.of(site, folder), record, seen))
+        packages.append(package)
+        if package["problem"] is not None:
+            problems.append(f"{name}: {package['problem']}")
+    if len(sources) > MAX_LOCAL_PACKAGES:
+        problems.append(f"{len(sources) - MAX_LOCAL_PACKAGES} more are not recorded")
+    if problems:
+        raise _Unknown("; ".join(problems), packages)
+    return packages
+
+
+def _package(name: str, tree: _Repository, record: _Record, seen: set[str]) -> Facts:
+    """Return what there is to say of a package's code, and write its patch.
+
+    `seen` are the roots of which there is a patch already.
+    """
+    facts: Facts = {**dict.fromkeys(_GIT_FACTS), "problem": None}
+    try:
+        tree.describe(facts)
+    except _Unknown as reason:
+        if not reason.is_expected:
+            facts["problem"] = str(reason)
+    if tree.root not in seen:
+        seen.add(tree.root)
+        patch = _Patch()
+        patch.add(tree)
+        try:
+            file = f"git.{_safe_name(name)}.patch"
+            facts["patch"] = patch.keep(record, file, tree.root)
+        except _Unknown as reason:
+            facts["patch"] = reason.facts
+            facts["problem"] = facts["problem"] or str(reason)
+    return facts
+
+
+class _Change:
+    """A file that is not as a commit has it, as the disk has it now."""
+
+    def __init__(
+        self, tree: _Repository, name: bytes, old: _Blob, is_tracked: bool = True
+    ) -> None:
+        self.name = name
+        self.title = tree.prefix + name  # its path from the outermost root
+        self.path = os.path.join(os.fsencode(tree.root), name)
+        self.hash_name = tree.hash_name
+        self.old = old  # as the commit has it from which the patch starts
+        self.old_size = 0
+        self.old_data: bytes | None = None  # None: not to be had, or not to be shown
+        self.committed = old  # as HEAD has it
+        self.is_tracked = is_tracked
+        self.rank = int(not is_tracked)  # low ones come first into a patch
+        self.mode = b""  # as git writes it; empty where there is no file
+        self.size = 0
+        self.data = b""
+        self.is_late = False  # it was written after entry
+        self.look(tree)
+
+    def look(self, tree: _Repository) -> None:
+        """Fill in what the disk says; what lies behind a link is not there."""
+        if not tree.is_real(os.path.dirname(self.path)):
+            return
+        with _ignoring(OSError):
+            info = os.lstat(self.path)
+            if tree.entered is not None:
+                self.is_late = info.st_ctime_ns > tree.entered
+            if stat.S_ISDIR(info.st_mode):
                 return
-            if not streams:  # its end is not announced, but most often due at once
-                time.sleep(pause)
-                pause = min(2 * pause, 0.05)
+            self.size = info.st_size
+            if stat.S_ISLNK(info.st_mode):
+                self.mode = b"120000"
+            elif not stat.S_ISREG(info.st_mode):
+                self.mode = b"other"
+            elif not tree.keeps_modes and self.committed[0].startswith(b"100"):
+                self.mode = self.committed[0]
+            elif info.st_mode & 0o100:
+                self.mode = b"100755"
+            else:
+                self.mode = b"100644"
+
+    def read(self) -> None:
+        """Read the file, or where a link leads, as far as a patch has room."""
+        if self.mode == b"120000":
+            self.data = os.readlink(self.path)
+        elif self.mode:
+            with open(_open(os.fsdecode(self.path), os.O_RDONLY), "rb") as file:
+                self.data = file.read(PATCH_FILE_BYTES + 1)
+
+    def blob(self) -> _Blob:
+        """Return what git calls the file with the content that was read."""
+        if not self.mode:
+            return _NO_BLOB
+        return self.mode, self.object_id(self.data)
+
+    def object_id(self, data: bytes) -> bytes:
+        """Return what git calls a content."""
+        digest = _digest(self.hash_name, b"blob %d\0" % len(data))
+        digest.update(data)
+        name: str = digest.hexdigest()
+        return name.encode()
 
 
-def _run(
-    argv: Sequence[str], cwd: str | None = None, env: Mapping[str, str] | None = None,
-    timeout: float | None = None, limit: int | None = None, stdin: Any = None,
-) -> _Output:
-    """Start a foreign program, the only way here; kill it at its limits."""
-    output = _Output(argv[0])
-    import subprocess  # here and below: commands that only read go without
+class _NoRepository(_Unknown):
+    """The code is in no git work tree, which is nobody's fault."""
 
-    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    pipes.update(stdin=stdin or subprocess.DEVNULL, start_new_session=True)
-    try:
-        child = subprocess.Popen(argv, cwd=cwd, env=env, **pipes)
-    except (OSError, ValueError) as error:
-        output.problem = f"{output.program} cannot be started: {error}"
-        return output
-    try:
-        output.read(child, timeout or PROGRAM_SECONDS, limit or PROGRAM_BYTES)
-        if output.problem is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-        with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the kernel
-            output.returncode = child.wait(0.5)
-    except OSError as error:
-        output.problem = f"{output.program}: {error}"
-    finally:
-        for pipe in filter(None, (child.stdout, child.stderr)):
-            pipe.close()
-    if output.returncode and not output.problem:
-        lines = output.printed[2].decode("utf-8", "replace").strip().splitlines()
-        fatal = [line for line in lines if line.startswith("fatal:")] or lines[-1:]
-        said = f": {fatal[0][:200]}" if fatal else ""
-        output.problem = f"{output.program} ended with status {output.returncode}{said}"
-    return output
+    def __init__(self) -> None:
+        super().__init__("the code is in no git repository", is_expected=True)
+
+
+class _Repository:
+    """A folder with code: a git work tree, or what is taken for code without git.
+
+    Not counted are the folders `excluded`, other runs, files that a filter encrypts,
+    and what was written after `entered`, in ns since 1970. All repositories that lie
+    inside share the deadline of the outermost.
+    """
+
+    def __init__(self, directory: str, excluded: Sequence[str]) -> None:
+        self.directory = directory
+        self.root = os.path.realpath(directory)
+        self.excluded = excluded
+        self.entered: int | None = None
+        self.sources: list[str] = []  # files that were loaded, for code without git
+        self.is_deep = True  # without git, the sources below the folder count as well
+        self.deadline = time.monotonic() + PATCH_SECONDS
+        self.is_git = False
+        self.hung: _Unknown | None = None
+        self.head = ""
+        self.short = ""
+        self.is_shallow = False
+        self.config: dict[str, str] = {}
+        self.switches: list[str] = []  # that turn filters off
+        self.hash_name = "sha1"
+        self.keeps_modes = True
+        # Of a repository inside another:
+        self.prefix = b""  # where it lies below the outermost, with a slash
+        self.recorded: str | None = None  # its commit in the index of the outer one
+        self.wanted: str | None = None
+        self.folders: dict[bytes, bool] = {}  # whether they are reached without a link
+
+    @staticmethod
+    def of(site: _Site, folder: str | None = None) -> _Repository:
+        """Return the code of a run, or of a package; nothing is asked yet."""
+        tree = _Repository(folder or site.directory, [site.results_root, site.run_dir])
+        if folder is None:
+            sources = [site.script or "", *site.loaded]
+            tree.sources = [path for path in sources if _is_own_source(path, site)]
+        if site.entered is not None:
+            ours, device, clock_of_disk = site.entered
+            tree.entered = ours
+            with _ignoring(OSError):
+                if os.stat(tree.directory).st_dev == device:
+                    tree.entered = clock_of_disk
+        return tree
+
+    def describe(self, facts: Facts) -> None:
+        """Fill in what there is to say, the quickest to find out first."""
+        self.open()
+        facts["root"] = self.root
+        facts["is_shallow"] = self.is_shallow
+        facts["commit_full"] = self.head or None
+        facts["commit_short"] = self.short or None
+        facts["remote_origin_url"] = self.config.get("remote.origin.url")
+        facts["branch"] = self.status.branch
+        early = [change for change in self.changes if not change.is_late]
+        late = [_shown(change.name) for change in self.changes if change.is_late]
+        changed = [_shown(change.name) for change in early if change.is_tracked]
+        untracked = [_shown(change.name) for change in early if not change.is_tracked]
+        untracked += [_shown(name) for name in self.status.repositories]
+        facts["changed"] = changed[:MAX_LISTED]
+        facts["untracked"] = untracked[:MAX_LISTED]
+        facts["untracked_count"] = len(untracked)
+        facts["changed_after_entry"] = late[:MAX_LISTED]
+        inner = [tree.describe_inner() for tree in self.inner]
+        facts["submodules"] = inner
+        has_moved = self.status.has_moved or any(each["is_dirty"] for each in inner)
+        facts["is_dirty"] = bool(changed or untracked or has_moved)
+        if self.head:
+            unpushed = self.history.unpushed
+            facts["unpushed"] = len(unpushed)
+            facts["unpushed_commits"] = unpushed[:MAX_LISTED]
+        facts["base"] = self.base
+
+    def describe_inner(self) -> Facts:
+        """Return what there is to say of a submodule or a repository lying inside."""
+        facts: Facts = {"path": _shown(self.prefix[:-1]), "recorded": self.recorded}
+        facts.update(dict.fromkeys(_GIT_FACTS), problem=None)
+        try:
+            self.describe(facts)
+        except _Unknown as reason:
+            facts["problem"] = str(reason)
+        if facts["is_dirty"] is False and self.recorded is not None:
+            facts["is_dirty"] = self.head != self.recorded
+        return facts
+
+    def git(self, *words: str, **how: Any) -> bytes:
+        """Return what git prints; raise _Unknown, at once when git hung before."""
+        if self.hung is not None:
+            raise self.hung
+        try:
+            return _git_run(self.root, *self.switches, *words, **how)
+        except _ProgramFailed as failure:
+            if failure.status is None or failure.status < 0:
+                self.hung = failure
+            raise
+
+    def open(self) -> None:
+        """Find the work tree and read its settings; raise _Unknown."""
+        if self.is_git:
+            return
+        if not _has_repository(self.directory):
+            raise _NoRepository
+        # true\nfalse\n/home/ann/tree\n<id of HEAD>\n<its short form>\n
+        asked = ("--is-inside-work-tree", "--is-shallow-repository", "--show-toplevel")
+        try:
+            answer = self.git("rev-parse", *asked, "HEAD", "--short", "HEAD")
+        except _ProgramFailed as failure:
+            if b"unknown revision" not in failure.errors:
+                raise _explained(failure, self.directory) from None
+            answer = failure.output[: -len("HEAD\n")] + b"\n\n"  # there is no commit
+        inside, _, rest = os.fsdecode(answer).partition("\n")
+        shallow, _, rest = rest.partition("\n")
+        root, head, short, _ = f"\n\n\n{rest}".rsplit("\n", 3)
+        root = root.lstrip("\n")
+        if inside == "false":
+            raise _NoRepository
+        if inside != "true" or not os.path.isabs(root):
+            raise _Unknown("git did not answer what it was asked")
+        self.read_config()
+        _check_git_dir(self, root)
+        self.is_shallow = shallow == "true"
+        self.root, self.head, self.short = root, head, short
+        self.is_git = True
+
+    def read_config(self) -> None:
+        # remote.origin.url\nhttps://example.org/x.git\0filter.lfs.clean\ngit-lfs\0
+        for item in os.fsdecode(self.git("config", "--list", "-z")).split("\0"):
+            name, _, value = item.partition("\n")
+            if not (name.endswith(".url") and name in self.config):  # the first counts
+                self.config[name] = value
+        self.hash_name = self.config.get("extensions.objectformat", "sha1")
+        self.keeps_modes = self.config.get("core.filemode") != "false"
+        for name in self._filters():
+            if "=" in name:
+                raise _Unknown("a git filter has a name that cannot be switched off")
+            for setting in ("clean=", "smudge=", "process=", "required=false"):
+                self.switches += ["-c", f"{name}.{setting}"]
+
+    def _filters(self) -> list[str]:
+        """Return the filters that are set up: "filter.lfs"."""
+        keys = [key for key in self.config if key.startswith("filter.")]
+        return sorted({key.rpartition(".")[0] for key in keys})
+
+    @functools.cached_property
+    def _pathspec(self) -> list[str]:
+        """The arguments that leave out results, and what a filter encrypts."""
+        pathspec = ["--", ":/"]
+        root = os.path.realpath(self.root)
+        for folder in self.excluded:
+            inside = os.path.relpath(os.path.realpath(folder), root)
+            if inside.split(os.sep)[0] not in (os.curdir, os.pardir):
+                pathspec.append(f":(exclude,top,literal){inside}")
+        for name in self._filters():
+            match = re.match(r"filter\.([a-z-]*(crypt|sops|vault)[a-z-]*)$", name)
+            if match:
+                pathspec.append(f":(exclude,top,attr:filter={match[1]})")
+        return pathspec
+
+    @functools.cached_property
+    def status(self) -> _Status:
+        """What differs from HEAD, as far as `git status` looks."""
+        words = ("status", "--porcelain=v2", "--branch", "-z", "--untracked-files=all")
+        options = ("--no-renames", "--ignore-submodules=dirty")
+        return _Status(self.git(*words, *options, *self._pathspec))
+
+    @functools.cached_property
+    def listed(self) -> _Listed:
+        """The files of the index, and the submodules."""
+        words = ("ls-files", "-v", "-s", "-z", *self._pathspec)
+        return _Listed(self.git(*words, limit=5 * PROGRAM_BYTES))
+
+    @functools.cached_property
+    def changes(self) -> list[_Change]:
+        """The files that are not as HEAD has them, by name."""
+        found = {}
+        for name, old in self.status.files.items():
+            change = _Change(self, name, old or _NO_BLOB, is_tracked=old is not None)
+            if change.is_tracked or not (change.is_late or self._is_of_a_run(name)):
+                found[name] = change
+        for name in self.listed.hidden - set(found):
+            change = _Change(self, name, self.listed.files[name])
+            if time.monotonic() > self.deadline:
+                raise _Unknown("no time to look at all files that git does not look at")
+            with _ignoring(OSError):
+                change.read()
+            if change.blob() != change.old and self._is_there(change):
+                found[name] = change
+        return [found[name] for name in sorted(found)]
+
+    def is_real(self, folder: bytes) -> bool:
+        """Tell whether a folder of this tree is reached without a link."""
+        if folder not in self.folders:
+            root = os.fsencode(self.root)
+            inside = os.path.relpath(folder, root)
+            real = os.path.normpath(os.path.join(os.path.realpath(root), inside))
+            self.folders[folder] = os.path.realpath(folder) == real
+        return self.folders[folder]
+
+    def _is_there(self, change: _Change) -> bool:
+        """Tell whether a file is there, unless a sparse checkout need not have it."""
+        return bool(change.mode) or change.name not in self.listed.sparse
+
+    def _is_of_a_run(self, name: bytes) -> bool:
+        """Tell whether an untracked file is recorded in a run, or about runs."""
+        if re.search(rb"(^|/)(\.ranks/|index/runs_index\.jsonl$)", name):
+            return True
+        for match in re.finditer(rb"-\d{8}-\d{6}[^/]*/", name):
+            status = os.path.join(name[: match.end()], b"status.json")
+            if os.path.exists(os.path.join(os.fsencode(self.root), status)):
+                return True
+        return False
+
+    @functools.cached_property
+    def base(self) -> Facts | None:
+        """The newest commit of this history that a remote has, and that remote.
+
+        Without one it is None if the whole tree is small enough for the patch, and
+        else HEAD, without a remote.
+        """
+        if not self.head:
+            return None
+        wanted = self.wanted
+        with _ignoring(_Unknown):  # describe() says why
+            if wanted is not None and wanted != self.head:
+                remote = self._remote_of(wanted)
+                if remote is not None:
+                    return {"commit": wanted, **remote}
+            commit = self.history.newest_pushed
+            if commit is not None:
+                remote = self._remote_of(commit) or self._remotes[0]
+                return {"commit": commit, **remote}
+            size = sum(change.size for change in self._whole_tree)
+            if len(self._whole_tree) <= WHOLE_FILES and size <= WHOLE_BYTES:
+                return None
+        return {"commit": self.head, "remote": None, "url": None}
+
+    @functools.cached_property
+    def history(self) -> _History:
+        """Which commits no remote has, and the newest that one has."""
+        if self._is_pushed:
+            return _History(b"", self.head)
+        words = ["--boundary", "--encoding=UTF-8", "--format=%m%H %ct %s", "HEAD"]
+        if self._remotes:
+            words += ["--not", "--remotes"]
+        if self._remotes and self.is_shallow:  # a remote has sent where it was cut
+            path = os.fsdecode(self.git("rev-parse", "--git-path", "shallow").rstrip())
+            with _ignoring(OSError):
+                words += os.fsdecode(_read_bytes(os.path.join(self.root, path))).split()
+        return _History(self.git("rev-list", *words), self.head)
+
+    @functools.cached_property
+    def _remotes(self) -> list[Facts]:
+        """Name and URL of the remotes, that of the branch first, then origin."""
+        remotes = []
+        for key, url in sorted(self.config.items()):
+            match = re.fullmatch(r"remote\.(.+)\.url", key, re.S)
+            if match and url:
+                if any(key.endswith(".insteadof") for key in self.config):
+                    answer = self.git("ls-remote", "--get-url", match[1])
+                    url = os.fsdecode(answer).rstrip("\n")
+                if url.startswith("."):
+                    url = os.path.normpath(os.path.join(self.root, url))
+                remotes.append({"remote": match[1], "url": url})
+        ranks = {"origin": 1, self._followed: 0}
+        remotes.sort(key=lambda each: ranks.get(each["remote"], 2))
+        return remotes
+
+    @property
+    def _followed(self) -> str | None:
+        """The name of the remote that this branch follows."""
+        return self.config.get(f"branch.{self.status.branch}.remote")
+
+    @property
+    def _is_pushed(self) -> bool:
+        """Whether the branch that this one follows has all its commits."""
+        names = [each["remote"] for each in self._remotes[:1]]
+        return self.status.is_behind and names == [self._followed]
+
+    def _remote_of(self, commit: str) -> Facts | None:
+        """Return the remote that has a commit, if several do the likeliest one."""
+        if commit == self.head and self._is_pushed:
+            return self._remotes[0]
+        refs = []
+        words = ("for-each-ref", "--format=%(refname)", "--contains", commit)
+        with _ignoring(_ProgramFailed):  # a commit of a submodule that is not here
+            refs = os.fsdecode(self.git(*words, "refs/remotes")).split()
+        for remote in self._remotes:
+            if any(ref.startswith(f"refs/remotes/{remote['remote']}/") for ref in refs):
+                return remote
+        if refs and self._remotes:
+            return self._remotes[0]
+        return None
+
+    @functools.cached_property
+    def _whole_tree(self) -> list[_Change]:
+        """All files, as changes from nothing."""
+        changed = {change.name: change for change in self.changes}
+        found = []
+        for name in sorted({*changed, *self.listed.files}):
+            is_tracked = name in self.listed.files
+            change = _Change(self, name, _NO_BLOB, is_tracked)
+            if is_tracked:
+                change.committed = self.listed.files[name]
+            if name in changed:
+                change.committed = changed[name].committed
+            if self._is_there(change):
+                found.append(change)
+        return found
+
+    @functools.cached_property
+    def changes_from_base(self) -> list[_Change]:
+        """The files that are not as the base has them; without git all there are."""
+        if not self.is_git:
+            return _loose_files(self)
+        if self.base is None:
+            return self._whole_tree
+        commit = self.base["commit"]
+        changes = {change.name: change for change in self.changes}
+        if commit != self.head:
+            words = ("diff-tree", "-r", "--raw", "-z", "--no-renames", commit)
+            # :100644 100755 <old id> <new id> M\0name\0
+            fields = self.git(*words, self.head, *self._pathspec).split(b"\0")
+            for record, name in zip(fields[::2], fields[1::2]):
+                old_mode, new_mode, old_id, new_id, _ = record[1:].split(b" ")
+                old, new = _blob(old_mode, old_id), _blob(new_mode, new_id)
+                if name not in changes and old != new:
+                    changes[name] = _Change(self, name, new)
+                if name in changes:
+                    changes[name].old = old
+        return list(changes.values())
+
+    @functools.cached_property
+    def inner(self) -> list[_Repository]:
+        """The submodules that are checked out, and untracked repositories.
+
+        What is reached by a link is none of them, so none is met twice.
+        """
+        if not self.is_git:
+            return []
+        found = []
+        links = self.listed.links
+        for name in sorted({*links, *(name[:-1] for name in self.status.repositories)}):
+            place = os.path.join(os.path.realpath(self.root), os.fsdecode(name))
+            if os.path.realpath(place) != place:
+                continue
+            if not os.path.lexists(os.path.join(place, ".git")):
+                continue
+            if time.monotonic() > self.deadline:
+                raise _Unknown("no time left to look into all repositories inside")
+            folder = os.path.join(self.root, os.fsdecode(name))
+            tree = _Repository(folder, self.excluded)
+            tree.prefix = self.prefix + name + b"/"
+            tree.entered = self.entered
+            tree.deadline = self.deadline
+            if name in links:
+                tree.recorded = links[name].decode()
+                tree.wanted = self._link_in_base(os.fsdecode(name))
+            found.append(tree)
+        return found
+
+    def _link_in_base(self, name: str) -> str | None:
+        """Return the commit of a submodule that the base records."""
+        if self.base is not None:
+            with _ignoring(_Unknown):
+                # 160000 commit <id>\tname\0
+                listed = self.git("ls-tree", "-z", self.base["commit"], "--", name)
+                match = re.match(rb"160000 commit (\w+)\t", listed)
+                if match:
+                    return match[1].decode()
+        return None
+
+    def load(self, changes: Iterable[_Change]) -> None:
+        """Read what commits have of these files, as far as it is here and small enough.
+
+        A file that was written after entry is taken as HEAD has it.
+        """
+        ids = {change.old[1] for change in changes}
+        ids |= {change.committed[1] for change in changes if change.is_late}
+        if any(key.endswith(".promisor") for key in self.config):
+            ids -= self._missing()
+        # <id> blob 17\n
+        listed = self._of_each(ids, "--batch-check")
+        found = re.findall(rb"^(\w+) blob (\d+)$", listed, re.M)
+        sizes = {oid: int(size) for oid, size in found}
+        small = [oid for oid in sizes if sizes[oid] <= PATCH_FILE_BYTES]
+        # <id> blob 17\n<content>\n
+        contents = self._of_each(small, "--batch", limit=5 * PATCH_BYTES)
+        blobs = {}
+        start = 0
+        while start < len(contents):
+            oid, _, size = contents[start : contents.index(b"\n", start)].split(b" ")
+            start = contents.index(b"\n", start) + 1
+            blobs[oid] = contents[start : start + int(size)]
+            start += int(size) + 1
+        for change in changes:
+            change.old_size = sizes.get(change.old[1], 0)
+            change.old_data = blobs.get(change.old[1])
+            if change.is_late:
+                change.mode, oid = change.committed
+                change.size = sizes.get(oid, 0)
+                change.data = blobs.get(oid, b"")
+
+    def _missing(self) -> set[bytes]:
+        """Return what a partial clone has not fetched: it would if it were asked."""
+        commits = {self.head}
+        if self.base is not None:
+            commits.add(self.base["commit"])
+        # <id> name\n?<id>\n
+        words = ("rev-list", "--objects", "--no-walk", "--missing=print", *commits)
+        listed = self.git(*words, limit=5 * PROGRAM_BYTES)
+        return set(re.findall(rb"^\?(\w+)$", listed, re.M))
+
+    def _of_each(self, ids: Iterable[bytes], *words: str, **how: Any) -> bytes:
+        """Return what a command of git says of each object that it reads from stdin."""
+        import tempfile
+
+        wanted = sorted(set(ids) - {b""})
+        if not wanted:
+            return b""
+        with tempfile.TemporaryFile() as file:
+            file.write(b"\n".join([*wanted, b""]))
+            file.seek(0)
+            return self.git("cat-file", *words, "--buffer", stdin=file, **how)
+
+
+class _Status:
+    r"""What `git status --porcelain=v2 --branch -z` says.
+
+    # branch.oid 8f31c0e...\0# branch.head main\0# branch.upstream origin/main\0
+    # branch.ab +0 -2\0# stash 1\0
+    1 .M N... <old mode> <index mode> <new mode> <old id> <index id> name\0
+    u UU N... <base mode> <our mode> ... <base id> <our id> <their id> name\0
+    ? untracked name\0? untracked repository/\0
+    """
+
+    def __init__(self, data: bytes) -> None:
+        self.branch: str | None = None
+        self.is_behind = False  # nothing is ahead of the branch that this one follows
+        self.files: dict[bytes, _Blob | None] = {}  # as HEAD has them; None: untracked
+        self.repositories: list[bytes] = []
+        self.has_moved = False  # a submodule has
+        for record in data.split(b"\0")[:-1]:
+            kind, _, rest = record.partition(b" ")
+            if kind == b"#":
+                name, _, value = rest.partition(b" ")
+                if name == b"branch.head" and value != b"(detached)":
+                    self.branch = os.fsdecode(value)
+                self.is_behind |= rest.startswith(b"branch.ab +0 ")
+            elif kind == b"1":
+                _, _, old_mode, index_mode, _, old_id, _, name = rest.split(b" ", 7)
+                self.has_moved |= b"160000" in (old_mode, index_mode)
+                if old_mode != b"160000" or index_mode != b"160000":
+                    self.files[name] = _blob(old_mode, old_id)
+            elif kind == b"u":
+                fields = rest.split(b" ", 9)
+                self.files[fields[9]] = _blob(fields[3], fields[7])
+            elif kind == b"?" and rest.endswith(b"/"):
+                self.repositories.append(rest)
+            elif kind == b"?":
+                self.files.setdefault(rest, None)
+
+
+class _Listed:
+    r"""What `git ls-files -v -s -z` lists: H 100644 <id> 0\tname\0.
+
+    The letter is small for a file assumed to be unchanged, and S for one that a sparse
+    checkout need not have.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        self.files: dict[bytes, _Blob] = {}
+        self.hidden: set[bytes] = set()  # those that git does not look at
+        self.sparse: set[bytes] = set()
+        self.links: dict[bytes, bytes] = {}  # submodules and their commits
+        pattern = rb"([a-zA-Z]) (\d+) (\w+) [02]\t([^\0]+)\0"
+        for mark, mode, oid, name in re.findall(pattern, data):
+            if mode == b"160000":
+                self.links[name] = oid
+                continue
+            self.files[name] = mode, oid
+            if mark == b"S" or mark.islower():
+                self.hidden.add(name)
+            if mark in b"sS":
+                self.sparse.add(name)
+
+
+class _History:
+    """What `git rev-list --boundary --format='%m%H %ct %s'` lists.
+
+    >8f31c0e... 1769869501 Fix the seed
+    -1b2c3d4... 1769869000 The commit before, which a remote has
+    """
+
+    def __init__(self, listed: bytes, head: str) -> None:
+        self.unpushed: list[Facts] = []  # the newest first
+        self.newest_pushed: str | None = None
+        newest = -1
+        pattern = r"^([-<>])([0-9a-f]{40,64}) (\d+) (.*)$"
+        rows = re.findall(pattern, listed.decode("utf-8", "replace"), re.M)
+        for mark, commit, seconds, subject in rows:
+            if mark != "-":
+                self.unpushed.append({"commit": commit, "subject": subject[:200]})
+            elif int(seconds) > newest:
+                self.newest_pushed, newest = commit, int(seconds)
+        if not rows:
+            self.newest_pushed = head
+
+
+def _blob(mode: bytes, oid: bytes) -> _Blob:
+    """Return mode and id as a pair; a submodule is no file."""
+    if not mode.strip(b"0") or mode == b"160000":
+        return _NO_BLOB
+    return mode, oid
+
+
+def _shown(name: bytes) -> str:
+    return name.decode("utf-8", "backslashreplace")
+
+
+def _has_repository(directory: str) -> bool:
+    """Tell whether there is a .git in a folder or above it."""
+    folder = Path(os.path.abspath(directory))
+    return any(os.path.lexists(place / ".git") for place in (folder, *folder.parents))
+
+
+def _explained(failure: _ProgramFailed, directory: str) -> _Unknown:
+    """Return what to tell the user when git does not read a repository."""
+    if re.search(rb"repository \(or any|must be run in a work tree", failure.errors):
+        return _NoRepository()
+    # git config --global --add safe.directory /data/code
+    advice = re.search(rb"git config --global --add safe\.directory .+", failure.errors)
+    if advice:
+        why = "belongs to another user, and git does not read it; to allow that"
+        return _Unknown(f"{directory!r} {why}: {os.fsdecode(advice[0])}")
+    if failure.status is None:
+        return _Unknown(f"{failure}; the code in {directory!r} is in a repository")
+    return failure
+
+
+def _check_git_dir(tree: _Repository, root: str) -> None:
+    """Raise _Unknown unless the work tree and its .git name each other.
+
+    A folder that somebody else has made could else bring a private repository.
+    """
+    dot_git = os.path.join(root, ".git")
+    line = _first_line(dot_git) or ""
+    named = os.path.join(root, line.partition("gitdir: ")[2] or ".git")
+    folder = os.path.realpath(named)
+    back = _first_line(os.path.join(folder, "gitdir"))
+    common = _first_line(os.path.join(folder, "commondir"))
+    is_own = folder == os.path.join(os.path.realpath(root), ".git")
+    if tree.prefix and root != tree.directory:
+        is_own = False  # git went up to the outer repository
+    elif common is not None:  # of `git worktree add`
+        common = os.path.realpath(os.path.join(folder, common))
+        is_known = os.path.dirname(folder) == os.path.join(common, "worktrees")
+        is_own = is_known and back == dot_git
+    elif "core.worktree" in tree.config:  # of a submodule: git has looked there
+        is_own = True
+    elif not tree.prefix and os.path.basename(folder) != ".git":
+        is_own = True  # `git init --separate-git-dir` leaves no way back
+    parts = [os.path.join(folder, name) for name in ("objects", "refs", "packed-refs")]
+    if not is_own or any(map(os.path.islink, parts)):
+        raise _Unknown(f"the .git of {root!r} belongs to another work tree")
+
+
+def _first_line(path: str) -> str | None:
+    """Return the first line of a small file, None where there is none."""
+    with _ignoring(OSError):
+        return os.fsdecode(_read_bytes(path, limit=8192).partition(b"\n")[0])
+    return None
+
+
+def _loose_files(tree: _Repository) -> list[_Change]:
+    """Return the code that is in no repository: what was loaded, and texts below.
+
+    The texts of a home directory, or of a folder that is everybody's, are not one
+    program. `tree.root` becomes the folder that has them all.
+    """
+    top = os.path.realpath(tree.directory)
+    loaded = [os.path.realpath(path) for path in tree.sources]
+    paths = dict.fromkeys(loaded)
+    if tree.is_deep and not _is_shared_folder(top):
+        paths.update(dict.fromkeys(_texts_below(tree, top)))
+    tree.root = os.path.commonpath([top, *paths])
+    changes = []
+    for path in paths:
+        name = os.fsencode(os.path.relpath(path, tree.root))
+        change = _Change(tree, name, _NO_BLOB, is_tracked=path in loaded)
+        if change.rank and not re.search(SOURCE_FILES, path):
+            change.rank = 2
+        if change.mode not in (b"", b"other") and not change.is_late:
+            changes.append(change)
+    return changes
+
+
+def _texts_below(tree: _Repository, top: str) -> Iterator[str]:
+    """Yield files, but none of other projects, environments, results and runs."""
+    deadline = time.monotonic() + WALK_SECONDS
+    marks = (".git", "pyvenv.cfg", "conda-meta", "status.json", INDEX_FILE)
+    skipped = ("__pycache__", "node_modules", "site-packages", "dist-packages")
+    excluded = [os.path.realpath(path) for path in tree.excluded]
+    for folder, folders, files in os.walk(top):
+        is_other = any(os.path.lexists(os.path.join(folder, mark)) for mark in marks)
+        if time.monotonic() > deadline or folder in excluded or is_other:
+            folders.clear()
+            continue
+        folders[:] = [
+            name for name in folders if name[:1] != "." and name not in skipped
+        ]
+        yield from [os.path.join(folder, name) for name in sorted(files)]
+
+
+def _is_shared_folder(folder: str) -> bool:
+    """Tell whether a folder is a home, the root, or one in which everybody writes."""
+    home = os.path.realpath(os.path.expanduser("~"))
+    is_everybodys = bool(os.stat(folder).st_mode & stat.S_ISVTX)
+    return is_everybodys or folder in (home, os.path.dirname(home), os.sep)
+
+
+def _is_own_source(path: str, site: _Site) -> bool:
+    """Tell whether a file belongs to the experiment.
+
+    What is installed does not, and neither does this file where it lies elsewhere.
+    """
+    real = os.path.realpath(path)
+    if not os.path.isfile(real) or _is_installed(path) or _is_installed(real):
+        return False
+    below = os.path.realpath(site.directory) + os.sep
+    ours = os.path.realpath(_is_own_source.__code__.co_filename)
+    return real.startswith(below) or real != ours
+
+
+class _Patch:
+    """A patch in the making: its text, and what it leaves out."""
+
+    def __init__(self) -> None:
+        self.deadline = time.monotonic() + PATCH_SECONDS
+        self.text = bytearray()
+        self.room = 0, 0  # limits of bytes and files
+        self.size = 0  # bytes of the files in it, old and new
+        self.files = 0
+        self.redacted: list[str] = []
+        self.left_out: list[Facts] = []
+        self.left_out_count = 0
+        self.left_out_bytes = 0
+        self.problems: list[str] = []
+
+    def add(self, tree: _Repository) -> None:
+        """Add what differs in a tree from its base, and the repositories inside."""
+        try:
+            if tree.prefix:
+                tree.open()
+            changes = tree.changes_from_base
+            self.room = PATCH_BYTES, PATCH_FILES
+            if tree.is_git:
+                tree.load(changes)
+            else:
+                self.room = WHOLE_BYTES, WHOLE_FILES
+            self._add_files(tree, changes)
+            inner = tree.inner
+        except _Unknown as reason:
+            where = _shown(tree.prefix) or "git.patch"
+            self.problems.append(f"{where}: {reason}")
+            return
+        for each in inner:
+            self.add(each)
+
+    def _add_files(self, tree: _Repository, changes: Sequence[_Change]) -> None:
+        """Add the files that there is room for, small ones first."""
+        kept: list[_Change] = []
+        changes = [change for change in changes if change.mode or change.old[0]]
+        changes.sort(key=lambda change: (change.rank, change.size))
+        for change in changes:
+            count = self.files + len(kept)
+            problem = self._obstacle(change, count) or self._read(tree, change)
+            if problem is not None:
+                self._leave_out(change, problem)
+            elif not tree.is_git and b"\0" in change.data:
+                continue  # it is no source
+            elif change.blob() != change.old:
+                self.size += change.size + change.old_size
+                kept.append(change)
+                if b"\0" not in change.data:
+                    _redactor.learn_code(change.data, change.title)
+        compared = []
+        for change in sorted(kept, key=lambda each: each.title):
+            if not self._redact(change):
+                self._leave_out(change, "a binary file that holds a secret")
+            elif change.old == _NO_BLOB and b"\0" not in change.data:
+                self.text += _new_file(change)
+                self.files += 1
+            else:
+                compared.append(change)
+        try:
+            left = max(self.deadline - time.monotonic(), 1.0)
+            self.text += _compared_by_git(compared, left)
+            self.files += len(compared)
+        except _Unknown as reason:
+            self.problems.append(str(reason))
+            for change in compared:
+                self._leave_out(change, str(reason))
+
+    def keep(self, record: _Record, name: str, root: str) -> Facts:
+        """Write the patch, if there is one, and return what there is to say of it."""
+        data = bytes(self.text)
+        facts: Facts = {
+            "file": None,
+            "bytes": len(data),
+            "sha256": None,
+            "files": self.files,
+            "root": root,  # the folder that the names in it start from
+            "redacted": self.redacted,
+            "left_out": self.left_out,
+            "left_out_count": self.left_out_count,
+            "left_out_bytes": self.left_out_bytes,
+        }
+        if data:
+            _write_or_link(record, name, data)
+            facts["file"] = name
+            facts["sha256"] = _digest("sha256", data).hexdigest()
+        if self.problems:
+            raise _Unknown("; ".join(self.problems), facts)
+        return facts
+
+    def _read(self, tree: _Repository, change: _Change) -> str | None:
+        """Read a file as it was at entry; return why that cannot be done."""
+        if not change.is_late:
+            try:
+                change.read()
+            except OSError as error:
+                return error.strerror or str(error)
+            change.look(tree)
+            if change.is_late:
+                return "it was written while it was read"
+        return None
+
+    def _obstacle(self, change: _Change, count: int) -> str | None:
+        """Return why a file cannot be in a patch that has so many already."""
+        title = _shown(change.title)
+        if change.mode == b"other":
+            return "no file of this repository"
+        if change.mode and _redactor.is_secret_file(change.title):
+            return "holds secrets by nature"
+        if _redactor.text(title) != title:
+            return "has a secret in its name"
+        if max(change.size, change.old_size) > PATCH_FILE_BYTES:
+            return "too large"
+        if self.size + change.size + change.old_size > self.room[0]:
+            return "the patch is full"
+        if count >= self.room[1]:
+            return "too many files"
+        if time.monotonic() > self.deadline:
+            return "no time left"
+        return None
+
+    def _redact(self, change: _Change) -> bool:
+        """Take the secrets out of a file; return False for a binary one."""
+        old = change.old_data
+        is_secret = _redactor.is_secret_file(change.title)
+        if old is not None and (is_secret or _redactor.code(old, change.title) != old):
+            change.old_data = None  # a text patch would show it
+        modes = change.mode[:3], change.old[0][:3]
+        if change.blob()[1] == change.old[1] and modes == (b"100", b"100"):
+            change.data = b""  # only its mode has changed, which needs no content
+            change.old_data = b""
+            return True
+        clean = _redactor.code(change.data, change.title)
+        if clean != change.data:
+            if b"\0" in change.data:
+                return False
+            change.data = clean
+            self.redacted.append(_shown(change.title))
+        return True
+
+    def _leave_out(self, change: _Change, reason: str) -> None:
+        """List a file that the patch lacks, with its sha256 where that is cheap."""
+        size = max(change.size, change.old_size)
+        self.left_out_count += 1
+        self.left_out_bytes += size
+        if len(self.left_out) >= MAX_LISTED:
+            return
+        facts: Facts = {"path": _shown(change.title), "bytes": size, "reason": reason}
+        is_cheap = size <= HASH_BYTES and time.monotonic() < self.deadline
+        is_limit = reason in ("too large", "the patch is full", "too many files")
+        if is_limit and is_cheap and change.mode.startswith(b"100"):
+            facts["sha256"] = _sha256(os.fsdecode(change.path))
+        self.left_out.append(facts)
+
+
+def _write_or_link(record: _Record, name: str, data: bytes) -> None:
+    """Write a file of a run; a large one that the run before has too is linked."""
+    if len(data) > LINK_BYTES:
+        earlier = next(record.earlier_runs(), None)
+        if earlier is not None:
+            with _ignoring(OSError):
+                if _read_bytes(earlier / name) == data:
+                    record.link(name, earlier / name)
+                    return
+    record.write_bytes(name, data)
+
+
+def _compared_by_git(changes: Sequence[_Change], seconds: float) -> bytes:
+    """Return what git writes into a patch for these files.
+
+    It compares them in a folder of our own, whose attributes have precedence over a
+    .gitattributes among the files, so that nothing is converted. An old file that must
+    not be shown is replaced by one that makes git write a binary patch.
+    """
+    import tempfile
+
+    if not changes:
+        return b""
+    hidden = {}
+    words = "diff --no-index --binary --full-index --no-renames --no-color -U3"
+    options = "--no-ext-diff --no-textconv --src-prefix= --dst-prefix= a b"
+    attributes = "* -text -filter -ident !eol !diff !working-tree-encoding\n"
+    config = "[core]\nrepositoryformatversion = 1\n[extensions]\nobjectFormat = "
+    with tempfile.TemporaryDirectory(prefix="run_utils-") as scratch:
+        for folder in ("a", "b", ".git/info", ".git/objects", ".git/refs"):
+            os.makedirs(f"{scratch}/{folder}")
+        _write_file(f"{scratch}/.git/HEAD", b"ref: refs/heads/main\n")
+        _write_file(f"{scratch}/.git/config", (config + changes[0].hash_name).encode())
+        _write_file(f"{scratch}/.git/info/attributes", attributes.encode())
+        for change in changes:
+            old_data = change.old_data
+            if old_data is None:
+                old_data = b"\0" + change.old[1]
+                hidden[change.object_id(old_data)] = change.old[1]
+            _put(os.fsencode(f"{scratch}/a/"), change, change.old[0], old_data)
+            _put(os.fsencode(f"{scratch}/b/"), change, change.mode, change.data)
+        limits: Any = {"timeout": seconds, "limit": 5 * PATCH_BYTES}
+        try:
+            text = _git_run(scratch, *words.split(), *options.split(), **limits)
+        except _ProgramFailed as failure:
+            if failure.status != 1 or failure.errors.startswith(b"fatal"):
+                raise
+            text = failure.output  # 1 says that something differs
+    for stand_in, old_id in hidden.items():
+        text = text.replace(b"\nindex " + stand_in, b"\nindex " + old_id)
+    # After the new content of a binary file git writes the old one, the way back.
+    way = rb"(?:literal|delta) \d+\n(?:.+\n)+\n"
+    return re.sub(rb"(?m)^(GIT binary patch\n%s)%s" % (way, way), rb"\1", text)
+
+
+def _put(place: bytes, change: _Change, mode: bytes, data: bytes) -> None:
+    """Make a file or link of this mode below a folder; nothing where git has none."""
+    path = place + change.title
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    if mode == b"120000" and b"\0" not in data:
+        os.symlink(data, path)
+    elif mode:
+        with open(path, "wb") as file:
+            file.write(data)
+        os.chmod(path, int(mode[-3:], 8))
+
+
+def _new_file(change: _Change) -> bytes:
+    """Return the part of a patch that creates a text file, as git would write it."""
+    old_name, name = _quoted(b"a/" + change.title), _quoted(b"b/" + change.title)
+    text = b"diff --git %s %s\nnew file mode %s\n" % (old_name, name, change.mode)
+    lines = change.data.split(b"\n")
+    end = b"\n\\ No newline at end of file\n"
+    if not lines[-1]:
+        lines.pop()
+        end = b"\n"
+    if b" " in name and name == b"b/" + change.title:
+        name += b"\t"  # marks the end of a name with a blank in it
+    if lines:
+        text += b"--- /dev/null\n+++ %s\n" % name
+        text += b"@@ -0,0 +1,%d @@\n+" % len(lines) + b"\n+".join(lines) + end
+    return text
+
+
+def _quoted(name: bytes) -> bytes:
+    r"""Return a name as git writes it: "a/tab\011here", if it is not a plain one."""
+    if not re.search(rb'[\x00-\x1f"\\\x7f-\xff]', name):
+        return name
+    plain = re.sub(rb'["\\]', lambda match: b"\\" + match[0], name)
+    return b'"%s"' % re.sub(
+        rb"[\x00-\x1f\x7f-\xff]", lambda match: b"\\%03o" % ord(match[0]), plain
+    )
+
+
+def _git_run(
+    directory: str, *words: str, protocols: str = "none", **how: Any
+) -> bytes:
+    """Return what git prints; it asks, pages, fetches, locks and executes nothing.
+
+    Raises _Unknown. `protocols` are those by which it may fetch; `how` goes to _run.
+    """
+    kept = ("GIT_CEILING_DIRECTORIES", "GIT_DISCOVERY_ACROSS_FILESYSTEM")
+    env = {
+        name: value for name, value in os.environ.items()
+        if name in kept or not name.startswith("GIT_")
+    }  # fmt: skip
+    argv = ["git", "--no-pager"]
+    for setting in _GIT_SETTINGS:
+        argv += ["-c", setting]
+    env.update(_GIT_ENVIRONMENT, GIT_ALLOW_PROTOCOL=protocols)
+    return _run([*argv, *words], cwd=directory, env=env, **how)
+
+
+_GIT_SETTINGS = (
+    "core.fsmonitor=false", "core.hooksPath=/dev/null", "core.quotePath=true",
+    "core.splitIndex=false", "log.showSignature=false", "status.submoduleSummary=false",
+)  # fmt: skip
+_GIT_ENVIRONMENT = {
+    "GIT_ASKPASS": "true",
+    "GIT_NO_LAZY_FETCH": "1",
+    "GIT_OPTIONAL_LOCKS": "0",
+    "GIT_PAGER": "cat",
+    "GIT_TERMINAL_PROMPT": "0",
+    "LC_ALL": "C",
+    "SSH_ASKPASS": "true",
+}
+
+
+# === Reproducing ===
+# What is missing is said before anything is built. The tree is made anew elsewhere:
+# nothing of the user's changes, and nothing that a record names is run before --exec.
+
+
+def _cmd_reproduce(args: argparse.Namespace) -> int:
+    """Build the tree that a run ran in, print a plan, and with --exec run it again.
+
+    Returns 0 if all is as it was, 1 if something differs, 2 if it cannot be done.
+    """
+    plan = _Plan(args.run)
+    target = os.path.abspath(args.into or plan.default_target())
+    if os.path.lexists(target):
+        raise ValueError(f"{target!r} exists; give another folder by --into")
+    plan.set_values(args.set)
+    plan.check()
+    for finding in plan.findings:
+        if args.exec and finding.stops:
+            raise ValueError(f"--exec is refused: {finding.about}: {finding.text}")
+    if plan.level() < 2:
+        plan.build(target)
+    if plan.level() < 2 and args.venv:
+        plan.install(target)
+    if not args.json:
+        plan.show(target)
+    comparison: Facts = {}
+    if plan.level() < 2 and args.exec:
+        comparison = _run_again(plan, target, float(args.tolerance or 1e-6), args.json)
+        if not args.json:
+            _show_comparison(comparison)
+    if args.json:
+        print(_format_json({**plan.to_json(target), "comparison": comparison}), end="")
+    if comparison:
+        return int(not comparison["same"])
+    return plan.level()
+
+
+def _cmd_verify(args: argparse.Namespace) -> int:
+    """Say whether a run can be done again; nothing stays of what that takes."""
+    import tempfile
+
+    plan = _Plan(args.run)
+    plan.check()
+    with tempfile.TemporaryDirectory(prefix="run_utils-") as scratch:
+        if plan.level() < 2:
+            plan.build(os.path.join(scratch, "tree"))
+    if args.json:
+        print(_format_json(plan.to_json(None)), end="")
+    else:
+        plan.show(None)
+    return plan.level()
+
+
+class _Finding:
+    """A line of the plan: 0 is as it was, 1 differs, 2 makes it impossible."""
+
+    def __init__(
+        self, about: str, level: int, text: str, details: Sequence[str], stops: bool
+    ) -> None:
+        self.about = about
+        self.level = level
+        self.text = text
+        self.details = list(details)
+        self.stops = stops  # --exec is refused
+
+
+class _Plan:
+    """What it takes to do a run again, and what is not as it was."""
+
+    def __init__(self, text: str) -> None:
+        folder = os.path.abspath(text)
+        is_attempt = re.search(r"/attempts/\d+$", folder)
+        if not is_attempt or not os.path.isfile(f"{folder}/metadata.json"):
+            folder = str(_find_run(text))
+        self.folder = folder  # with metadata.json, git.patch and status.json
+        self.run_dir = re.sub(r"/attempts/\d+$", "", folder)
+        self.run = Run(folder, row=False)
+        self.metadata = self.run.metadata
+        if not self.metadata:
+            raise ValueError(f"{folder!r} has no metadata.json that can be read")
+        self.git = _mapping(self.metadata, "git")
+        self.patch = _mapping(self.git, "patch")
+        self.root = _word(self.patch.get("root")) or _word(self.git.get("root"))
+        self.argv = _texts(self.metadata.get("argv"))
+        self.python = self._recorded_python()
+        self.findings: list[_Finding] = []
+
+    def add(
+        self, about: str, level: int, text: str, details: Sequence[str] = (),
+        stops: bool = False,
+    ) -> None:
+        self.findings.append(_Finding(about, level, text, details, stops))
+
+    def level(self) -> int:
+        return max([finding.level for finding in self.findings], default=0)
+
+    def default_target(self) -> str:
+        """Return a folder beside the repository that we are in, else in this folder."""
+        here = Path.cwd()
+        tops = [top for top in (here, *here.parents) if os.path.lexists(top / ".git")]
+        place = tops[-1].parent if tops else here
+        return str(place / f"{os.path.basename(self.run_dir)}-again")
+
+    def _recorded_python(self) -> str | None:
+        """Return the Python that would run it again, None if the command needs none.
+
+        It is asked for its packages, so another user's program is not taken.
+        """
+        facts = _mapping(self.metadata, "python")
+        recorded = _word(facts.get("executable"))
+        if not recorded or facts.get("origin") == "PATH":
+            return None
+        if _PYTHON.match(os.path.basename(recorded)) and os.path.isfile(recorded):
+            owners = {os.lstat(recorded).st_uid, os.stat(recorded).st_uid}
+            if owners <= {_posix.getuid(), 0}:
+                return recorded
+        return sys.executable
+
+    def set_values(self, settings: Sequence[str]) -> None:
+        """Change the command by "lr=0.2", where it has --lr 0.1, --lr=0.1 or lr=0.1."""
+        for setting in settings:
+            name, _, value = setting.partition("=")
+            for number, word in enumerate(self.argv[1:], 1):
+                flag, equals, old = word.partition("=")
+                if _bare(flag) != _bare(name):
+                    continue
+                if equals:
+                    self.argv[number] = f"{flag}={value}"
+                elif word.startswith("-") and number + 1 < len(self.argv):
+                    old = self.argv[number + 1]
+                    self.argv[number + 1] = value
+                if old != REDACTED:
+                    self.add("command", 1, f"{name} is {value}, not {old}")
+                break
+            else:
+                raise ValueError(f"no word of the command sets {name!r}")
+
+    def check(self) -> None:
+        """Find out what takes no building: inputs, secrets, packages and GPUs."""
+        name = _word(self.patch.get("file"))
+        digest = _sha256(os.path.join(self.folder, name))
+        if name and digest is None:
+            self.add("code", 2, f"{name} is not in {self.folder!r}")
+        elif name and self.patch.get("sha256") not in (None, digest):
+            self.add("code", 2, f"{name} is not the file that the run wrote")
+        self._check_inputs()
+        self._check_secrets()
+        self._check_environment()
+        for key, launcher in _LAUNCHER_LINES.items():
+            ranks = _mapping(self.metadata, "launcher").get(key)
+            if ranks not in (None, "1"):
+                line = f"{launcher} {ranks} {shlex.join(self.argv[1:])}"
+                self.add("command", 1, f"{ranks} processes: {line}", stops=True)
+                break
+
+    def _check_inputs(self) -> None:
+        """Hold the files of other runs against what they were."""
+        inputs = _read_inputs(self.run_dir)
+        problems = []
+        cwd = _word(self.metadata.get("working_dir"))
+        for entry in inputs:
+            place, problem = _input_now(entry, self.run_dir)
+            if problem is not None:
+                problems.append(f"{entry.get('run')}/{entry['path']} {problem}")
+            recorded = os.path.join(_word(entry.get("run_dir")), entry["path"])
+            for number, word in enumerate(self.argv):
+                start, equals, value = word.rpartition("=")
+                if os.path.normpath(os.path.join(cwd, value)) == recorded:
+                    # The new tree has no results, so it is named by its full path.
+                    self.argv[number] = start + equals + place
+        if problems:
+            self.add("inputs", 1, problems[0], problems[1:], stops=True)
+        elif inputs:
+            self.add("inputs", 0, f"{_format_count(len(inputs), 'file')}, unchanged")
+
+    def _check_secrets(self) -> None:
+        """Name what was redacted and has to be supplied: it is never guessed."""
+        pairs = zip(self.argv, self.argv[1:])
+        flags = [a if b == REDACTED else b for a, b in pairs if REDACTED in b]
+        if flags:
+            text = f"redacted in the command: {', '.join(flags)}; give them by --set"
+            self.add("secrets", 1, text, stops=True)
+        names = _texts(self.patch.get("redacted"))
+        if names:
+            text = "redacted in the code; fill them in by hand"
+            self.add("secrets", 1, text, names, stops=True)
+        env = _mapping(self.metadata, "env")
+        missing = [
+            name for name, value in env.items()
+            if REDACTED in str(value) and name not in os.environ
+        ]  # fmt: skip
+        if missing:
+            self.add("secrets", 0, f"the environment also had {', '.join(missing)}")
+
+    def _check_environment(self) -> None:
+        """Compare Python, packages and GPUs with those that --exec would use."""
+        if self.python is None:
+            return
+        site = _Site.here([self.python, "-c", ""])
+        now: Facts = dict.fromkeys(("python", "pip_freeze", "cuda"))
+        now["capture"] = {}
+        _collect(now, "python", lambda: _python_of_command(site))
+        _collect(now, "pip_freeze", _Packages(site, _Unwritten(self.run)).lines)
+        _collect(now, "cuda", _cuda)
+        then, here = [
+            {
+                "python": _word(_mapping(facts, "python").get("version")).split(" ")[0],
+                "GPUs": _mapping(facts, "cuda").get("device_count") or 0,
+                **(_comparable_packages(facts.get("pip_freeze")) or {}),
+            }
+            for facts in (self.metadata, now)
+        ]
+        rows = []
+        for name, old in then.items():
+            new = here.get(name)
+            if new != old and REDACTED not in str(old):
+                rows.append((_weight(name, old, new), f"{name} {old}, here {new}"))
+        lines = [text for _, text in sorted(rows)]
+        if lines:
+            self.add("environment", 1, lines[0], lines[1:])
+        else:
+            self.add("environment", 0, f"Python {then['python']} and its packages")
+
+    def build(self, target: str) -> None:
+        """Make the tree as a whole, or leave nothing at `target`."""
+        import shutil
+
+        building = f"{target}.building"
+        mark = f"{building}/.git/run_utils"
+        if os.path.lexists(building):
+            if os.listdir(building) and not os.path.isfile(mark):
+                raise ValueError(f"{building!r} is not from here; remove it")
+            shutil.rmtree(building)
+        os.makedirs(os.path.dirname(mark))
+        _write_file(mark, os.fsencode(self.folder))
+        try:
+            self._rebuild(building, self.git, self.patch, self.root)
+        except _Unknown as reason:
+            shutil.rmtree(building)
+            self.add("code", 2, str(reason))
+            return
+        missing = self._missing_files(building)
+        os.rename(building, target)
+        commit = _word(self.git.get("commit_short"))
+        text = commit or "files of no repository"
+        if self.patch.get("file"):
+            text += f" with {self.patch['file']}"
+        elif not commit:
+            text = "none was recorded"
+            missing = [*missing, text]
+        if missing:
+            self.add("code", 1, f"{text}, but not all", missing)
+        else:
+            self.add("code", 0, f"{text}, byte for byte")
+
+    def _rebuild(self, place: str, git: Facts, patch: Facts, root: str) -> None:
+        """Make a repository at `place` with those inside it, and apply the patch."""
+        base = _mapping(git, "base")
+        if "base" not in git and git.get("commit_full"):  # of version 1
+            base = {"commit": git["commit_full"], "url": git.get("remote_origin_url")}
+        switches = _fetch(place, base, root)
+        waiting = _those(git.get("submodules"), dict)
+        for inner in waiting:
+            waiting += _those(inner.get("submodules"), dict)
+            path = os.path.join(place, _word(inner.get("path")))
+            if not os.path.realpath(path).startswith(os.path.realpath(place) + os.sep):
+                raise _Unknown(f"{inner.get('path')!r} leads out of the tree")
+            if inner.get("base"):
+                former = os.path.join(root, _word(inner.get("path")))
+                _fetch(path, _mapping(inner, "base"), former)
+        if patch.get("file"):
+            file = os.path.join(self.folder, os.path.basename(_word(patch["file"])))
+            _new_git(place, *switches, "apply", "--whitespace=nowarn", file)
+
+    def _missing_files(self, tree: str) -> list[str]:
+        """Return which files are not as they were, and why.
+
+        One that the patch had no room for is copied where it still is the same.
+        """
+        import shutil
+
+        texts = []
+        left_out = _those(self.patch.get("left_out"), dict)
+        for entry in left_out:
+            source = os.path.join(self.root, _word(entry.get("path")))
+            place = os.path.join(tree, _word(entry.get("path")))
+            folder = os.path.realpath(os.path.dirname(place))
+            digest = entry.get("sha256")
+            if digest and _sha256(source) == digest and os.path.isdir(folder):
+                if f"{folder}/".startswith(os.path.realpath(tree) + "/"):
+                    shutil.copy(source, place)
+                    continue
+            texts.append(f"{entry.get('path')}: {entry.get('reason')}")
+        more = int(_number(self.patch.get("left_out_count")) or 0) - len(left_out)
+        if more > 0:
+            texts.append(f"{more} more that were left out")
+        texts += [f"{name}: redacted" for name in _texts(self.patch.get("redacted"))]
+        for name in _texts(self.git.get("changed_after_entry")):
+            texts.append(f"{name}: changed after entry, taken as committed")
+        report = _mapping(_mapping(self.metadata, "capture"), "git.patch")
+        base = self.git.get("base")
+        if report.get("problem") and (base is None or base.get("url")):
+            texts.append(_word(report["problem"]))
+        return texts
+
+    def install(self, target: str) -> None:
+        """Make the recorded environment inside the new tree, and nowhere else."""
+        commands = self.environment_commands(target)
+        os.makedirs(f"{target}/.git/info")
+        _write_file(f"{target}/.git/info/exclude", b"/.venv/\n")
+        for place, package in self._local_packages(target):
+            patch, root = _mapping(package, "patch"), _word(package.get("root"))
+            os.makedirs(place)
+            self._rebuild(place, package, patch, _word(patch.get("root")) or root)
+        for command in commands:
+            _run(command, timeout=INSTALL_SECONDS, cwd=target)
+        self.python = f"{target}/.venv/bin/python"
+        self.findings = [each for each in self.findings if each.about != "environment"]
+        self._check_environment()
+
+    def _local_packages(self, target: str) -> Iterator[tuple[str, Facts]]:
+        """Yield where each package goes whose code was recorded by itself."""
+        for package in _those(self.metadata.get("local_packages"), dict):
+            if package.get("patch") or package.get("base"):
+                name = _safe_name(_word(package.get("name")))
+                yield f"{target}/.git/packages/{name}", package
+
+    def environment_commands(self, target: str) -> list[list[str]]:
+        """Return what makes the environment, and write the requirements for it."""
+        version = _word(_mapping(self.metadata, "python").get("version")).split(" ")[0]
+        lines = _texts(self.metadata.get("pip_freeze"))
+        if not version or not lines:
+            return []
+        kept = []
+        local = []
+        for place, package in self._local_packages(target):
+            path, root = _word(package.get("path")), _word(package.get("root"))
+            inside = os.path.relpath(path, root or path)
+            kept.append(f"-e {os.path.normpath(os.path.join(place, inside))}")
+            local.append(_word(package.get("name")))
+        for line in lines:
+            is_local = line.startswith("-e /") or "@ file:" in line
+            name = re.split(r"[ =@<>]", line, maxsplit=1)[0]
+            if not is_local and name not in local and REDACTED not in line:
+                kept.append(line)
+        file = f"{target}/.git/requirements.txt"
+        if os.path.isdir(target):
+            _write_file(file, "\n".join([*kept, ""]).encode("utf-8"))
+        install = ["--no-deps", "-r", file]
+        tags = re.findall(r"\+(cu\d+|cpu|rocm[\d.]+|xpu)\b", "\n".join(kept))
+        for tag in sorted(set(tags)):
+            install += ["--extra-index-url", WHEEL_INDEX + tag]
+        venv = f"{target}/.venv"
+        python = f"{venv}/bin/python"
+        conda = _texts(_mapping(self.metadata, "environment").get("conda_packages"))
+        if conda:
+            pins = ["=".join(text.rsplit("-", 2)) for text in conda]
+            make = ["conda", "create", "--yes", "--prefix", venv, *pins]
+        elif _on_path("uv") is not None:
+            install += ["--index-strategy", "unsafe-best-match"]
+            return [
+                ["uv", "venv", "--python", version, venv],
+                ["uv", "pip", "install", "--python", python, *install],
+            ]
+        else:
+            minor = "python" + ".".join(version.split(".")[:2])
+            base = self.python
+            if base in (None, sys.executable):
+                base = _on_path(minor) or sys.executable
+            make = [base, "-m", "venv", venv]
+        return [make, [python, "-m", "pip", "install", *install]]
+
+    def command(self, target: str) -> tuple[list[str], str]:
+        """Return the words that run it again, and the folder to run them in."""
+        cwd = _word(self.metadata.get("working_dir"))
+        words = [_moved(word, self.root, target) for word in self.argv]
+        if self.python and _PYTHON.match(os.path.basename(words[0])):
+            words[0] = self.python
+        return words, _moved(cwd, self.root, target)
+
+    def to_json(self, target: str | None) -> Facts:
+        words, place = self.command(target or self.root)
+        return {
+            "run": self.folder,
+            "tree": target,
+            "level": self.level(),
+            "steps": [vars(finding) for finding in self._ordered()],
+            "environment": self.environment_commands(target or "TREE"),
+            "command": words,
+            "working_dir": place,
+        }
+
+    def _ordered(self) -> list[_Finding]:
+        order = ("code", "inputs", "secrets", "environment", "command")
+        return sorted(self.findings, key=lambda each: order.index(each.about))
+
+    def show(self, target: str | None) -> None:
+        """Print the plan, the most important first, on one screen."""
+        lines = []
+        for finding in self._ordered():
+            word = ("same", "differs", "impossible")[finding.level]
+            text = f"{finding.about}: {word}: {finding.text}"
+            details = finding.details[:10]
+            if len(finding.details) > 10:
+                details.append(f"and {len(finding.details) - 10} more")
+            lines.append("\n     ".join([text, *details]))
+        if target is not None and self.level() < 2:
+            levels = [f.level for f in self.findings if f.about == "environment"]
+            if any(levels):
+                lines += map(shlex.join, self.environment_commands(target))
+            words, place = self.command(target)
+            lines.append(f"cd {shlex.quote(place)} && {shlex.join(words)}")
+        for number, line in enumerate(lines, 1):
+            for part in f"{number}. {line}".split("\n"):
+                print(_printable(part))
+        if target is not None and os.path.isdir(target):
+            print(_printable(f"To remove it: rm -rf {shlex.quote(target)}"))
+
+
+_LAUNCHER_LINES = {  # by the variable that tells the number of ranks
+    "WORLD_SIZE": "torchrun --nproc-per-node",
+    "SLURM_NTASKS": "srun --ntasks",
+    "OMPI_COMM_WORLD_SIZE": "mpirun -n",
+    "PMI_SIZE": "mpiexec -n",
+}
+
+
+def _word(value: object) -> str:
+    """Return a text of a record, empty if it is anything else."""
+    if isinstance(value, str):
+        return value
+    return ""
+
+
+def _bare(flag: str) -> str:
+    """Return the name of "--learning-rate" as it stands in a config."""
+    return flag.lstrip("-").replace("-", "_")
+
+
+def _moved(word: str, root: str, target: str) -> str:
+    """Return a word with a path below the old root as one of the new tree."""
+    start, equals, value = word.rpartition("=")
+    if root and (value == root or value.startswith(root + os.sep)):
+        moved = target + value[len(root) :]
+        if os.path.lexists(moved):
+            return start + equals + moved
+    return word
+
+
+def _weight(name: str, old: object, new: object) -> tuple[int, str]:
+    """Return how much a difference matters: Python, GPUs, what is missing, versions."""
+    if name in ("python", "GPUs"):
+        return 0, name
+    if new is None:
+        return 1, name
+    is_major = str(old).split(".")[0] != str(new).split(".")[0]
+    return 3 - int(is_major), name
+
+
+def _input_now(entry: Facts, run_dir: str) -> tuple[str, str | None]:
+    """Return where an input is now, and what is wrong with it."""
+    beside = os.path.normpath(os.path.join(run_dir, _word(entry.get("relative"))))
+    places = [f"{beside}/{entry['path']}", f"{entry.get('run_dir')}/{entry['path']}"]
+    for place in filter(os.path.exists, places):
+        info = os.stat(place)
+        size = entry.get("size")
+        if size is None or entry.get("mtime") == _utc(info.st_mtime):
+            return place, None
+        if not info.st_size and size:
+            return place, "is empty"
+        if info.st_size != size:
+            return place, f"has {info.st_size} bytes, not {size}"
+        producer = _read_json(f"{_run_of(place)}/metadata.json") or {}
+        for output in _those(producer.get("outputs"), dict):
+            if output.get("path") == entry["path"]:
+                if output.get("sha256") == _sha256(place):
+                    return place, None  # only its time is another
+        return place, "has changed"
+    return places[-1], "is gone"
+
+
+def _fetch(place: str, base: Facts, former: str) -> list[str]:
+    """Make a repository with the commit of a base; return what turns filters off.
+
+    It comes from its former place if that still has it, else from the remote. Only
+    git reads there, and it is told to start nothing.
+    """
+    commit = _word(base.get("commit"))
+    if base and not re.fullmatch("[0-9a-f]{40,64}", commit):
+        raise _Unknown(f"{commit!r} is no commit")
+    os.makedirs(place, exist_ok=True)
+    kind = {64: "sha256"}.get(len(commit), "sha1")
+    _new_git(place, "init", "-q", "--template=", f"--object-format={kind}")
+    tree = _Repository(place, [])
+    tree.read_config()
+    if not base:
+        return tree.switches
+    url = re.sub(f"[^/]*{REDACTED}[^/]*@", "", _word(base.get("url")))
+    if url:
+        _new_git(place, "remote", "add", "--", "origin", url)
+    problem = ""
+    everything = "+refs/heads/*:refs/remotes/origin/*"
+    sources = [url]
+    if os.path.isdir(former):
+        sources.insert(0, former)
+    for source in filter(None, sources):
+        for options in (["--depth=1", "--", source, commit], ["--", source, commit],
+                        ["--", source, everything]):  # fmt: skip
+            try:
+                _new_git(place, "fetch", "-q", *options)
+                checkout = ("checkout", "-q", "--detach", commit, "--")
+                _new_git(place, *tree.switches, *checkout)
+                return tree.switches
+            except _Unknown as reason:
+                problem = str(reason)
+    nobody = f"neither {former!r} nor {url or 'a remote'!r}"
+    raise _Unknown(f"{nobody} has commit {commit[:12]}: {problem or 'they are gone'}")
+
+
+def _new_git(place: str, *words: str) -> bytes:
+    """Run git in a repository that we make; it may fetch."""
+    protocols = "file:git:http:https:ssh"
+    return _git_run(place, *words, protocols=protocols, timeout=FETCH_SECONDS)
+
+
+def _run_again(plan: _Plan, target: str, tolerance: float, is_quiet: bool) -> Facts:
+    """Run the command in the new tree as a run of its own; return how it compares."""
+    import subprocess  # nosec
+
+    words, place = plan.command(target)
+    env = {**os.environ, REPRODUCES: plan.folder}
+    venv = f"{target}/.venv"
+    if os.path.isdir(venv):
+        paths = os.pathsep.join([f"{venv}/bin", env.get("PATH", "")])
+        env.update(VIRTUAL_ENV=venv, PATH=paths)
+    if _mapping(plan.metadata, "python").get("origin") != "this process":
+        base = f"{target}/results/{plan.run.path.parent.name}"
+        words = [sys.executable, __file__, "run", "--base-dir", base, "--", *words]
+    output = None
+    if is_quiet:  # its log has it
+        output = subprocess.DEVNULL
+    print(end="", flush=True)
+    options: Any = {"cwd": place, "env": env, "stdout": output}
+    done = subprocess.run(words, **options)  # nosec
+    for root in (target, os.path.dirname(plan.run_dir)):
+        for path in _walk_runs(root):
+            again = Run(path, row=False)
+            if _mapping(again.metadata, "reproduces").get("run_dir") == plan.folder:
+                return _compared(plan.run, again, tolerance)
+    raise ValueError(f"it ended with status {done.returncode}; no run recorded it")
+
+
+def _compared(then: Run, now: Run, tolerance: float) -> Facts:
+    """Return a table of what came out, and the level that was reached."""
+    sides = [_outcome(then), _outcome(now)]
+    rows: list[Facts] = []
+    for kind, key in dict.fromkeys([*sides[0], *sides[1]]):
+        old, new = sides[0].get((kind, key)), sides[1].get((kind, key))
+        if kind == "log" and None in (old, new):
+            continue  # the streams were not kept in the same way
+        verdict = _verdict(kind, old, new, tolerance)
+        row = {"kind": kind, "key": key, "then": old, "now": new, "verdict": verdict}
+        rows.append(row)
+    level, is_same = _level_reached(then, rows, tolerance)
+    return {"run": str(now.path), "rows": rows, "level": level, "same": is_same}
+
+
+def _outcome(run: Run) -> dict[tuple[str, str], JSON]:
+    """Return how a run ended, and its metrics, the hashes of its files and its log."""
+    found: dict[tuple[str, str], JSON] = {}
+    for key in ("status", "exit_code"):
+        found["end", key] = run.status.get(key)
+    for name, facts in run.raw_summary.items():
+        for part in ("last", "min", "max"):
+            if name != "time" and isinstance(facts, dict):
+                found["metric", f"{part}({name})"] = facts.get(part)
+    for entry in _left_files(run.path):
+        if entry["path"] != "metrics/metrics.jsonl":
+            found["file", entry["path"]] = entry["sha256"] or entry["size"]
+    logs = f"{run.path}/logs"
+    stdout = _sha256(f"{logs}/stdout.log")
+    found["log", "stdout"] = stdout
+    found["log", "output"] = _sha256(f"{logs}/output.log")
+    with _ignoring(OSError):
+        if os.path.getsize(f"{logs}/stderr.log") == 0:  # so stdout has all
+            found["log", "output"] = stdout
+    return found
+
+
+def _verdict(kind: str, then: JSON, now: JSON, tolerance: float) -> str:
+    """Return "same", "close", "missing", "new", or how a value differs."""
+    if then == now:
+        return "same"
+    if then is None:
+        return "new"
+    if now is None:
+        return "missing"
+    old, new = _number(then), _number(now)
+    if kind != "metric" or old is None or new is None:
+        return "different"
+    off = abs(old - new) / (max(abs(old), abs(new)) or 1.0)
+    # What follows the clock would be close by accident.
+    units = (1, 1e3, 1e6, 1e9)
+    is_time = any(abs(new / unit - time.time()) < 86_400 for unit in units)
+    if off <= tolerance and not is_time:
+        return "close"
+    return f"different by {off:.2g}"
+
+
+def _level_reached(
+    then: Run, rows: Sequence[Facts], tolerance: float
+) -> tuple[str, bool]:
+    """Return the level in a sentence, and whether it may be called the same."""
+    kinds = {row["kind"] for row in rows}
+    bad = {row["kind"] for row in rows if row["verdict"] not in ("same", "close")}
+    if "end" in bad:
+        return "different: it ended in another way", False
+    if "file" in kinds and not bad & {"file", "metric"}:
+        return "the same files, byte for byte", True
+    if "metric" in kinds and "metric" not in bad:
+        text = f"the same metrics within {tolerance:g}"
+        if "file" in bad:
+            text += ", but other files"
+        return text, "file" not in bad
+    if kinds == {"end"}:
+        return "not known: it left no file, metric or output", False
+    if not bad:
+        return "the same output, byte for byte", True
+    seeds = _enclosing_seeds(then, rows)
+    if seeds > 1 and "file" not in bad:
+        return f"within the spread of {seeds} seeds", False
+    return "different", False
+
+
+def _enclosing_seeds(run: Run, rows: Sequence[Facts]) -> int:
+    """Return how many runs differ only in a seed, 0 if they do not enclose the new."""
+    keys = [key for key in run.flat_config if "seed" in key.lower()]
+    runs = [Run(path, row=False) for path in _walk_runs(run.path.parent)]
+    for group in _fold_seeds(runs, keys):
+        if run.folder not in [each.folder for each in group.runs]:
+            continue
+        for row in rows:
+            if row["kind"] == "metric" and row["key"].startswith("last("):
+                values = [_number(each.look_up(row["key"])) for each in group.runs]
+                known = [value for value in values if value is not None]
+                now = _number(row["now"])
+                if now is None or not min(known) <= now <= max(known):
+                    return 0
+        return len(group.runs)
+    return 0
+
+
+def _show_comparison(comparison: Facts) -> None:
+    """Print what came out: first what is not the same, at last the level reached."""
+    if not comparison:
+        return
+    for row in sorted(comparison["rows"], key=lambda row: row["verdict"] == "same"):
+        text = f"{row['kind']} {row['key']}: {row['verdict']}"
+        if row["verdict"] != "same" and row["kind"] not in ("file", "log"):
+            text += f": {_text(row['then'])}, now {_text(row['now'])}"
+        print(_printable(f"   {text}"))
+    print(_printable(f"{comparison['run']}: {comparison['level']}"))
 
 
 # === Lineage ===
-# Which run fed which: found in config values and argv, recorded in the consumer only.
-# Who used a run is found when it is asked for.
+# A run says what it used: files of other runs are found in its config and on its
+# command line. Who used a run is found by asking all others.
 
 
 def _inputs(
-    config: Any, argv: Sequence[str], run_dir: Path, cwd: str | None = None
-) -> list[dict[str, Any]]:
+    config: JSON, argv: Sequence[str], run_dir: Path, cwd: str | None = None
+) -> list[Facts]:
     """Return an entry for each existing path of another run that a run was given.
 
     Looked at are the strings of the config, in lists too, and the words of the command
-    line: ``a/b.pt``, ``--init=a/b.pt``, ``key=a.pt,b.pt``, relative to `cwd`.
+    line: ``a/b.pt``, ``--init=a/b.pt``, ``key=a.pt,b.pt``, ``file:///a/b.pt``,
+    ``a/*.pt`` and ``$OLD/b.pt``, relative to `cwd`.
     """
     own = os.path.realpath(run_dir)
-    entries: dict[str, dict[str, Any]] = {}
-    for _, (key, text) in zip(range(MAX_INPUTS), _named(config or {}, argv)):
+    known: dict[str, bool] = {}  # which folders are runs: each is looked at once
+    states: dict[str, str] = {}
+    deadline = time.monotonic() + INPUT_SECONDS
+    entries: dict[str, Facts] = {}
+    for _, (key, text) in zip(range(MAX_INPUTS), _named_texts(config, argv)):
         for path in _existing_paths(text, cwd or ""):
-            producer = _run_of(path)
-            if producer is not None and os.path.realpath(producer) != own:
-                entry = _input(key, path, producer, run_dir)
-                entries.setdefault(os.path.join(producer, entry["path"]), entry)
+            if time.monotonic() > deadline or len(entries) >= MAX_INPUTS:
+                return list(entries.values())
+            producer = _run_of(path, known)
+            if producer is None or os.path.realpath(producer) == own:
+                continue
+            if producer not in states:
+                states[producer] = _text(_status_now(producer).get("status"))
+            entry = _input(key, path, producer, run_dir, states[producer])
+            entries.setdefault(f"{producer}/{entry['path']}", entry)
     return list(entries.values())
 
 
-def _named(config: Any, argv: Sequence[str]) -> Iterator[tuple[str, str]]:
+def _named_texts(config: JSON, argv: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield the strings of a config with their dotted keys, then those of argv."""
-    for key, value in config.items():
-        yield from _strings(key, value) if key != "command" else ()
+    if isinstance(config, dict):
+        for key, value in config.items():
+            if key != "command":
+                yield from _strings(key, value)
     for word in argv[1:]:
         yield "argv", word
 
 
-def _existing_paths(text: str, cwd: str) -> Iterator[Path]:
-    """Yield what exists of "a/b.pt", "--init=a/b.pt", "key=a.pt,b.pt"."""
-    value = text.partition("=")[2]
-    parts = [text, value, *text.split(","), *value.split(",")]
-    for part in dict.fromkeys(parts if "," in text else parts[:2]):
-        path = os.path.join(cwd, os.path.expanduser(part))
-        if part and len(part) <= 4096 and "\0" not in part and os.path.exists(path):
-            yield Path(os.path.abspath(path))
-
-
-def _strings(key: str, value: Any) -> Iterator[tuple[str, str]]:
+def _strings(key: str, value: JSON, depth: int = 0) -> Iterator[tuple[str, str]]:
     """Yield the strings in plain data with their dotted keys; lists have no own."""
     if isinstance(value, str):
         yield key, value
+    elif depth > MAX_DEPTH:
+        return
     elif isinstance(value, dict):
         for name, item in value.items():
-            yield from _strings(f"{key}.{name}", item)
+            yield from _strings(f"{key}.{name}", item, depth + 1)
     elif isinstance(value, list):
         for item in value:
-            yield from _strings(key, item)
+            yield from _strings(key, item, depth + 1)
 
 
-def _input(key: str, path: Path, producer: Path, run_dir: Path) -> dict[str, Any]:
+def _existing_paths(text: str, cwd: str) -> Iterator[str]:
+    """Yield the paths that a text names and that exist, each of a list or glob."""
+    if len(text) > 4096 or "\0" in text:
+        return
+    value = text.partition("=")[2]
+    for part in dict.fromkeys([text, value, *text.split(","), *value.split(",")]):
+        if not part:
+            continue
+        path = os.path.expanduser(os.path.expandvars(_without_scheme(part)))
+        path = os.path.join(cwd, path)
+        if os.path.exists(path):
+            yield os.path.abspath(path)
+        elif _is_glob(path):
+            yield from _globbed(path)
+
+
+def _without_scheme(text: str) -> str:
+    """Return the path of "file:///data/a%20b.pt" or "file:a.pt", else the text."""
+    if not text.startswith("file:"):
+        return text
+    from urllib.parse import unquote
+
+    return unquote(re.sub("^file:(//[^/]*)?", "", text))  # a host, most often none
+
+
+def _is_glob(path: str) -> bool:
+    """Tell whether a path is a pattern, in at most two of its parts.
+
+    With more it could make us list a whole disk.
+    """
+    return len(re.findall(r"[*?[][^/]*", path)) in (1, 2)
+
+
+def _globbed(pattern: str) -> Iterator[str]:
+    """Yield the existing paths of a pattern, as many as are looked at."""
+    import glob
+
+    with _ignoring(OSError, re.error):
+        for _, path in zip(range(MAX_INPUTS), glob.iglob(pattern)):
+            yield os.path.abspath(path)
+
+
+def _input(
+    key: str, path: str, producer: str, run_dir: StrPath, status: str
+) -> Facts:
     """Return the entry of `inputs` in metadata.json for a file of another run."""
     inside = os.path.relpath(path, producer)
     if inside.startswith(os.pardir):  # a link into the run
         inside = os.path.relpath(os.path.realpath(path), os.path.realpath(producer))
-    info = path.stat() if path.exists() else None
-    return {
+    entry: Facts = {
         "key": key,
-        "run": producer.name,
-        "run_dir": str(producer),
+        "run": os.path.basename(producer),
+        "run_dir": producer,
         "relative": os.path.relpath(producer, run_dir),  # holds when a tree is moved
         "path": inside,
-        "size": info.st_size if info and stat.S_ISREG(info.st_mode) else None,
-        "mtime": _utc(info.st_mtime) if info and stat.S_ISREG(info.st_mode) else None,
-        "status": _status_now(producer).get("status"),
+        "size": None,
+        "mtime": None,
+        "status": status,
     }
+    with _ignoring(OSError):
+        info = os.stat(path)
+        if stat.S_ISREG(info.st_mode):
+            entry.update(size=info.st_size, mtime=_utc(info.st_mtime))
+    return entry
 
 
-def _warn_of_inputs(inputs: Iterable[Mapping[str, Any]]) -> None:
+def _warn_of_inputs(inputs: Iterable[Facts]) -> None:
     """Say which inputs come from a run that failed, is lost or is superseded."""
     for entry in inputs:
-        why = [entry["status"]] if entry["status"] in ("failed", "lost") else []
-        tags = _tags(_read_lines(Path(entry["run_dir"]) / "notes.jsonl"))
-        why += [tag for tag in tags if tag == "superseded"]
+        why = []
+        if entry["status"] in ("failed", "lost"):
+            why.append(entry["status"])
+        notes = _read_lines(os.path.join(entry["run_dir"], "notes.jsonl"))
+        if "superseded" in _tags(notes):
+            why.append("superseded")
         if why:
             what = f"{entry['key']}={entry['path']} comes from {entry['run']}"
             _warn(f"{what}, which is {' and '.join(why)}")
 
 
 def _record_use(artifact: Path, consumer: str | None, reason: str | None) -> None:
-    """Record on both sides that the run `consumer` used a file of another run."""
-    artifact = artifact.absolute()
-    producer = _run_of(artifact)
+    """Record on both sides that the run `consumer` used a file of another run.
+
+    The consumer gets a line in inputs.jsonl, the producer one in
+    artifacts/USED_BY.jsonl where that can be written.
+    """
+    path = os.path.abspath(artifact)
+    producer = _run_of(path)
     if producer is None:
         return
-    folder = producer / "artifacts"
-    inside = artifact.is_relative_to(folder)
-    path = os.path.relpath(artifact, folder if inside else producer)
-    about = {"artifact_relpath": path, "consumer_run_dir": consumer, "reason": reason}
-    if consumer is not None and Path(consumer).absolute() != producer:
-        with _tolerating("inputs of metadata.json"):
-            _add_input(Path(consumer).absolute(), artifact, producer)
-    who = {"when": _utc(), **about, "host": _hostname(), "user": _user()}
-    with contextlib.suppress(OSError):  # the producer's tree may be read-only
-        folder.mkdir(exist_ok=True)
-        _append_line(folder / "USED_BY.jsonl", who)
-        _append_index(_index_row(producer), "artifact_used", None, **about)
+    inside = re.sub("^artifacts/", "", os.path.relpath(path, producer))
+    about: Facts = {"artifact_relpath": inside, "consumer_run_dir": consumer}
+    about["reason"] = reason
+    is_own = os.path.realpath(consumer or "") == os.path.realpath(producer)
+    if consumer is not None and not is_own:
+        with _tolerating("inputs.jsonl"):
+            _add_input(Path(os.path.abspath(consumer)), path, producer, reason)
+    used: Facts = {"when": _utc(), **about, "host": _hostname(), "user": _user()}
+    with _ignoring(OSError):  # the producer's tree may be read-only
+        record = _Record.at(Path(producer))
+        record.append("artifacts/USED_BY.jsonl", used)
+        record.tell_index("artifact_used", **about)
 
 
-def _add_input(run_dir: Path, artifact: Path, producer: Path) -> None:
-    """Add a file of another run, as it is now, to `inputs` of metadata.json, once."""
-    entry = _input("mark_artifact_used", artifact, producer, run_dir)
-    recording = _active_for(run_dir)
-    if recording is not None and recording.recorder is not None:
-        recording.recorder.ask("wait", "captured")  # it writes the same file
-    metadata = _read_json(run_dir / "metadata.json")
-    if metadata is None:
+def _add_input(run_dir: Path, path: str, producer: str, reason: str | None) -> None:
+    """Append a file of another run, as it is now, to inputs.jsonl, once."""
+    status = _text(_status_now(producer).get("status"))
+    entry = _input("mark_artifact_used", path, producer, run_dir, status)
+    if reason is not None:
+        entry["reason"] = reason
+    known = map(_same_input, _read_lines(run_dir / "inputs.jsonl"))
+    if _same_input(entry) in known:
         return
-    inputs = metadata.setdefault("inputs", [])
-    same = ("run_dir", "path", "size", "mtime")
-    if all([old.get(k) for k in same] != [entry[k] for k in same] for old in inputs):
-        inputs.append(entry)
-        _write_json(run_dir / "metadata.json", metadata)
-        _append_index(_index_row(run_dir), "artifact_used", None)
-        _warn_of_inputs([entry])
+    record = _Record.at(run_dir)
+    record.append("inputs.jsonl", {"timestamp_utc": _utc(), **entry})
+    _warn_of_inputs([entry])
+    with _tolerating("the index"):
+        record.tell_index("artifact_used", inputs=[entry["run"]])
+
+
+def _same_input(entry: Facts) -> list[JSON]:
+    """Return what makes two entries the same: the file, as it was."""
+    return [entry.get(key) for key in ("run_dir", "path", "size", "mtime")]
+
+
+def _read_inputs(run_dir: StrPath) -> list[Facts]:
+    """Return which files of other runs a run used.
+
+    They are in metadata.json, and in inputs.jsonl if mark_artifact_used() was called.
+    """
+    folder = os.fspath(run_dir)
+    different: dict[str, Facts] = {}
+    for entry in [*_recorded_inputs(folder), *_read_lines(f"{folder}/inputs.jsonl")]:
+        if isinstance(entry.get("path"), str):
+            different.setdefault(_format_json(_same_input(entry)), entry)
+    return list(different.values())
+
+
+def _recorded_inputs(folder: str) -> list[Facts]:
+    """Return `inputs` of metadata.json; of an ancestor's run, what its config names."""
+    with _ignoring(OSError):
+        if b'\n  "inputs": [],' in _read_bytes(f"{folder}/metadata.json", MAX_RECORD):
+            return []  # as most have it: not to parse 10,000 of them is worth a line
+    run = Run(folder, row=False)
+    inputs = run.metadata.get("inputs")
+    if inputs is not None or not run.config:
+        return _those(inputs, dict)
+    cwd = run.metadata.get("working_dir")
+    if not isinstance(cwd, str) or not os.path.isabs(cwd):
+        cwd = os.sep
+    return _inputs(run.config, _texts(run.metadata.get("argv")), Path(folder), cwd)
 
 
 class _Lineage:
-    """Which runs below a results root used which, read from the runs themselves."""
+    """Which runs below a results root used which, read from the runs themselves.
+
+    `edges` has for each (producer, consumer) what was used: paths of files in the
+    producer, "(reproduced)", or "(ran inside)" of a run that another one started.
+    """
 
     def __init__(self, root: Path, run: Path | None = None) -> None:
-        """Read all runs below `root`, or only what tells who used `run`."""
+        """Read all runs below `root`; with `run`, only what tells who used that."""
         self.root = root
+        self.runs = _Walk(str(root)).runs
         self.named: dict[str, str] = {}  # where the run of a name is
-        # (producer, consumer): the files
         self.edges: dict[tuple[Path, Path], list[str]] = {}
-        since = _started(run) if run else ""
-        for line in _stamped_runs(root, known=_runs_without_inputs(root)):
-            path = line[STAMP_WIDTH:]
-            if line[:15] > since:
-                consumer = Path(path)
-                for entry in _read_inputs(consumer):
-                    producer = self.producer(entry, consumer)
-                    self.add(producer, consumer, str(entry["path"]))
-        for path in [str(run)] if run else _walk_runs(root):
-            if os.path.exists(f"{path}/artifacts/USED_BY.jsonl"):
-                self.add_users(Path(path))
+        since = 0.0
+        if run is not None:
+            since = _started(run)
+        for folder in self.runs:
+            if run is None or _started(folder) >= since:
+                self._add_inputs(Path(folder))
+        users_of = self.runs
+        if run is not None:
+            users_of = [str(run)]
+        for folder in users_of:
+            self._add_users(Path(folder))
 
-    def add_users(self, producer: Path) -> None:
+    def users_of(self, run: Path) -> list[str]:
+        """Return the names of the runs that used a run."""
+        names = {
+            consumer.name for producer, consumer in self.edges
+            if os.path.realpath(producer) == os.path.realpath(run)
+        }  # fmt: skip
+        return sorted(names)
+
+    def walk(self, start: Path, users: bool) -> Iterator[tuple[int, Path, str]]:
+        """Yield (depth, run, what) from `start` on; a run met again is not entered."""
+        following: dict[Path, list[tuple[Path, str]]] = {}
+        for (producer, consumer), paths in sorted(self.edges.items()):
+            here, there = consumer, producer
+            if users:
+                here, there = producer, consumer
+            following.setdefault(here, []).append((there, _format_paths(paths)))
+        seen = {start}
+        waiting = [(1, *step) for step in reversed(following.get(start, []))]
+        while waiting:
+            depth, run, text = waiting.pop()
+            if run in seen:
+                yield depth, run, f"{text} (see above)"
+                continue
+            yield depth, run, text
+            seen.add(run)
+            for step in reversed(following.get(run, [])):
+                waiting.append((depth + 1, *step))
+
+    def _add_inputs(self, consumer: Path) -> None:
+        """Add what a run says it used, and the runs it is tied to."""
+        for entry in _read_inputs(consumer):
+            self._add(self._where_now(entry, consumer), consumer, str(entry["path"]))
+        for tied, what in _ties(consumer):
+            self._add(self._where_now(tied, consumer), consumer, what)
+
+    def _add_users(self, producer: Path) -> None:
         """Add what mark_artifact_used, ours or the ancestors', left in a producer."""
         for row in _read_lines(producer / "artifacts" / "USED_BY.jsonl"):
             consumer = Path(str(row.get("consumer_run_dir") or "?"))
-            consumer = consumer if _is_run(consumer) else self.find(consumer)
-            self.add(producer, consumer, f"artifacts/{row.get('artifact_relpath')}")
+            if not _is_run(consumer):
+                consumer = self._find(consumer)
+            path = str(row.get("artifact_relpath"))
+            inside = f"artifacts/{path}"
+            is_beside = os.path.lexists(producer / path)
+            if os.path.lexists(producer / inside) or not is_beside:
+                path = inside
+            self._add(producer, consumer, path)
 
-    def add(self, producer: Path, consumer: Path, path: str) -> None:
+    def _add(self, producer: Path, consumer: Path, path: str) -> None:
         paths = self.edges.setdefault((producer, consumer), [])
-        paths += [path] if path not in paths[:MAX_INPUTS] else []
+        if path not in paths[:MAX_INPUTS]:
+            paths.append(path)
 
-    def producer(self, entry: Mapping[str, Any], consumer: Path) -> Path:
-        """Return where the producer is now: moved with us, in its place, or renamed."""
-        path = Path(str(entry.get("run_dir", "?")))
-        beside = Path(os.path.normpath(consumer / str(entry.get("relative", "?"))))
-        for place in (beside, path):
-            if place.name == entry.get("run") and _is_run(place):
+    def _where_now(self, entry: Facts, consumer: Path) -> Path:
+        """Return where a producer is now: moved with us, in its place, or renamed."""
+        recorded = str(entry.get("run_dir") or "?")
+        beside = os.path.normpath(consumer / str(entry.get("relative") or "?"))
+        for place in (beside, recorded):
+            if os.path.basename(place) == entry.get("run") and _is_run(place):
                 return Path(os.path.realpath(place))
-        return self.find(path)
+        return self._find(Path(recorded))
 
-    def find(self, path: Path) -> Path:
+    def _find(self, path: Path) -> Path:
         """Return the run that had this name; the path itself when there is none."""
         if not self.named:
-            runs = _walk_runs(self.root)
-            self.named.update({os.path.basename(run): run for run in runs})
+            self.named = {os.path.basename(run): run for run in self.runs}
         if path.name not in self.named:
-            for run in list(self.named.values()):  # a renamed one knows its first name
-                name = (_read_json(Path(run, "status.json")) or {}).get("run")
+            for run in self.runs:  # a renamed one knows the name it had first
+                name = _small_json(f"{run}/status.json").get("run")
                 self.named.setdefault(str(name), run)
         return Path(self.named.get(path.name, path))
 
-    def walk(self, start: Path, users: bool) -> Iterator[tuple[int, Path, str]]:
-        """Yield (depth, run, file) from `start` on; a run met again is not entered."""
-        following: dict[Path, list[tuple[Path, str]]] = {}
-        for (producer, consumer), paths in sorted(self.edges.items()):
-            here, there = (producer, consumer) if users else (consumer, producer)
-            following.setdefault(here, []).append((there, _format_paths(paths)))
-        seen, waiting = {start}, [(1, *step) for step in following.get(start, [])[::-1]]
-        while waiting:
-            depth, run, path = waiting.pop()
-            again = run in seen
-            yield depth, run, path + " (see above)" * again
-            if not again:
-                seen.add(run)
-                steps = following.get(run, [])[::-1]
-                waiting += [(depth + 1, *step) for step in steps]
+
+# Keys of metadata.json that tie a run to one other, and what that is called.
+_TIES = {"reproduces": "(reproduced)", "parent": "(ran inside)"}
+_TIED = re.compile(rb'\n  "(reproduces|parent)": [^n]')  # it is not null
 
 
-def _read_inputs(run_dir: Path) -> list[dict[str, Any]]:
-    """Return `inputs` of metadata.json; of an ancestor's run, what its config names."""
-    with contextlib.suppress(OSError):
-        if b'"inputs": []' in _read_bytes(run_dir / "metadata.json"):
-            return []
-    run = Run(run_dir)
-    inputs = run.metadata.get("inputs")
-    if inputs is None and run.config:
-        words, cwd = _texts(run.metadata.get("argv")), run.metadata.get("working_dir")
-        cwd = cwd if isinstance(cwd, str) and os.path.isabs(cwd) else "/"
-        return _inputs(run.config, words, run_dir, cwd)
-    entries = inputs if isinstance(inputs, list) else []
-    return [entry for entry in entries if isinstance(entry, dict) and "path" in entry]
+def _ties(run: Path) -> Iterator[tuple[Facts, str]]:
+    """Yield the runs that `parent` and `reproduces` in metadata.json name, and how.
 
-
-def _runs_without_inputs(root: Path) -> set[str]:
-    """Return the paths of runs that used no other run, as the index tells."""
-    idle, used = set(), set()
-    with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
-        raw = stack.enter_context(_opened(root / INDEX_FILE, MAX_INDEX))
-        for line in stack.enter_context(io.BufferedReader(raw, FORWARD_BYTES)):
-            # {..., "path": "exp/train-20260131-142501", "inputs": []}
-            if line.endswith(b'", "inputs": []}\n'):
-                idle.add(line[line.rfind(b'"path": "') + 9 : -17])
-            elif b'", "inputs": ["' in line:
-                used.add(line[line.rfind(b'"path": "') + 9 :].partition(b'"')[0])
-    return {f"{root}/{os.fsdecode(path)}" for path in idle - used}
+    {"run": "train-20260131-142501", "run_dir": ..., "relative": "../train-..."}
+    """
+    data = b""
+    with _ignoring(OSError):
+        data = _read_bytes(run / "metadata.json", MAX_RECORD)
+    if not _TIED.search(data):
+        return  # as with most: not to parse 10,000 of them is worth a line
+    metadata = _small_json(f"{run}/metadata.json")
+    for key, what in _TIES.items():
+        tied = metadata.get(key)
+        if isinstance(tied, str):
+            tied = {"run": os.path.basename(tied), "run_dir": tied}
+        if isinstance(tied, dict):
+            yield tied, what
 
 
 # === Redaction ===
-# No secret reaches the disk: by the name of a value, by the shape of a token, in URLs,
-# and wherever a value once found secret turns up again. Numbers are never secrets.
+# No secret reaches the disk. Facts are redacted widely, by the name of a value, by its
+# shape and by its place; code narrowly, since a rebuilt file must still run.
 
 REDACTED = "<REDACTED>"
-_known_secrets: set[str] = set()  # every value found secret by this process
+SECRET_FILES = (  # hold secrets by nature: never in a patch
+    rb"(?i)(^|/)(\.env(\.(?!example$|sample$|template$|dist$)[^/]+)?|[^/]+\.env"
+    rb"|id_(rsa|dsa|ecdsa|ed25519)(_sk)?|credentials|kubeconfig"
+    rb"|secrets?\.(json|ya?ml|toml|ini|env)"
+    rb"|[._](netrc|npmrc|pypirc|pgpass|htpasswd|s3cfg|boto|git-credentials|dockercfg)"
+    rb"|[^/]+\.(pem|key|p12|pfx|p8|jks|keystore|kdbx|ppk)|\.(ssh|aws|gnupg|kube)/.*"
+    rb"|[^/]*(credential|client_secret|service[-_]account)[^/]*\.(json|ya?ml|ini))$"
+)
 
 
-def _redact(value: Any, name: str = "") -> Any:
-    """Return plain data of the same shape without secrets; `name` is its key."""
-    if isinstance(value, dict):
-        return {_redact_text(k): _redact(v, k) for k, v in value.items()}
-    if isinstance(value, list):
-        if name == "argv":
-            return _redact_argv(value)
-        return [_redact(item, name) for item in value]
-    if not isinstance(value, str):
-        return value
-    if name == "command":  # a shell command is redacted as the list that it is
-        with contextlib.suppress(ValueError):
-            argv = shlex.split(value)
-            if shlex.join(argv) == value:
-                return shlex.join(_redact_argv(argv))
-    return _secret(value) if _is_secret(name, value) else _redact_text(value)
+class _Redactor:
+    """What this process has found secret, and the only way from data to disk.
 
-
-def _redact_argv(argv: Sequence[Any]) -> list[Any]:
-    """Redact a command line: `--flag value`, `--flag=value`, `key=value`, headers."""
-    words, flag = [], ""
-    for word in argv:
-        if not isinstance(word, str):  # in a config of somebody
-            words.append(_redact(word, flag))
-            continue
-        option = re.match(r"([-+]{0,2}[A-Za-z0-9_][\w.@/-]{0,100})=(.*)", word, re.S)
-        if flag and not word.startswith("-") and _is_secret(flag, word):
-            words.append(_secret(word))
-        elif option:
-            words.append(f"{option[1]}={_redact(option[2], option[1])}")
-        else:
-            words.append(_redact_text(word))
-        flag = word if re.match(r"--?[A-Za-z0-9]", word) and not option else ""
-    return words
-
-
-def _redact_text(text: str) -> str:
-    """Return a text without the secrets that can be told by their shape or place."""
-    if len(text) < MIN_SECRET:
-        return text
-    text = _redact_shapes(_cut_middle(text, MAX_REDACTED))
-    for secret in sorted(_known_secrets, key=len, reverse=True):
-        text = text.replace(secret, REDACTED)
-    return text
-
-
-def _redact_bytes(data: bytes) -> bytes:
-    """Return the content of a file without secrets."""
-    text = data.decode("utf-8", "surrogateescape")
-    clean = _redact_whole(text)
-    return data if clean == text else clean.encode("utf-8", "surrogateescape")
-
-
-def _redact_whole(text: str) -> str:
-    """Return a text of any length without secrets.
-
-    Words do not become known: in code, `token = "resnet50-base"` names a model.
+    The methods called `learn` remember; all others are pure.
     """
-    before = set(_known_secrets)
-    text = _redact_shapes.__wrapped__(text)
-    found = _known_secrets - before
-    many = len(found) > MAX_LEARNED or len(_known_secrets) > 10 * MAX_LEARNED
-    _known_secrets.difference_update([v for v in found if many or _is_words(v)])
-    for secret in sorted(_known_secrets, key=len, reverse=True):
-        text = text.replace(secret, REDACTED)
-    return text
+
+    def __init__(self) -> None:
+        self.known: set[str] = set()
+        self.shortest = sys.maxsize  # characters of the shortest known value
+        self.pattern: re.Pattern[str] | None = None  # of all, once it is needed
+        self.keys: dict[str, str] = {}  # of mappings, as they are without secrets
+
+    def learn(self, data: JSON) -> None:
+        """Remember the secrets in plain data."""
+        facts = _Facts(_Redactor())
+        facts.value(data)
+        self.learn_values(facts.learned)
+
+    def learn_code(self, data: bytes, name: bytes) -> None:
+        """Remember the secrets in a file."""
+        text, _ = _decoded(data)
+        finds = _code_finds(text, name)
+        if self.is_secret_file(name):
+            finds += _fact_finds(text)
+        self.learn_finds(text, finds)
+
+    def learn_finds(self, text: str, finds: Iterable[_Find]) -> None:
+        """Remember what was found in a file, unless so much that it is a table."""
+        values = set()
+        for start, end, grade in finds:
+            if grade >= _RANDOM:
+                value = text[start:end].encode("latin-1", "ignore")
+                values.add(value.decode("utf-8", "surrogateescape"))
+        if len(values) <= MAX_LEARNED:
+            self.learn_values(values)
+
+    def learn_values(self, values: Iterable[str]) -> None:
+        """Remember values that are known to be secret."""
+        before = len(self.known)
+        for value in values:
+            self.known.update(_worth_knowing(value))
+        if len(self.known) > before:
+            self.shortest = min(map(len, self.known))
+            self.pattern = None
+            self.keys = {}
+
+    def secrets(self) -> list[str]:
+        """Return the known values, to tell them to the recorder."""
+        return sorted(self.known)
+
+    def data(self, value: JSON) -> JSON:
+        """Return plain data of the same shape without secrets."""
+        return _Facts(self).value(value)
+
+    def text(self, text: str) -> str:
+        """Return a fact, such as a message or a URL, without secrets."""
+        return _Facts(self).text(text)
+
+    def redacted_keys(self, data: JSON) -> list[str]:
+        """Return the dotted keys of plain data whose values would be replaced."""
+        clean = _flattened("", self.data(data)).values()
+        pairs = zip(_flattened("", data).items(), clean)
+        return [key for (key, before), after in pairs if before != after]
+
+    def code(self, data: bytes, name: bytes) -> bytes:
+        """Return the content of a file without secrets; `name` is its path.
+
+        What parsed before parses after: what is replaced stands in quotes or a comment,
+        or is a value in a file that is known to be configuration.
+        """
+        text, encoding = _decoded(data)
+        if not encoding:
+            return self.replace_known(data)
+        clean = _replaced(text, _code_finds(text, name))
+        if self.known:
+            clean = self.known_pattern().sub(_marker_unless_a_name, clean)
+        if clean == text:
+            return data
+        return clean.encode(encoding, "surrogatepass")
+
+    def replace_known(self, data: bytes) -> bytes:
+        """Return bytes of any kind without the values that are known."""
+        return self.without_known(data.decode("latin-1")).encode("latin-1")
+
+    def secret_lines(self, data: bytes, name: bytes) -> list[int]:
+        """Return the numbers of the lines of a file that have a secret, for `audit`."""
+        import bisect
+
+        text, _ = _decoded(data)
+        places = [start for start, _, _ in _audit_finds(text, name)]
+        if self.known:
+            places += [m.start() for m in self.known_pattern().finditer(text)]
+        ends = [match.start() for match in re.finditer("\n", text)]
+        return sorted({bisect.bisect_left(ends, place) + 1 for place in places})
+
+    def is_secret_file(self, name: bytes, data: bytes | None = None) -> bool:
+        """Return whether a file holds secrets by nature, as `.env` and `id_rsa` do.
+
+        A PEM file with nothing but certificates or public keys does not: where its
+        content is given, it is looked at.
+        """
+        if not re.search(SECRET_FILES, name):
+            return False
+        return data is None or b"-----BEGIN " not in data or b"PRIVATE KEY" in data
+
+    def without_known(self, text: str) -> str:
+        if len(text) < self.shortest:
+            return text
+        return self.known_pattern().sub(REDACTED, text)
+
+    def known_pattern(self) -> re.Pattern[str]:
+        """Return the pattern of the known values in a text or a decoded file."""
+        if self.pattern is None:
+            values = set(self.known)
+            for value in self.known:
+                data = value.encode("utf-8", "surrogateescape")
+                values.add(data.decode("latin-1"))
+            longest_first = sorted(values, key=len, reverse=True)
+            self.pattern = re.compile(_alternation(longest_first))
+        return self.pattern
 
 
-def _replace_known(data: bytes) -> bytes:
-    for secret in sorted(_known_secrets, key=len, reverse=True):
-        value = secret.encode("utf-8", "surrogateescape")
-        data = data.replace(value, REDACTED.encode())
-    return data
+_redactor = _Redactor()
 
 
-_compiled = functools.cache(re.compile)  # when first needed: 6 ms
+def _worth_knowing(value: str) -> Iterator[str]:
+    """Yield what is looked for elsewhere when a value is secret."""
+    if MIN_SECRET <= len(value) <= MAX_SECRET and not _is_harmless(value):
+        yield value
+        yield json.dumps(value)[1:-1]  # as it stands in a file of JSON
+    for line in value.splitlines()[1:]:
+        # A log shows a private key line by line.
+        if len(line) >= 32 and not line.startswith("-----"):
+            yield line
 
 
-@functools.lru_cache(maxsize=512)  # the environment is first searched, then written
-def _redact_shapes(text: str) -> str:
-    for hint, pattern, replace in _TEXT_RULES:
-        if hint in text:
-            text = _compiled(pattern).sub(replace, text)
-    return text
+def _alternation(values: Sequence[str], depth: int = 3) -> str:
+    """Return a regular expression for any of the values, which come longest first.
+
+    Grouped by their first characters, thousands cost little more than one.
+    """
+    if depth == 0 or len(values) == 1:
+        return "|".join(map(re.escape, values))
+    groups: dict[str, list[str]] = {}
+    for value in values:
+        groups.setdefault(value[:1], []).append(value[1:])
+    branches = []
+    for first, rests in groups.items():
+        branches.append(f"{re.escape(first)}(?:{_alternation(rests, depth - 1)})")
+    return "|".join(branches)
+
+
+def _marker_unless_a_name(match: re.Match[str]) -> str:
+    """Return the marker, but a word as it is where it may be a name of the code."""
+    value = match[0]
+    text = match.string
+    around = text[match.start() - 1 : match.start()] + text[match.end() :][:1]
+    if value.isidentifier() and not _is_random(value, 8) and around not in ("''", '""'):
+        return value
+    return REDACTED
+
+
+# A secret in a text: where it begins and ends, and its grade: see `_grade`. From
+# `_RANDOM` on it is looked for elsewhere.
+if TYPE_CHECKING:
+    _Find = tuple[int, int, int]
+
+
+def _replaced(text: str, finds: Sequence[_Find]) -> str:
+    """Return a text with the marker in the place of each find."""
+    if not finds:
+        return text
+    pieces = []
+    done = 0
+    for start, end, _ in sorted(finds, key=lambda find: (find[0], -find[1])):
+        if end > done:
+            pieces += [text[done : max(done, start)], REDACTED]
+            done = end
+    return "".join([*pieces, text[done:]])
 
 
 def _cut_middle(text: str, limit: int) -> str:
     """Keep both ends of a long text, and no piece of a token at the cut."""
     if len(text) <= limit:
         return text
-    head, tail = text[: limit // 2], text[-limit // 2 :]
+    head = text[: limit // 2]
+    tail = text[-limit // 2 :]
     head = head[: max(head.rfind(" "), head.rfind("\n"), len(head) - 4096)]
     spaces = [place for place in (tail.find(" "), tail.find("\n")) if place >= 0]
     tail = tail[min(spaces, default=len(tail)) :]
     return f"{head}... {len(text) - len(head + tail)} characters ...{tail}"
 
 
-def _secret(value: str) -> str:
-    """Return the marker, and remember what it stands for."""
-    peculiar = re.search(r"\d|[a-z][A-Z]|[^\w\s]", value[:4096])
-    if MIN_SECRET <= len(value) < 65536 and peculiar and not _is_harmless(value):
-        _known_secrets.add(value)
-    return REDACTED
+def _decoded(data: bytes) -> tuple[str, str]:
+    """Return the text of a file, and the encoding that makes it bytes again.
+
+    Any bytes are text in Latin-1, one character each; PowerShell writes UTF-16. Where
+    they have zeros and are no UTF-16, both are "".
+    """
+    encoding = "latin-1"
+    zeros = data[1:400:2]
+    if data.startswith(b"\xfe\xff"):
+        encoding = "utf-16-be"
+    elif data.startswith(b"\xff\xfe") or zeros.count(0) * 10 > len(zeros) * 9 > 30:
+        encoding = "utf-16-le"
+    with _ignoring(UnicodeDecodeError):
+        text = data.decode(encoding, "surrogatepass")
+        if "\0" not in text[:8192]:
+            return text, encoding
+    return "", ""
 
 
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
+class _Facts:
+    """A walk through plain data that replaces what is secret.
+
+    `learned` gets the values that are to be looked for everywhere else.
+    """
+
+    def __init__(self, redactor: _Redactor) -> None:
+        self.redactor = redactor
+        self.learned: list[str] = []
+        self.depth = 0
+
+    def value(self, value: JSON, name: str = "", above: int = 0) -> JSON:
+        """Return a value without secrets; `above` is the grade of what holds it."""
+        if isinstance(value, str):
+            return self.named_text(value, name, above)
+        if not isinstance(value, (dict, list)):
+            return value  # a number is never a secret
+        if self.depth > 2 * MAX_DEPTH:  # only a foreign file has so many levels
+            return REDACTED
+        self.depth += 1
+        if isinstance(value, dict):
+            clean: JSON = self.mapping(value, name, above)
+        elif name == "argv" or any(map(_is_long_flag, value)):
+            clean = self.argv(value)
+        else:
+            clean = [self.value(item, name, above) for item in value]
+        self.depth -= 1
+        return clean
+
+    def mapping(self, values: Facts, name: str, above: int) -> Facts:
+        within = max(above, _grade(name))
+        if "value" in values and isinstance(values.get("name"), str):
+            # {"name": "DB_PASSWORD", "value": "..."}
+            within = max(within, _grade(values["name"]))
+        clean = {}
+        for key, value in values.items():
+            clean[self.key(key)] = self.value(value, key, within)
+        return clean
+
+    def key(self, key: str) -> str:
+        """Return a key of a mapping; the same keys come again and again."""
+        keys = self.redactor.keys
+        clean = keys.get(key)
+        if clean is None:
+            clean = self.text(key)
+            if len(keys) < MAX_KEYS:
+                keys[key] = clean
+        return clean
+
+    def named_text(self, value: str, name: str, above: int) -> str:
+        """Return what stands under a name, as a whole or without the secrets in it."""
+        grade = _grade(name)
+        if grade == _NONE and above >= _RANDOM and _is_random(value, 6):
+            grade = _RANDOM  # {"secrets": {"mail": "x8Qp2r"}}
+        if _is_secret(grade, value):
+            return self.secret(value, grade)
+        if name == "command":
+            with _ignoring(ValueError):  # a quote that is not closed
+                words = shlex.split(value)
+                if shlex.join(words) == value:
+                    return shlex.join(self.argv(words))
+        return self.text(value)
+
+    def argv(self, words: Sequence[JSON]) -> list[JSON]:
+        """Redact `--flag value`, `--flag=value`, `-u user:password` and the like."""
+        clean = []
+        flag = ""
+        for word in words:
+            if isinstance(word, str):
+                clean.append(self.word(word, flag))
+                flag = _next_flag(word, flag)
+            else:  # in a config of somebody
+                clean.append(self.value(word, flag))
+        return clean
+
+    def word(self, word: str, flag: str) -> str:
+        """Return a word of a command line; `flag` is the one whose value it may be."""
+        option = _compiled(_OPTION).match(word)
+        if option:
+            return option[1] + self.named_text(word[option.end() :], option[2], _NONE)
+        if _is_flag(word):
+            return word
+        if flag in _USER_FLAGS:
+            pair = _compiled(r"([^\s:/@]{1,100}:)(\S{4,})").fullmatch(word)
+            if pair and not _is_harmless(pair[2]):
+                return pair[1] + self.secret(pair[2], _SURE)
+        if flag == "login" and _is_random(word, 16):
+            return self.secret(word, _SURE)
+        return self.named_text(word, flag, _NONE)
+
+    def text(self, text: str) -> str:
+        """Return a text without the secrets that their shape or place shows."""
+        if len(text) < MIN_SECRET:
+            return text
+        text = _cut_middle(text, MAX_REDACTED)
+        finds = _fact_finds(text)
+        for start, end, grade in finds:
+            self.secret(text[start:end], grade)
+        return self.redactor.without_known(_replaced(text, finds))
+
+    def secret(self, value: str, grade: int) -> str:
+        """Return the marker; remember what it stands for unless that is a lone word."""
+        if grade >= _RANDOM and _is_mixed(value):
+            self.learned.append(value)
+        return REDACTED
 
 
-_WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
-# Words that make a name secret wherever they stand; `token` needs a value like one.
-_STRONG = r".*(password|passwd|passphrase|passcode|credentials?|apikey|token|secrets?)"
-# Words that do so at the end, and what makes a `key` secret.
-_WEAK = _words(
-    "pass pw pwd pat sas psk auth authorization bearer cookie jwt")
-_KEY_OF = _words(
-    """api access private secret signing encryption master license account storage
-    application app deploy fernet auth service subscription ssh shared admin client
-    consumer session root webhook""")
-# Words at the end of a name whose value only tells something about a secret.
-_ABOUT = _words(
-    """id ids name file path dir folder url uri host type types len length size
-    count limit num ttl expiry enabled disabled required policy version algorithm
-    backend provider manager field column columns prefix suffix pattern format mode
-    level rate seconds timeout budget index dim dtype class free""")
-# The tokens of language models.
-_ROLES = _words(
-    """pad eos bos unk mask sep cls image video audio stop start end special eot
-    sot prefix middle suffix max min per num next first last think tool""")
+_OPTION = r"([-+]{0,2}([A-Za-z0-9_][\w.@/-]{0,100})=)"
+_USER_FLAGS = ("-u", "--user", "--proxy-user", "-a", "--auth", "--creds")
 
 
-def _is_secret(name: str, value: str) -> bool:
-    """Return whether a value under this name is a secret."""
-    words = [word.lower() for word in _WORDS.findall(name[-200:])]
-    if len(value) < 4 or not words or words[-1] in _ABOUT or _is_harmless(value):
+def _is_long_flag(word: JSON) -> bool:
+    return isinstance(word, str) and word.startswith("--")
+
+
+def _is_flag(word: str) -> bool:
+    """Return whether a word is a flag; a password may begin with a dash as well."""
+    if not re.match(r"--?[A-Za-z]", word):
         return False
-    last, before = words[-1], ["", *words][-2]
-    if last == "key":
-        return before != "public" and _is_mixed(value, 8 if before in _KEY_OF else 20)
-    if last.endswith("token"):
-        return before not in _ROLES and _is_mixed(value, 6)
-    strong = _compiled(_STRONG).fullmatch
-    if strong(last):
-        return True
-    keys = any(a in _KEY_OF and b == "key" for a, b in zip(words, words[1:]))
-    if keys or any(map(strong, words)):
-        return _is_mixed(value, 8)
-    short = last.endswith(("pw", "pwd", "pass")) and len(value) >= 8
-    return (short or last in _WEAK) and _is_mixed(value, 6)
+    return word.startswith("--") or not _is_random(word[1:], 8)
 
 
-def _is_mixed(value: str, length: int) -> bool:
-    """Return whether a value looks chosen by a machine, or as a password is."""
-    mixed = re.search(r"\d|[a-z][A-Z]|[^\w\s.]", value[:4096])
-    long = len(value) >= 20 and not _is_name(value)
-    return len(value) >= length and (long or bool(mixed))
+def _next_flag(word: str, flag: str) -> str:
+    """Return what the word after this one may be the value of."""
+    if flag == "login" and word.startswith("-") and _grade(word) == _NONE:
+        return flag  # `login --relogin KEY`
+    if word == "login" or (_is_flag(word) and "=" not in word):
+        return word
+    return ""
 
 
-_HARMLESS = (  # numbers, placeholders, public keys, paths, names of files
-    r"(?s)[-+]?[\d.,_]+([eE][-+]?\d+)?|0[xX][\da-fA-F]{1,16}|[*/-]+|[xX]+|"
-    r"(?i:true|false|yes|no|on|off|none|null|nan)|"
-    r"<[^<>]*>|\[[^\]]*\]|\$\w+|\$?\{[^\"]*\}|(ssh-\w+|ecdsa-\S+) AAAA.*|"
-    r"(file:|unix:)?(~|\.{1,2}|[A-Za-z]:)?([/\\](?=[\w.@%+-]*[A-Za-z])"
-    r"[\w.@%+-]{1,64}){1,32}/?|[\w-]+(\.[\w-]+)*\.(json|ya?ml|txt|pem|key|env|toml)"
-)
+def _fact_finds(text: str) -> list[_Find]:
+    """Return the secrets of a text that their shape or place shows."""
+    if len(text) < 20 and text.isidentifier():
+        return []  # no token is so short
+    finds = [*_named_in_fact(text), *_logins_of_urls(text)]
+    finds += _found_by(_PLACE_RULES, text, _is_secret_in_code)
+    finds += _found_by(_FACT_RULES, text, _is_secret)
+    for match in _compiled(_FACT_TOKEN).finditer(text):
+        if match["loose"] is None or _is_like_token(match["loose"]):
+            finds.append((*match.span(), _SURE))
+    for match in _compiled(_LONG_WORD).finditer(text):
+        if _is_token(match[0]):
+            finds.append((*match.span(), _SURE))
+    return finds
 
 
-def _is_harmless(value: str) -> bool:
-    return len(value) < 4096 and bool(_compiled(_HARMLESS).fullmatch(value))
+def _named_in_fact(text: str) -> Iterator[_Find]:
+    """Yield the secrets of `name = value`, `"name": "value"` and `--name value`."""
+    done = 0
+    for name, grade in _graded_names(text):
+        if name.start() < done:
+            continue  # it is part of a value
+        separator = _ASSIGNS
+        if name[0].startswith("-"):
+            separator = rf"(?:{_ASSIGNS}|\s{{1,9}}|[\"'],\s{{0,40}})"
+        match = _compiled(separator + _FACT_VALUE).match(text, name.end())
+        if match is None:
+            continue
+        group = match.lastindex or 0
+        value = match[group]
+        if len(value) > 100:
+            done = match.end()
+        if group == 2:  # it is not in quotes
+            value = value.rstrip(",;)]}")
+            if _compiled(_EXPRESSION).match(value) or _is_flag(value):
+                continue
+        if len(value) >= 6 and _is_secret(grade, value) and _is_mixed(value):
+            start = match.start(group)
+            yield (start, start + len(value), grade)
 
 
-_MARKED = (
-    r"(?i)(^|[-_.])(live|test|prod|sandbox|secret|api|pat|tkn|token|oauth|pw|key|sk"
-    r"|[a-z]*seck)(?=[-_.])"
-)
-_HASH = (
-    r"(?i)(sha\d*|md5|commit|rev|git|hash|digest|blob|run|job|exp|ckpt|model|id|v\d*"
-    r"|img|env|step|layer|snapshot|checkpoint|version|data|cache|tmp|build|node|ver)"
-)
+def _graded_names(text: str) -> Iterator[tuple[re.Match[str], int]]:
+    """Yield the words of a text that may be names of secrets, each with its grade."""
+    done = 0
+    for stem in _compiled("|".join(_STEMS)).finditer(text.lower()):
+        place = stem.start()
+        if place < done:
+            continue
+        start = place - len(_last_name(text[max(0, place - 100) : place]))
+        name = _compiled(r"[\w.-]+").match(text, start)
+        if name is None:
+            continue
+        done = name.end()
+        grade = _grade(name[0])
+        if grade != _NONE:
+            yield name, grade
 
 
-def _is_token(text: str) -> bool:
+def _last_name(text: str) -> str:
+    """Return the name in which a text ends, if it ends in one."""
+    return text[len(text.rstrip(_NAMED)) :]
+
+
+def _found_by(
+    rules: Iterable[tuple[str, str]], text: str, is_secret: Callable[[int, str], bool]
+) -> Iterator[_Find]:
+    """Yield what the rules find that need a string which the text has."""
+    for needed, pattern in rules:
+        if needed not in text:
+            continue
+        compiled = _compiled(pattern)
+        for match in compiled.finditer(text):
+            grade = _SURE
+            if "name" in compiled.groupindex:
+                grade = _grade(match["name"])
+            group = match.lastindex or 0
+            if is_secret(grade, match[group]):
+                yield (*match.span(group), grade)
+
+
+def _logins_of_urls(text: str) -> Iterator[_Find]:
+    """Yield `user:password` of URLs, but no port, no template and not git@.
+
+    The password alone is looked for elsewhere.
+    """
+    if "://" not in text:
+        return
+    for pattern in (_WEB_USERINFO, _USERINFO):
+        for match in _compiled(pattern).finditer(text):
+            user, password = match.groups()
+            if password is None:
+                if len(user) > 30 or _is_like_token(user):
+                    yield (*match.span(1), _SURE)
+            elif not _compiled(_NO_PASSWORD).fullmatch(password):
+                yield (match.start(1), match.end(2), _NONE)
+                yield (*match.span(2), _SURE)
+
+
+def _is_token(word: str) -> bool:
     """Return whether a word is `prefix-random`, the shape providers give to tokens.
 
     >>> _is_token("acme_live_" + "a1B2c3D4" * 3), _is_token("Qwen2-VL-7B-Instruct-Int4")
     (True, False)
     """
-    prefix, *rest = re.split(r"[-_.~]", text)
-    if re.fullmatch(r"sha\d+", prefix):
-        return False  # of a package, in a lock file
-    need = 10 if _compiled(_MARKED).search(text) else 16
-    longest = max(rest, key=len, default=text)  # without a prefix it must be long
-    if len(longest) < (need if rest else 40) or len(text) < 20:
+    prefix, *rest = _compiled(r"[-_.~]").split(word)
+    longest = max(rest, key=len, default="")
+    need = 16
+    if _compiled(_MARKED).search(word):
+        need = 10
+    if len(longest) < need or len(prefix) > 20 or _compiled(_HASHED).fullmatch(prefix):
         return False
-    if rest and len(prefix) > 20:
-        return False
-    if "tile" in text or (not rest and (not text.isalnum() or text[:4] == "AAAA")):
-        return False  # tilesize128x128x64 of a CUDA kernel, a public SSH key
-    if re.fullmatch(r"[0-9a-f]+|[0-9A-F]+", longest):  # a token, unless it is a hash
-        is_hash = not rest or len(rest) > 3 or _compiled(_HASH).fullmatch(prefix)
-        return len(longest) >= 32 and not is_hash
-    if _is_name(longest):
-        return False
-    kinds = re.sub(r"[A-Z]", "A", re.sub(r"[a-z]", "a", re.sub(r"\d", "0", longest)))
-    changes = sum(a != b for a, b in zip(kinds, kinds[1:]))
-    return "0" in kinds and changes * 5 >= len(longest) + (0 if need == 10 else 5)
+    if _compiled(r"[0-9a-f]+|[0-9A-F]+").fullmatch(longest):
+        return len(longest) >= 32 and len(rest) <= 3
+    if not _compiled(r"\d").search(longest):
+        if not _compiled("[a-z][A-Z]").search(longest):
+            return False
+        need = 24
+    return _is_random(longest, need)
 
 
-def _is_name(text: str) -> bool:
-    """Return whether a word is made of words, as names in code are: Conv2dBlock3."""
-    words, numbers = re.findall("[A-Z]?[a-z]{2,}", text), re.findall(r"\d+", text)
-    letters, many = sum(map(len, words)), len(text) >= 24
-    in_words = letters >= (0.75 if many else 0.6) * len(text)
-    by_chance = many and letters < 4 * len(words)  # their words are short
-    return in_words and not by_chance and len(numbers) <= 1 + len(text) / 10
-
-
-def _is_words(text: str) -> bool:
-    """Return whether a text is of words and numbers: resnet50-base_v2, but no h0rse."""
-    words = r"((<?[A-Za-z]+\d*|\d+[A-Za-z]{0,3})([-_.,:;/ >]+|$))*"
-    return bool(re.fullmatch(words, text))
-
-
-# What to do with a match: group 1 stays, the last group may be a secret. All are
-# functions, since a template imports re, which fails when the interpreter shuts down.
-
-
-def _redact_rest(match: re.Match[str]) -> str:
-    return match[1] + _secret(match[0][len(match[1]) :])
-
-
-def _redact_userinfo(match: re.Match[str]) -> str:
-    scheme, user, password = match.groups()
-    if not password and not _is_token(user) and len(user) <= 30:
-        return match[0]  # git@github.com
-    if re.search(r"[][{}<>]|:(\$\w+|%s)$", password or ""):
-        return match[0]  # the template of a URL
-    return f"{scheme}{_secret((password or ':' + user)[1:])}@"
-
-
-def _redact_assignment(match: re.Match[str]) -> str:
-    start, name, value = match.groups()
-    signed = re.fullmatch(r"(?i)sig|signature|code|x-.*-(signature|credential)", name)
-    in_url = start[0] in "?&;"
-    quoted = re.search("[=: ][\"']$", start)
-    if in_url and signed:
-        return start + _secret(value)
-    if not (quoted or in_url) and _compiled(_EXPRESSION).match(value):
-        return match[0]
-    if _is_secret(name, value) and _is_mixed(value, 8):
-        return start + _secret(value)
-    return match[0]
-
-
+# One of these is in any name of a secret; see _grade.
+_STEMS = (
+    "pass", "pw", "secret", "token", "key", "cred", "auth", "cookie", "jwt",
+    "bearer", "psk", "pat", "sas", "dsn", "login",
+)  # fmt: skip
+_WORD_CHARACTERS = frozenset(
+    "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_.-"
+)
+# What follows a name. A value without quotes ends where the next `name=` begins, as in
+# lr=0.1,password=a;b,wd=0.2
+_ASSIGNS = r"\\?[\"']{0,2}\]?[ \t]{0,40}(?::=|=>|[:=](?!=))[ \t]{0,40}"
+_FACT_VALUE = (
+    r"(?:\\?[\"']{1,2}([^\s\"'\\][^\"'\\\n]{3,500})"
+    r"|((?:(?![,;&][\w.-]{1,40}[=:])[^\s\"']){4,500}))"
+)
 # In code a name is given what a call, an item, an attribute or another name stands for.
 _EXPRESSION = (
     r"[\w.:]*[(\[{]|[^`]*`|[A-Za-z_]\w*(\.[A-Za-z_]\w*)+\W*$|[A-Za-z_]+\W*$"
-    r"|[A-Za-z_]\w*[)\]]\W*$"
 )
-
-
-def _redact_token(match: re.Match[str]) -> str:
-    return _secret(match[0]) if _is_token(match[0]) else match[0]
-
-
-# Shapes that are a token by themselves: AWS, Google, JWT, Slack, Hugging Face, Twilio,
-# SendGrid, Telegram, Discord, Facebook, Databricks, Mailgun, OpenAI, Stripe, GitLab.
+# Prefixes of tokens, and of what only looks like one.
+_MARKED = (
+    r"(?i)(^|[-_.])(live|test|prod|sandbox|secret|api|pat|tkn|token|oauth|pw|key|sk"
+    r"|[a-z]*seck)(?=[-_.])"
+)
+_HASHED = (
+    r"(?i)sha\d*|md5|commit|rev|git|hash|digest|blob|run|job|exp|ckpt|model|id|v\d*"
+    r"|img|env|step|layer|snapshot|checkpoint|version|data|cache|tmp|build|node|ver|ipy"
+)
+# Tokens that are told by their beginning and length: AWS, Google, Hugging Face, GitHub,
+# npm, Databricks, Mailgun, OpenAI, Stripe, Slack.
 _SHAPES = (
-    r"(?:AKIA|ASIA|ABIA|ACCA|A3T[A-Z0-9])[A-Z0-9]{16}|AIza[\w-]{30,}|ya29\.[\w-]{20,}"
-    r"|eyJ[\w-]{8,2000}(?:\.[\w-]{2,4000}){1,2}|eyJ[A-Za-z0-9+/_-]{60,8000}={0,2}"
-    r"|(?:xox[a-z]|xapp)-[\w-]{10,}|hf_[A-Za-z0-9]{30,}|SG\.[\w.-]{20,}"
-    r"|S[Kk][0-9a-fA-F]{32}|\d{8,10}:[\w-]{35}"
-    r"|[MNO][\w-]{22,27}\.[\w-]{6,7}\.[\w-]{27,}|EAA[A-Za-z0-9]{60,}"
-    r"|dapi[0-9a-f]{32}(?:-\d)?|key-[0-9a-f]{32}|GOCSPX-[\w-]{20,}|sk-[A-Za-z0-9]{20,}"
-    r"|gh[a-z]_[A-Za-z0-9]{36,}|npm_[A-Za-z0-9]{36}|API-[A-Z0-9]{26}"
-    r"|AGE-SECRET-KEY-1[A-Z0-9]{40,}|[sr]k_(?:live|test)_\w{16,}"
-    r"|gl(?:[a-z]{2,6}-[A-Z0-9]|(?:pat|rt|dt|ptt|cbt)-\w)[\w-]{19,}|NRAK-[A-Z0-9]{27}"
-    r"|[a-z]{2,12}_pat_[\w-]{20,}|sq0[a-z]{3}-[\w-]{20,}|ATBB[A-Za-z0-9]{32}"
-    r"|[A-Za-z0-9]{14}\.atlasv1\.[\w-]{40,}"
+    r"(?:AKIA|ASIA|ABIA|ACCA|A3T[A-Z0-9])[A-Z0-9]{16}|AIza[\w-]{30,}"
+    r"|hf_[A-Za-z0-9]{30,}|gh[a-z]_[A-Za-z0-9]{36,}|github_pat_\w{40,}"
+    r"|npm_[A-Za-z0-9]{36}|dapi[0-9a-f]{32}(?:-\d)?|key-[0-9a-f]{32}"
+    r"|sk-(?=[A-Za-z]*\d)[A-Za-z0-9]{20,}|[sr]k_(?:live|test)_\w{16,}"
+    r"|(?:xox[a-z]|xapp)-[\w-]{10,}"
 )
-_NAMED = r"[A-Za-z_][\w.-]{0,80})[\"']{0,2}\]? {0,2}[:=] {0,2}[\"']{0,2})"
-_TEXT_RULES: tuple[tuple[str, str, Any], ...] = (  # applied where the first is found
-    ("PRIVATE KEY", r"(?s)()-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----.*?"
-     r"(?:-----END [^-]*-----|\Z)", _redact_rest),
-    ("://", r"(\b[a-zA-Z][\w+.-]{1,20}://)([^\s/@:]{0,200})(:[^\s/@]{1,500})?@",
-     _redact_userinfo),
-    ("=", r"([?&;]([\w.-]{1,60})=)([^&\s#'\"<>]{4,})", _redact_assignment),
-    ("/", r"(/(?:services|webhooks?)/)[\w/-]{24,}", _redact_rest),
-    ("", r"(?i)(\b(?:bearer|basic|token) +)(?=[^\s]*\d)[\w.~+/=-]{12,}",
-     _redact_rest),
-    ("login", r"(\blogin\s{1,9}\S{1,80}\s{1,9}password\s{1,9})\S{6,}", _redact_rest),
-    ("", rf"(?<![\w.-])(({_NAMED}([^\s\"',;&}}]{{6,}})", _redact_assignment),
-    ("", rf"()(?<![\w/.+-])(?:{_SHAPES})(?![\w])", _redact_rest),
-    ("", r"(?<![\w/.+@:~-])[A-Za-z][\w.~=-]{19,600}(?![\w/+(])", _redact_token),
-)  # fmt: skip
+# The same, where a part must be random: JWT, Google, OpenAI and Anthropic, PyPI,
+# GitLab, SendGrid.
+_LOOSE_SHAPES = (
+    r"eyJ[\w-]{8,2000}(?:\.[\w-]{2,4000}){1,2}|ya29\.[\w-]{20,}|GOCSPX-[\w-]{20,}"
+    r"|sk-[A-Za-z0-9_-]{20,}|pypi-[\w-]{40,}|[a-z]{2,12}_pat_[\w-]{20,}"
+    r"|gl(?:[a-z]{2,6}-[A-Z0-9]|(?:pat|rt|dt|ptt|cbt)-\w)[\w-]{19,}|SG\.[\w.-]{20,}"
+)
+# Shapes that have another meaning in code: Twilio, Telegram, Discord, Facebook.
+_FACT_SHAPES = (
+    r"eyJ[A-Za-z0-9+/_-]{60,8000}={0,2}|S[Kk][0-9a-fA-F]{32}|\d{8,10}:[\w-]{35}"
+    r"|[MNO][\w-]{22,27}\.[\w-]{6,7}\.[\w-]{27,}|EAA[A-Za-z0-9]{60,}"
+)
+_CODE_TOKEN = rf"(?:{_SHAPES}|(?P<loose>{_LOOSE_SHAPES}))(?!\w)"
+_FACT_TOKEN = rf"(?<![\w/.+-])(?:{_FACT_SHAPES}|{_CODE_TOKEN})(?!\w)"
+_LONG_WORD = r"(?<![\w/.+@:~-])[A-Za-z][\w.~-]{19,600}={0,2}(?![\w/+(])"
+_KEY_HEADER = r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----"
+# A whole private key, or its end alone, as in the last lines of a log.
+_KEY_BLOCK = (
+    rf"(?s){_KEY_HEADER}.*?(?:-----END [^-]*-----|\Z)"
+    r"|(?:[A-Za-z0-9+/=]{1,76}\s{1,9}){1,999}-----END [A-Z0-9 ]{0,40}PRIVATE KEY-----"
+)
+# In a URL of the web the first slash begins the path; the password of a database may
+# have one.
+_WEB = r"(?:\w{1,4}\+)?(?:https?|ssh|git|s?ftp)://"
+_USER = r"([^\s/@:\"'<>]{0,200})"
+_WEB_USERINFO = rf"\b{_WEB}{_USER}(?::([^\s/\"'<>]{{1,500}}))?@"
+_USERINFO = (
+    rf"\b(?!{_WEB})[a-zA-Z][\w+.-]{{1,20}}://{_USER}"
+    r"(?::((?:(?!://)[^\s\"'<>]){1,500}))?@"
+)
+_NO_PASSWORD = r"\d{1,5}(/.*)?|.*[][{}<>].*|\$\w+|%s"
+
+# A rule is a string that a text must have and a pattern. The last group of the pattern
+# is the secret, or all of it; a group `name` has the name under which it stands.
+_FACT_RULES = (
+    ("PRIVATE KEY", _KEY_BLOCK),
+    ("=", r"(?i)[?&;](?:sig|signature|code|x-[\w-]*-(?:signature|credential))"
+     r"=([^&\s#'\"<>]{4,})"),
+    ("login ", r"\blogin\s{1,9}\S{1,80}\s{1,9}password\s{1,9}(\S{6,})"),
+)
+_PLACE_RULES = (  # in facts and in code
+    ("earer ", r"earer[ \t]+([\w.~+/=-]{16,512})"),
+    ("asic ", r"asic[ \t]+([\w+/=-]{16,512})"),
+    ("oken ", r"uthorization\W{1,6}f?\W?[tT]oken[ \t]+([\w.~+/=-]{16,512})"),
+    ("login ", r"login[ \t]+(?:--?[\w-]+[ \t]+){0,3}([\w+/=.-]{20,200})"),
+    ("-u", r"-u(?:ser)?[ \t=]+\\?[\"']?[\w.@-]{1,60}:([^\s\"'\\`]{8,200})"),
+    ("hook", r"/(?:services|workflows|webhooks?)/([\w/-]{24,})"),
+    ("/t/", r"://[\w.:@%-]{1,99}(?:/[\w.-]{1,60}){0,3}/t/([\w-]{9,200})/"),
+)
 
 
-# === Config and YAML ===
-# Any object becomes plain data, and plain data becomes the same text everywhere.
+# Where secrets stand in code. Random values are found first and then their names, since
+# code has few of these and many names with `key` and `token`.
 
 
-def _config_document(command: str, args: Any) -> dict[str, Any]:
-    """Return `command`, the line to paste into a shell, and below it the arguments.
+def _code_finds(text: str, name: bytes) -> list[_Find]:
+    """Return the secrets in a file of code or of configuration."""
+    finds = [*_tokens_in_code(text), *_private_keys_in_code(text)]
+    finds += _literals_in_code(text)
+    finds += _assigned_in_code(text)
+    finds += _found_by(_PLACE_RULES + _CODE_RULES, text, _is_secret_in_code)
+    if re.search(_CONFIGURATION, name) or text.startswith("#!/bin/"):
+        finds += _values_in_configuration(text)
+    return finds
 
-    Arguments that are no mapping, or have a `command` of their own, go under `args`.
+
+def _tokens_in_code(text: str) -> Iterator[_Find]:
+    """Yield what is a token by its beginning alone, and no example of one."""
+    # To look at the long words is quicker than to search for forty beginnings.
+    words = text.encode("latin-1", "replace").translate(_WORD_BYTES).split()
+    for word in {word.decode() for word in words if len(word) >= 20}:
+        token = _compiled(_CODE_TOKEN).match(word)
+        if token is None or _compiled(_EXAMPLE).search(word):
+            continue
+        if token["loose"] and not _is_like_token(token["loose"]):
+            continue
+        place = text.find(word)
+        while place >= 0:
+            if text[place - 1 : place] not in _WORD_CHARACTERS:
+                yield (place, place + token.end(), _SURE)
+            place = text.find(word, place + 1)
+
+
+def _private_keys_in_code(text: str) -> Iterator[_Find]:
+    """Yield the lines of private keys, without the quotes that may be around each."""
+    if "PRIVATE KEY" not in text:
+        return
+    for header in _compiled(_KEY_HEADER).finditer(text):
+        line = _compiled(_KEY_LINE).match(text, header.end())
+        while line is not None:
+            yield (*line.span(1), _SURE)
+            line = _compiled(_KEY_LINE).match(text, line.end())
+
+
+def _literals_in_code(text: str) -> Iterator[_Find]:
+    """Yield the random literals that stand under a secret's name."""
+    is_no_word = _compiled(_NO_WORD).search
+    for match in _compiled(r"[\"']([^\s\"'\\]{8,512})(?=\\?[\"'])").finditer(text):
+        value = match[1]
+        if not is_no_word(value) or not _is_random(value, 8):
+            continue
+        start = match.start()
+        before = text[max(0, start - MAX_BEFORE) : start].lower()
+        if not any(stem in before for stem in _STEMS):
+            continue
+        if text[start - 1 : start] == "\\":  # in a string of JSON
+            start -= 1
+        grade = _grade_of_literal(text, start)
+        if _is_secret_in_code(grade, value):
+            yield (*match.span(1), grade)
+
+
+def _grade_of_literal(text: str, start: int) -> int:
+    """Return the grade of the name under which a literal stands.
+
+    >>> _grade_of_literal('os.getenv("DB_PASSWORD", "x")', 25)
+    5
     """
-    plain = {} if args is None else _plain(args)
+    before = text[max(0, start - MAX_LINE) : start]
+    for pattern in (_ASSIGNED, _FLAGGED, _SECOND_ARGUMENT):
+        match = _compiled(pattern).search(before)
+        if match is None:
+            continue
+        name = match[1]
+        grade = _grade(name)
+        if name.lower() in ("default", "value", "fallback"):
+            # - name: DB_PASSWORD
+            #   value: "..."
+            names = ["", *_compiled(_PAIRED).findall(before[: match.start()])]
+            grade = _grade(names[-1])
+        elif grade >= _RANDOM or _tells_about(name):
+            return grade
+        return max(grade, _grade_around(text, start))  # login(key="...")
+    return _grade_around(text, start)
+
+
+def _grade_around(text: str, place: int) -> int:
+    """Return the grade of the call, list or mapping in which a literal stands."""
+    for _ in range(3):
+        opener = _opener_before(text, place)
+        if opener < 0:
+            break
+        before = text[max(0, opener - MAX_LINE) : opener]
+        grade = _NONE
+        if text[opener] == "(":
+            name = _last_name(before)
+            before = before[: len(before) - len(name)]
+            grade = _grade(name)
+            if name.endswith("login"):
+                grade = _MIXED
+        match = _compiled(_ASSIGNED).search(before) or _compiled(_LABEL).search(before)
+        if match:
+            grade = max(grade, _grade(match[1]))
+        if grade >= _RANDOM:
+            return grade
+        place = opener
+    return _NONE
+
+
+def _opener_before(text: str, place: int) -> int:
+    """Return where the bracket is that a place stands in, -1 when it is far away."""
+    start = max(0, place - MAX_BEFORE)
+    depth = 0
+    for match in reversed(list(_compiled(r"[][(){}]").finditer(text, start, place))):
+        if match[0] in ")]}":
+            depth += 1
+        elif depth == 0:
+            return match.start()
+        else:
+            depth -= 1
+    return -1
+
+
+def _is_secret_in_code(grade: int, value: str) -> bool:
+    """Return whether a value in code is a secret: random, no example, no template."""
+    if grade == _NONE or _is_harmless(value):
+        return False
+    if _compiled(_EXAMPLE).search(value) or _compiled(_TEMPLATE).search(value):
+        return False
+    if grade == _SURE:
+        return _is_random(value, 8) or _compiled(_CHOSEN).match(value) is not None
+    if grade == _MIXED:
+        return _is_random(value, 10)
+    if grade < _TOKEN and _compiled(_HEX).fullmatch(value):
+        return False  # the key of a cache is a hash
+    return len(value) > 24 and _is_like_token(value)
+
+
+def _assigned_in_code(text: str) -> Iterator[_Find]:
+    """Yield the long values after `=` or `:`, by the name before them."""
+    for match in _compiled(_ASSIGNED_VALUE).finditer(text):
+        if not _compiled(_NO_WORD).search(match[1]):
+            continue
+        before = text[max(0, match.start() - MAX_LINE) : match.start()]
+        before = before.rstrip(" \t\"'\\]")
+        name = _last_name(before)
+        grade = _grade(name)
+        if grade < _MIXED or before.endswith(f":{name}"):  # arn:aws:secret:name
+            continue
+        if _is_secret_in_code(grade, match[1]):
+            yield (*match.span(1), grade)
+
+
+# All bytes, with a blank in the place of what no token has.
+_WORD_BYTES = bytes(n if chr(n) in _WORD_CHARACTERS else 32 for n in range(256))
+_NAMED = "".join(_WORD_CHARACTERS)
+# What random values have, and most words do not: to look for it is quick.
+_NO_WORD = r"\d|[a-z][A-Z]|[!@#$%^&*+=?;,]"
+# What stands directly before a literal: `name: str = "`, `"name": "`, `x["name"] = r"`.
+_ASSIGNED = (
+    r"(?<![\w.-])([\w.-]{1,100})\\?[\"']?\]?\s{0,60}"
+    r"(?::\s?(?:[\"']\w+[\"']|[\w.\[\], |]{1,60}))?\s{0,60}"
+    r"(?:[:!=+?]?=>?|:)\s{0,60}[(\[{]?\s{0,60}[rbfuRBFU]{0,2}\Z"
+)
+_FLAGGED = (  # --name "...", #define name "..."
+    r"(?<![\w-])(?:--|(?:define|ENV|ARG)\s)\s{0,20}([\w-]{1,100})[ =\t]\s{0,20}\Z"
+)
+_SECOND_ARGUMENT = r"[\"'](?:--)?([\w.-]{1,100})\\?[\"']\s{0,40},\s{0,40}[rbfu]{0,2}\Z"
+_LABEL = r"[\"']([\w.-]{1,100})[\"']\s{0,20}\Z"  # variable "db_password" {
+_PAIRED = (
+    r"(?:\b(?:[nN]ame|[kK]ey)\\?[\"']?\s{0,20}[:=]\s{0,20}\\?[\"']?|[\"']--)"
+    r"([\w.-]{1,100})"
+)
+# Eight characters with a letter, a digit and punctuation: Winter-2024!
+_CHOSEN = r"(?=.{8})(?=.*[A-Za-z])(?=.*\d)(?=.*[!@#$%^&*;,?+~])"
+_TEMPLATE = r"[{}<>]|%\(|%\w.*%\w|://|^arn:"
+_EXAMPLE = (
+    r"(?i)example|\.\.\.|x{6}|\*{4}|1234567|abcdefg|your|dummy|fake|placeholder"
+    r"|redacted"
+)
+_BETWEEN_LINES = r"(?:\s|\\[nrt\n]|[\"'+,()]|[\w-]{1,40}: [\w,-]{1,80}\n)*"
+_KEY_LINE = (
+    rf"{_BETWEEN_LINES}([A-Za-z0-9+/=]{{32,}}(?![A-Za-z0-9+/=.])"
+    rf"|[A-Za-z0-9+/=]{{1,76}}(?={_BETWEEN_LINES}-----END))"
+)
+_ASSIGNED_VALUE = r"[:=][ \t]{0,60}([A-Za-z0-9+/_.~-]{16,512}={0,2})(?![\w(\[{])"
+_CODE_RULES = (
+    ("--", r"--(?P<name>[A-Za-z][\w-]{1,60})(?:=|[ \t]+)([^\s\"'\\`]{8,512})"),
+    ("env ", r"%(?:set_)?env[ \t]+(?P<name>\w+)[ =]([^\s\"'\\]{8,512})"),
+    ("://", r"://[\w.%-]{0,60}:([^\s\"'\\/@]{8,200})@"),
+)
+
+
+# Where secrets stand in configuration, whose values need no quotes.
+
+
+def _values_in_configuration(text: str) -> Iterator[_Find]:
+    """Yield the values under the names of secrets, wherever a format puts them."""
+    done = 0
+    for name, grade in _graded_names(text):
+        if name.start() < done:
+            continue  # it is part of a value
+        patterns = [*_BLOCKS, *_VALUES]
+        if text[name.start() - 1 : name.start()] == "[":
+            patterns.insert(0, _SECTION)
+        for pattern in patterns:
+            match = _compiled(pattern).match(text, name.end())
+            if match is None:
+                continue
+            if pattern in _VALUES:
+                done = match.end(1)
+            for word in _compiled(_PLAIN_VALUE).finditer(match[1]):
+                value = word[1].rstrip(",;)]}")
+                if _is_secret_in_code(grade, value):
+                    start = match.start(1) + word.start(1)
+                    yield (start, start + len(value), grade)
+            break
+
+
+_CONFIGURATION = (
+    rb"(?i)(^|/)([^/]*\.(env|ini|cfg|conf|cnf|ya?ml|toml|sh|bash|zsh|fish|ksh|tf|tfvars"
+    rb"|hcl|properties|sbatch|slurm|pbs|service|ps1|bat|cmd|envrc|xml)|[^/]*env\.[^/]*"
+    rb"|\.env[^/]*|[^/]*dockerfile[^/]*|containerfile|[^/]*makefile|\.?(netrc|npmrc"
+    rb"|pypirc|condarc|pgpass|boto|s3cfg|bashrc|zshrc|profile|bash_profile))$"
+)
+# What may follow the name; the group has the value or the values.
+_SECTION = r"\][ \t]*\r?\n((?:[^\n\[][^\n]{0,500}\n?){1,30})"  # of an ini file
+_BLOCKS = (
+    # A list or a mapping of YAML, whose lines are indented.
+    r"[\"']?:[ \t]*\r?\n((?:[ \t]+(?:- |[\w.-]{1,99}:)[^\n]{0,500}\n?){1,30}"
+    r"|(?:- [^\n]{0,500}\n?){1,30})",
+    # A list or a mapping on one line.
+    r"[\"']?[ \t]*[:=][ \t]*([\[{][^\n]{1,1000})",
+)
+_VALUES = (
+    # A value on the next line, with or without `>-` and `|`.
+    r"[\"']?:[ \t]*(?:[|>][-+]?)?[ \t]*\r?\n[ \t]+([^\s:]{1,500})[ \t]*(?:\r?\n|\Z)",
+    # Kubernetes: the name is itself the value of `name:`.
+    r"[\"']?(?:[ \t]*\r?\n[ \t]*|, *)value:[ \t]*([^\s]{1,500})",
+    # A value, which ends where the next `name=` begins.
+    r"[\"']?\]?[ \t]*(?:[:?+]?=|:)[ \t]*((?:(?![,;&][\w.-]{1,40}[=:])[^\s]){1,500})",
+    r"[ \t]+([^\s=:]{1,500})",  # ENV NAME value, password VALUE of .netrc
+    r">([^<\s]{1,500})</",  # XML
+)
+# In the group: the first word of a line, after a dash or a name of its own.
+_PLAIN_VALUE = (
+    r"(?m)(?:^|(?<=[\s\[{,]))[ \t]*(?:- +)?(?:[\w.-]+[ \t]*[:=][ \t]*)?[\"'\[{(]{0,2}"
+    r"([^\s\"'#\[{(][^\s\"']*)"
+)
+
+
+# What a name tells. A grade says what the value must look like to be a secret.
+
+_NONE = 0
+_WEAK = 1  # `key`, `token_id`: a value like a token, looked for nowhere else
+_TOKEN = 2  # `token` alone: the same, but a hash in code, which a `key` may well be
+_RANDOM = 3  # `auth`, `secret` in the midst of a name: a random value
+_MIXED = 4  # `api_key`: a value that is more than a word
+_SURE = 5  # `password`: any value
+
+
+def _word_set(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_WORDS = r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+"
+_SURE_WORDS = _word_set("password passwd passphrase passcode secret credential")
+_LAST_WORDS = (
+    (_SURE, _SURE_WORDS),
+    (_MIXED, _word_set("pass pwd pw pswd pword apikey")),
+    (_RANDOM, _word_set("pat sas psk auth authorization bearer cookie jwt dsn")),
+)
+# What stands before `key` when it is secret.
+_KEY_OF = _word_set(
+    """api access private secret signing encryption master license account storage
+    application app deploy fernet auth service subscription ssh shared admin client
+    consumer session root webhook encrypt sign"""
+)
+# What stands before `token` in a language model, whose tokens are words, and in an API
+# where a token is a place in a list, or marks a request.
+_TOKEN_OF = _word_set(
+    """pad eos bos unk mask sep cls image video audio stop start end special eot sot
+    prefix middle suffix max min per num first last think tool new extra bad
+    placeholder initializer trigger class instance prompt query object control begin
+    forced decoder suppress"""
+)
+_PLACE_OF = _word_set("change request action continuation page sync purchase next")
+# The last words of a name whose value only tells something about a secret.
+_ABOUT_WORDS = _word_set(
+    """id name file path dir folder url uri host type len length size count limit num
+    ttl expiry enabled disabled required policy version algorithm backend provider
+    manager field column prefix suffix pattern format mode level rate seconds timeout
+    budget index dim dtype class free endpoint issuer scope"""
+)
+_HASH_WORDS = _word_set(
+    """hash hashes sha md digest digests checksum checksums fingerprint fingerprints
+    thumbprint signature commit revision etag hashed"""
+)
+_QUESTION_WORDS = _word_set("ask no prompt")  # --ask-password has no value
+# Words that are run together: PGPASSWORD, accesskey, SSHPASS, hftoken; no compass.
+_RUN_TOGETHER = (
+    r"(\w*?)(password|passwd|passphrase|passcode|credential|secret|token|pwd|key)s?"
+    r"|(ssh|db|user|mail|smtp|admin|root|sql|mysql|ldap|ftp)(pass)"
+)
+
+
+@functools.lru_cache(maxsize=16_384)
+def _grade(name: str) -> int:
+    """Return how surely a value under this name is a secret.
+
+    >>> _grade("DB_PASSWORD"), _grade("accessKey"), _grade("sort_key"), _grade("lr")
+    (5, 4, 1, 0)
+    """
+    if not _compiled("|".join(_STEMS)).search(name.lower()):
+        return _NONE
+    words = _name_words(name[-200:])
+    if not words or words[0] in _QUESTION_WORDS or "public" in words:
+        return _NONE
+    before = ""
+    inner = _NONE
+    for word in words[:-1]:
+        if word in _SURE_WORDS or word in ("token", "tokens"):
+            inner = _RANDOM
+        if word == "key" and before in _KEY_OF:
+            inner = _RANDOM
+        before = word
+    last = words[-1]
+    if last in _HASH_WORDS:
+        return _NONE
+    if last in _ABOUT_WORDS:
+        return min(inner, _WEAK)
+    return max(inner, _grade_of_last(before, last))
+
+
+def _grade_of_last(before: str, last: str) -> int:
+    """Return the grade of a name that ends in these two words."""
+    for grade, words in _LAST_WORDS:
+        if last in words:
+            return grade
+    if last in ("key", "tokens") and before in _KEY_OF:
+        return _MIXED
+    if last == "key":
+        return _WEAK
+    if last == "tokens" or (last == "token" and not before):
+        return _TOKEN
+    if last != "token" or before in _PLACE_OF:
+        return _NONE
+    if before in _TOKEN_OF:
+        return _WEAK
+    return _MIXED
+
+
+def _name_words(name: str) -> list[str]:
+    """Return the words of a name in lower case, those of secrets in the singular."""
+    words = []
+    for found in _compiled(_WORDS).findall(name):
+        word = found.lower()
+        match = _compiled(_RUN_TOGETHER).fullmatch(word)
+        if match is None:
+            words.append(word)
+            continue
+        words += filter(None, match.groups())
+        if word.endswith("tokens"):
+            words[-1] = "tokens"  # of a text, more often than of a service
+    return words
+
+
+def _tells_about(name: str) -> bool:
+    """Return whether the value under a name is an id, a path, a hash or the like."""
+    words = _name_words(name)[-1:]
+    return not words or words[0] in _HASH_WORDS or words[0] in _ABOUT_WORDS
+
+
+# What a value tells.
+
+
+def _is_secret(grade: int, value: str) -> bool:
+    """Return whether a value is a secret under a name of this grade."""
+    if grade == _NONE or len(value) < 4 or _is_harmless(value):
+        return False
+    if grade == _SURE:
+        return True
+    if grade == _MIXED:
+        if value.startswith("/") and not _is_like_token(value):
+            return False  # PWD=/home/ann/My Projects
+        return len(value) >= 6 and _is_mixed(value)
+    if grade == _RANDOM:
+        return _is_random(value, 8)
+    return _is_like_token(value)
+
+
+def _is_mixed(value: str) -> bool:
+    """Return whether a value is more than a word or two."""
+    if _compiled(r"\d|[a-z][A-Z]|[^\w\s.]").search(value[:4096]):
+        return True
+    return _is_random(value, 8)
+
+
+def _is_like_token(value: str) -> bool:
+    """Return whether a value has a long random piece, as tokens have."""
+    pieces = _compiled(r"[-_.:~/]").split(value[:4096])
+    return _is_random(max(pieces, key=len), 16)
+
+
+def _is_random(value: str, length: int) -> bool:
+    """Return whether a value of at least this length was chosen by a machine.
+
+    >>> _is_random("kX9vQz2LmW", 8), _is_random("Qwen2-7B-Instruct", 8)
+    (True, False)
+    """
+    value = value[:256]
+    if len(value) < length or _compiled(r"\s").search(value):
+        return False
+    if _compiled(_HEX).fullmatch(value):
+        return True
+    # How many neighbours do not go together in words: of random letters and digits two
+    # pairs in three, of hexadecimal digits one in two, of names in code one in ten.
+    surprise = sum(map(_pair_surprise, value, value[1:]))
+    return surprise >= 0.3 * (len(value) - 1)
+
+
+# 128 bits or more, with letters and digits: a hash, a UUID, or a secret.
+_HEX = (
+    r"(?=.*\d)(?=.*[a-fA-F])([0-9a-f]{20,}|[0-9A-F]{20,}"
+    r"|[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12})"
+)
+# The letters that follow a letter in the words of English and the names of code: of all
+# pairs of letters less than half, of the pairs in real words 96 percent.
+_FOLLOWERS = {
+    "a": "bcdefgiklmnprstuvwxyz", "b": "aceilorsuy", "c": "acehikloprstuy",
+    "d": "adeilorstu", "e": "abcdefgilmnopqrstuvwxy", "f": "aefilorstuy",
+    "g": "aeghilmnoprsu", "h": "aeiortuy", "i": "abcdefgklmnoprstvxz", "j": "aeo",
+    "k": "aeils", "l": "acdeilmopstuvy", "m": "abeilmopsu",
+    "n": "abcdefgiklmnoprstuvy", "o": "abcdefgiklmnoprstuvw", "p": "aehiloprstuy",
+    "q": "u", "r": "acdefgiklmnoprstuvy", "s": "acdefhiklmnoprstuwy",
+    "t": "acdehilmoprstuy", "u": "abcdefgilmnprst", "v": "aeio", "w": "aehinors",
+    "x": "ceilpt", "y": "eimnpst", "z": "aeiu",
+}  # fmt: skip
+
+
+@functools.lru_cache(maxsize=8192)
+def _pair_surprise(first: str, second: str) -> float:
+    """Return 1 for two characters that do not follow each other in a word, else 0."""
+    if ord(second) - ord(first) in (0, 1):
+        return 0.0  # aa, xyz, 123
+    if first.isalpha() and second.isalpha():
+        if second.lower() not in _FOLLOWERS.get(first.lower(), ""):
+            return 1.0
+        if first.islower() and second.isupper():
+            return 0.5
+    elif first.isalnum() and second.isalnum():
+        if first.isalpha() or second.isalpha():
+            return 1.0
+    elif first in _PUNCTUATION or second in _PUNCTUATION:
+        return 0.5
+    return 0.0
+
+
+_PUNCTUATION = "!@#$%^&*+=?;,"
+
+# Numbers, placeholders, references, public keys and names of files.
+_HARMLESS = (
+    r"(?s)[-+]?[\d.,_]+([eE][-+]?\d+)?|0[xX][\da-fA-F]{1,16}|[*/-]+|[xX]+|"
+    r"(?i:true|false|yes|no|on|off|none|null|nan|empty|redacted|changeme)|"
+    r"<[^<>]*>|\[[^\]]*\]|\$\w+|%\(?\w+\)?s?|\$?\{[^\"]*\}|(ssh-\w+|ecdsa-\S+) AAAA.*|"
+    r"[\w-]+(\.[\w-]+)*\.(json|ya?ml|txt|pem|key|env|toml)"
+)
+_PATH = (
+    r"(file:|unix:)?(~|\.{1,2}|[A-Za-z]:)?"
+    r"([/\\](?=[\w.@%+-]*[A-Za-z])[\w.@%+-]{1,64}){1,32}/?"
+)
+
+
+def _is_harmless(value: str) -> bool:
+    """Return whether a value is none that one would keep secret, whatever its name."""
+    if len(value) >= 4096:
+        return False
+    if _compiled(_HARMLESS).fullmatch(value):
+        return True
+    if _compiled(_PATH).fullmatch(value) and not _is_like_token(value):
+        return True
+    return value.startswith("/") and "\0" not in value and os.path.lexists(value)
+
+
+@functools.cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    """Return a compiled pattern; to compile all of them at import would take 6 ms."""
+    return re.compile(pattern)
+
+
+# What `audit` searches.
+
+
+class _Audit:
+    """Secrets in the files of runs, by file and line; what they are is never told."""
+
+    def __init__(self, root: StrPath) -> None:
+        self.root = os.fspath(root)
+        self.found: list[Facts] = []  # file, and line, which is None in a binary file
+        self.unread: dict[str, str] = {}  # by file, why it was not searched
+        self.searched = 0  # files
+        self.binary = 0  # those of them that are searched for known values only
+
+    def search(self, places: Iterable[StrPath]) -> None:
+        """Search files, and all files below folders; no link is followed.
+
+        All are read twice: what one shows to be secret is looked for in every other.
+        """
+        paths: list[str] = []
+        for place in places:
+            for path in _files_below(os.fspath(place)):
+                paths.append(path)
+                text, _ = _decoded(self.read(path))
+                _redactor.learn_finds(text, _audit_finds(text, os.fsencode(path)))
+        for path in paths:
+            self.search_file(path, self.read(path))
+
+    def read(self, path: str) -> bytes:
+        """Return the content of a file; where it cannot be read, note why."""
+        try:
+            return _read_bytes(path)
+        except OSError as error:
+            self.unread[self.name(path)] = error.strerror or str(error)
+            return b""
+
+    def search_file(self, path: str, data: bytes) -> None:
+        """Note the lines of a file that have secrets."""
+        name = self.name(path)
+        self.searched += name not in self.unread
+        lines: list[int | None] = [*_redactor.secret_lines(data, os.fsencode(path))]
+        if data and not _decoded(data)[0]:
+            self.binary += 1
+            if _redactor.replace_known(data) != data:
+                lines.append(None)
+        self.found += [{"file": name, "line": line} for line in lines]
+
+    def name(self, path: str) -> str:
+        return _redactor.text(os.path.relpath(path, self.root))
+
+
+def _files_below(place: str) -> Iterator[str]:
+    """Yield a regular file, or those below a folder, in order; links lead out of it."""
+    paths = [place]
+    for folder, folders, names in os.walk(place):
+        folders.sort()
+        paths += [os.path.join(folder, name) for name in sorted(names)]
+    for path in paths:
+        if os.path.isfile(path) and not os.path.islink(path):
+            yield path
+
+
+def _audit_finds(text: str, name: bytes) -> list[_Find]:
+    """Return the secrets in a file of a run; all but code is searched for facts too."""
+    if name.endswith((b".patch", b".diff")):
+        # Without the signs each line begins as in its file, perhaps configuration.
+        return _code_finds(_compiled(r"(?m)^[-+ ]").sub(" ", text), b".env")
+    finds = _code_finds(text, name)
+    if not name.endswith((b".py", b".ipynb")):
+        finds += _fact_finds(text)
+    return finds
+
+
+# === Plain data ===
+# Any object becomes dict, list, str, int, float, bool or None, and these become the
+# same text everywhere.
+
+
+def _config_document(command: str, args: object) -> Facts:
+    """Return the document of config.yaml: `command`, and below it the arguments.
+
+    `command` is the line to paste into a shell. Arguments that are not a mapping, or
+    that have a `command` of their own, go under the key `args`.
+    """
+    plain = _plain(args)
+    if plain is None:
+        return {"command": command}
     if isinstance(plain, dict) and plain.get("command", command) == command:
         return {"command": command, **plain}
     return {"command": command, "args": plain}
 
 
-def _plain(value: Any, whole: bool = False) -> Any:
-    """Return any object as dict, list, str, int, float, bool or None; never raise.
+def _plain(value: object, whole: bool = False) -> JSON:
+    """Return any object as plain data; read it once, do not change it, never raise.
 
-    It is read once and not changed. What has no natural form becomes its repr. An
-    Enum is its value if that is a string, else its name; an IntEnum is its number;
-    bytes are b'...'; a lone surrogate is the text `\\udc80`; a key is a string, as
-    JSON writes it, with a number added when taken. `whole` lifts the size limits.
+    What has no natural form becomes its repr, and what is beyond the limits of a
+    config (Settings) a text in angle brackets; `whole` lifts the limits. Keys become
+    strings as in JSON, with a number added when one is taken.
     """
+    conversion = _Conversion()
+    if whole:
+        conversion.scale = 1_000_000
+        conversion.room *= conversion.scale
     try:
-        return _Conversion(1_000_000 if whole else 1).plain(value)
+        return conversion.plain(value)
     except RecursionError:
         return "<no room left on the call stack>"
 
 
 class _Conversion:
-    """One conversion: how much may still be written, and the objects around us."""
+    """One conversion: how much may still be written, and which objects are around."""
 
-    def __init__(self, scale: int) -> None:
-        self.scale, self.room = scale, MAX_NODES * scale
-        self.parents: set[int] = set()
+    def __init__(self) -> None:
+        self.scale = 1  # of the limits
+        self.room = MAX_NODES  # values that may still be written
+        self.parents: set[int] = set()  # ids of the objects that are being converted
 
-    def plain(self, value: Any) -> Any:
+    def plain(self, value: Any) -> JSON:
         kind = type(value)  # not isinstance(), which believes a mock's __class__
         self.room -= 1
         if value is None or kind is bool:
             return value
         if issubclass(kind, str):
-            text = _clean(str.__str__(value), MAX_TEXT * self.scale)
+            text = _shortened(str.__str__(value), MAX_TEXT * self.scale)
             self.room -= len(text) // 100  # one text in many places is many texts
             return text
         if issubclass(kind, int):
-            bits, value = int.bit_length(value), int.__int__(value)
-            fits = bits <= MAX_INT_BITS
-            return value if fits else f"<int of {bits} bits, {hex(value)[:40]}...>"
+            value = int.__int__(value)
+            bits = value.bit_length()
+            if bits > MAX_INT_BITS:
+                return f"<int of {bits} bits, {hex(value)[:40]}...>"
+            return value
         if issubclass(kind, float):
             return float.__float__(value)
         if id(value) in self.parents:
@@ -2904,20 +8441,19 @@ class _Conversion:
         self.parents.add(id(value))
         try:
             return self.compound(value, kind)
-        except Exception:
-            return _repr(value)
+        except Exception as error:
+            _raise_if_foreign(error)
+            return _short_repr(value)
         finally:
             self.parents.discard(id(value))
 
-    def compound(self, value: Any, kind: Any) -> Any:
-        for name in map(_type_name, kind.__mro__):
-            if name in _NATURAL:
-                return self.plain(_NATURAL[name](value))
-        fields = getattr(kind, "_fields", None) if issubclass(kind, tuple) else None
-        if hasattr(kind, "__dataclass_fields__"):
-            fields = [field.name for field in sys.modules["dataclasses"].fields(kind)]
-        elif hasattr(kind, "__attrs_attrs__"):
-            fields = [attribute.name for attribute in kind.__attrs_attrs__]
+    def compound(self, value: Any, kind: Any) -> JSON:
+        """Return what is no scalar, by the first of these rules that fits its type."""
+        for base in kind.__mro__:
+            convert = _NATURAL_FORMS.get(_type_name(base))
+            if convert is not None:
+                return self.plain(convert(value))
+        fields = _field_names(kind)
         if fields is not None:
             return self.mapping(fields, lambda name: getattr(value, name))
         is_array = hasattr(kind, "tolist") or hasattr(kind, "iloc")
@@ -2925,160 +8461,293 @@ class _Conversion:
             return self.array(value, kind)
         if hasattr(kind, "keys") and hasattr(kind, "__getitem__"):
             return self.mapping(value.keys(), lambda key: value[key])
-        is_set = issubclass(kind, (set, frozenset))
-        is_list = issubclass(kind, (list, tuple))
-        if is_set or is_list or (kind is range and len(value) <= MAX_ARRAY):
-            return self.sequence(value, is_set)
+        if issubclass(kind, (list, tuple, set, frozenset)):
+            return self.sequence(value, kind)
+        if kind is range and len(value) <= MAX_ARRAY:
+            return list(value)
         if hasattr(kind, "__fspath__"):
             return self.plain(os.fspath(value))
-        # "<Config object at 0x7f...>" tells nothing, its attributes do.
+        # "<Config object at 0x7f...>" tells nothing, but its attributes do.
         if kind.__repr__ is object.__repr__ and getattr(value, "__dict__", None):
             return self.plain(vars(value))
-        return _repr(value)
+        return _short_repr(value)
 
-    def mapping(self, keys: Any, read: Any) -> dict[str, Any]:
-        result: dict[str, Any] = {}
+    def mapping(self, keys: Any, read: Callable[[Any], Any]) -> dict[str, JSON]:
+        result: dict[str, JSON] = {}
         for key in self.within_limits(keys):
             name = self.plain(key)
-            name = name if isinstance(name, str) else json.dumps(name)
+            if not isinstance(name, str):
+                name = json.dumps(name)
             while name in result:
                 name += f" ({len(result) + 1})"
             try:
                 result[name] = self.plain(read(key))
-            except Exception as problem:  # a property, a missing mandatory value
-                result[name] = f"<unreadable: {_repr(problem)}>"
-        if len(result) < len(keys):
-            result["<more>"] = f"<{len(keys) - len(result)} more keys>"
+            except Exception as error:  # a property, a missing mandatory value
+                _raise_if_foreign(error)
+                result[name] = f"<unreadable: {_short_repr(error)}>"
+        more = len(keys) - len(result)
+        if more > 0:
+            result["<more>"] = f"<{more} more keys>"
         return result
 
-    def sequence(self, items: Any, is_set: bool) -> list[Any]:
+    def sequence(self, items: Any, kind: Any) -> list[JSON]:
         result = [self.plain(item) for item in self.within_limits(items)]
-        if is_set:
+        if issubclass(kind, (set, frozenset)):  # in the same order in each process
             result.sort(key=str)
-            with contextlib.suppress(TypeError):  # numbers alone sort as numbers
+            with _ignoring(TypeError):  # numbers alone sort as numbers
                 result.sort()
         more = len(items) - len(result)
-        return result + [f"<{more} more items>"] * (more > 0)
+        if more > 0:
+            result.append(f"<{more} more items>")
+        return result
 
     def within_limits(self, items: Any) -> Iterator[Any]:
-        count = range(min(len(items), MAX_ITEMS * self.scale))
-        for _, item in list(zip(count, items)):
+        """Yield the items that there is room for.
+
+        One more than the limit may be the count of an earlier conversion.
+        """
+        count = len(items)
+        if count > MAX_ITEMS * self.scale + 1:
+            count = MAX_ITEMS * self.scale
+        for _, item in list(zip(range(count), items)):
             if self.room > 0:
                 yield item
 
-    def array(self, value: Any, kind: Any) -> Any:
+    def array(self, value: Any, kind: Any) -> JSON:
+        """Return the numbers of a small array or tensor, a summary of any other.
+
+        A table would lose its index by tolist(), a distributed tensor wait for the
+        other ranks, and one on the device "meta" has no numbers, and raises.
+        """
         import math
 
         shape = tuple(value.shape)
-        # tolist() of a table loses its index; a distributed tensor's would wait for
-        # the other ranks; one on the device "meta" has no items, and raises.
-        remote = kind.__module__.startswith("torch.distributed")
-        small = math.prod(shape) <= MAX_ARRAY * self.scale
-        with contextlib.suppress(Exception):
-            if small and not remote and not hasattr(kind, "iloc"):
-                # No number of Python is a numpy time or a long double.
-                odd = getattr(value.dtype, "char", "") in ("M", "m", "g", "G")
-                return self.plain((value.astype(str) if odd else value).tolist())
-        known = [name for name in ("dtype", "device") if hasattr(kind, name)]
-        facts = "".join(f" {name}={getattr(value, name)}" for name in known)
-        return f"<{_type_name(kind)} shape={shape}{facts}>"
+        is_apart = kind.__module__.startswith("torch.distributed")
+        is_apart = is_apart or hasattr(kind, "iloc")
+        if math.prod(shape) <= MAX_ARRAY * self.scale and not is_apart:
+            try:
+                return self.plain(_array_items(value))
+            except Exception as error:
+                _raise_if_foreign(error)
+        facts = f"shape={shape}"
+        for name in ("dtype", "device"):
+            if hasattr(kind, name):
+                facts += f" {name}={getattr(value, name)}"
+        return f"<{_type_name(kind)} {facts}>"
 
 
-def _clean(text: str, limit: int) -> str:
+def _shortened(text: str, limit: int) -> str:
+    """Return text that has a UTF-8 form, with a count of what is beyond the limit."""
     if not text.isascii():  # a lone surrogate has no UTF-8 form
         text = text.encode("utf-8", "backslashreplace").decode("utf-8")
-    more = len(text) - limit
-    return f"{text[:limit]}... <{more} more characters>" if more > 0 else text
+    rest = text[limit:]
+    if not rest or re.fullmatch(r"\.\.\. <\d+ more characters>", rest):
+        return text
+    return f"{text[:limit]}... <{len(rest)} more characters>"
 
 
-def _repr(value: Any) -> str:
+def _short_repr(value: object) -> str:
+    """Return the repr of an object without its address; never raise."""
     try:
         text = str.__str__(repr(value))
-    except Exception as problem:
-        text = f"<{_type_name(type(value))}, repr raises {_type_name(type(problem))}>"
-    return _clean(re.sub(r" at 0x[0-9A-Fa-f]+", "", text), MAX_REPR)
+    except Exception as error:
+        _raise_if_foreign(error)
+        raised = _type_name(type(error))
+        text = f"<{_type_name(type(value))}, repr raises {raised}>"
+    return _shortened(re.sub(r" at 0x[0-9A-Fa-f]+", "", text), MAX_REPR)
 
 
-def _type_name(kind: Any) -> str:
-    return type.__repr__(kind)[8:-2]  # "<class 'numpy.ndarray'>"
+def _type_name(kind: type) -> str:
+    """Return "numpy.ndarray", from "<class 'numpy.ndarray'>"."""
+    return type.__repr__(kind)[8:-2]
+
+
+def _field_names(kind: Any) -> list[str] | None:
+    """Return the fields of a class that declares them: dataclass, attrs, namedtuple."""
+    if hasattr(kind, "__dataclass_fields__"):
+        return [field.name for field in sys.modules["dataclasses"].fields(kind)]
+    if hasattr(kind, "__attrs_attrs__"):
+        return [attribute.name for attribute in kind.__attrs_attrs__]
+    if issubclass(kind, tuple) and hasattr(kind, "_fields"):
+        return list(kind._fields)
+    return None
+
+
+def _array_items(value: Any) -> object:
+    """Return the numbers of an array as lists, those that Python lacks as text."""
+    if getattr(value.dtype, "char", "") in ("M", "m", "g", "G"):  # times, long doubles
+        value = value.astype(str)
+    return value.tolist()
 
 
 def _bytes_text(value: Any) -> str:
-    more = f"... <{len(value)} bytes>" if len(value) > MAX_REPR else ""
-    return repr(bytes(value[:MAX_REPR])) + more
+    text = repr(bytes(value[:MAX_REPR]))
+    if len(value) > MAX_REPR:
+        text += f"... <{len(value)} bytes>"
+    return text
 
 
-def _omegaconf_container(value: Any) -> Any:
+def _enum_value(member: Any) -> str:
+    if type(member.value) is str:
+        return member.value
+    return member.name or str(member)  # a sum of flags has no name
+
+
+def _function_name(function: Any) -> str:
+    return f"{function.__module__}.{function.__qualname__}"
+
+
+def _omegaconf_container(config: Any) -> object:
+    """Return an OmegaConf container with its interpolations resolved.
+
+    One that leads nowhere stays as it was written; the others are resolved one by one.
+    """
     to_container = sys.modules["omegaconf"].OmegaConf.to_container
     try:
-        return to_container(value, resolve=True)
-    except Exception:  # an interpolation leads nowhere: all stay as they were written
-        return to_container(value, resolve=False)
+        return to_container(config, resolve=True)
+    except Exception as error:
+        _raise_if_foreign(error)
+    written = to_container(config, resolve=False)
+    keys: Iterable[Any] = range(len(written))
+    if isinstance(written, dict):
+        keys = list(written)
+    for key in keys:
+        try:
+            written[key] = config[key]
+        except Exception as error:  # this is the one that leads nowhere
+            _raise_if_foreign(error)
+    return written
 
 
-_NATURAL: dict[str, Any] = {  # by the name of the type or of one of its bases
-    name: convert
-    for names, convert in (
-        ("argparse.Namespace types.SimpleNamespace pydantic.v1.main.BaseModel", vars),
-        ("collections.deque array.array dict_keys dict_values dict_items", list),
-        ("complex decimal.Decimal fractions.Fraction uuid.UUID", str),
-        ("numpy.dtype torch.dtype torch.device", str),
-        ("bytes bytearray memoryview", _bytes_text),
-        ("datetime.date datetime.time", lambda date: date.isoformat()),
-        ("datetime.timedelta", lambda delta: f"PT{delta.total_seconds():f}S"),
-        ("enum.Enum", lambda e: e.value if type(e.value) is str else e.name or str(e)),
-        ("function method builtin_function_or_method",
-         lambda function: f"{function.__module__}.{function.__qualname__}"),
-        ("type", _type_name),
-        ("module", lambda module: module.__name__),
-        ("omegaconf.basecontainer.BaseContainer", _omegaconf_container),
-        ("ml_collections.config_dict.config_dict.FieldReference", lambda r: r.get()),
-        ("pydantic.main.BaseModel",
-         lambda m: {**vars(m), **(getattr(m, "__pydantic_extra__", None) or {})}),
-    )
-    for name in names.split()
+def _absl_flags(flags: Any) -> dict[str, object]:
+    """Return the values of absl's FLAGS; of absl's own flags those that were given."""
+    values = {}
+    for name in flags:
+        owner = str(flags.find_module_defining_flag(name))
+        if flags[name].present or not owner.startswith("absl."):
+            values[name] = flags[name].value
+    return values
+
+
+def _pydantic_fields(model: Any) -> dict[str, object]:
+    return {**vars(model), **(getattr(model, "__pydantic_extra__", None) or {})}
+
+
+# By the name of a type, or of one of its bases, so that nothing is imported.
+_NATURAL_FORMS: dict[str, Callable[[Any], object]] = {
+    "absl.flags._flagvalues.FlagValues": _absl_flags,
+    "argparse.Namespace": vars,
+    "array.array": list,
+    "builtin_function_or_method": _function_name,
+    "bytearray": _bytes_text,
+    "bytes": _bytes_text,
+    "collections.deque": list,
+    "datetime.date": lambda date: date.isoformat(),
+    "datetime.time": lambda moment: moment.isoformat(),
+    "datetime.timedelta": lambda delta: f"PT{delta.total_seconds():f}S",
+    "decimal.Decimal": str,
+    "dict_items": list,
+    "dict_keys": list,
+    "dict_values": list,
+    "enum.Enum": _enum_value,
+    "fractions.Fraction": str,
+    "function": _function_name,
+    "memoryview": _bytes_text,
+    "method": _function_name,
+    "ml_collections.config_dict.config_dict.FieldReference": lambda field: field.get(),
+    "module": lambda module: module.__name__,
+    "numpy.dtype": str,
+    "omegaconf.basecontainer.BaseContainer": _omegaconf_container,
+    "pydantic.main.BaseModel": _pydantic_fields,
+    "pydantic.v1.main.BaseModel": vars,
+    "torch.device": str,
+    "type": _type_name,
+    "types.SimpleNamespace": vars,
+    "uuid.UUID": str,
 }
 
 
-def _format_yaml(value: Any) -> str:
-    """Return plain data as YAML that readers of 1.1 and of 1.2 read back alike.
+def _raise_if_foreign(error: Exception) -> None:
+    """Raise what a signal handler of the program raised while we were at work.
 
-    PyYAML lays it out where it can be imported, `_yaml_lines` where it cannot. The
-    scalars are written by us, so that both give the same bytes.
+    Whatever else an object raises when it is looked at is its own affair.
     """
-    tree = _yaml_tree(value)
-    try:
-        return _yaml_by_pyyaml(tree)
-    except (Exception, SystemExit):  # whatever a broken install or a namesake does
-        return "\n".join(_yaml_lines(tree)) + "\n"
+    handlers = _signal_handlers()
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code in handlers:
+            raise error
+        trace = trace.tb_next
 
 
-def _pyyaml() -> Any:
-    """Return PyYAML; a script named yaml.py must not run again."""
-    from importlib import import_module, machinery
+def _flattened(prefix: str, value: JSON) -> dict[str, JSON]:
+    """Return nested mappings as one, with dotted keys below `prefix` (or none, "").
 
-    found = machinery.PathFinder.find_spec("yaml")
-    if not (found and found.submodule_search_locations):
-        raise ImportError("PyYAML is not installed")
-    return import_module("yaml")
-
-
-def _yaml_by_pyyaml(tree: Any) -> str:
-    yaml = _pyyaml()
-    indent = yaml.SafeDumper.increase_indent
-    overrides: dict[str, Any] = {
-        "increase_indent": lambda self, flow=False, **_: indent(self, flow),
-        "check_simple_key": lambda self: len(self.event.value) <= YAML_WIDTH,
-        "process_tag": lambda self: None,
-        "ignore_aliases": lambda self, data: True,
-        "process_scalar": lambda self: self.write_indicator(self.event.value, True),
-    }
-    layout = {"default_flow_style": False, "sort_keys": False, "allow_unicode": True}
-    dumper = type("Dumper", (yaml.SafeDumper,), overrides)
-    return str(yaml.dump(tree, Dumper=dumper, width=sys.maxsize, **layout))
+    Where {"a.b": 1} and {"a": {"b": 2}} meet, keys with a dot in them are quoted.
+    """
+    if not isinstance(value, dict):
+        return {prefix: value}
+    leaves: list[tuple[list[str], JSON]] = []
+    for key, item in value.items():
+        leaves += _leaves([*filter(None, [prefix]), str(key)], item)
+    found = {".".join(path): leaf for path, leaf in leaves}
+    if len(found) < len(leaves):
+        found = {".".join(map(_quoted_key, path)): leaf for path, leaf in leaves}
+    return found
 
 
-def _yaml_lines(tree: Any, first: str = "", rest: str = "") -> Iterator[str]:
+def _quoted_key(key: str) -> str:
+    if "." in key or '"' in key:
+        return json.dumps(key)
+    return key
+
+
+def _leaves(path: list[str], value: JSON) -> Iterator[tuple[list[str], JSON]]:
+    """Yield what is no mapping in nested ones, or an empty one, with its keys."""
+    if not isinstance(value, dict) or not value or len(path) > MAX_DEPTH:
+        yield path, value
+        return
+    for key, item in value.items():
+        yield from _leaves([*path, str(key)], item)
+
+
+# JSON: strict, ASCII, and nothing makes it fail.
+
+
+def _format_json(value: object, indent: int | None = 2) -> str:
+    """Return plain data as strict JSON; `indent=None` gives one line for JSONL.
+
+    NaN and infinities, which JSON lacks, become "NaN", "Infinity", "-Infinity", and
+    what is not plain data is converted first.
+    """
+    with _ignoring(ValueError, TypeError, RecursionError):  # NaN, an object, a cycle
+        text = json.dumps(value, allow_nan=False, indent=indent)
+        if "\\ud" not in text:  # half of a surrogate pair, which jq refuses
+            return text + "\n"
+    plain = _without_nan(_plain(value, whole=True))
+    return json.dumps(plain, allow_nan=False, indent=indent) + "\n"
+
+
+def _without_nan(value: JSON) -> JSON:
+    """Return plain data with texts for the numbers that JSON lacks."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    if not isinstance(value, float) or value - value == 0:
+        return value
+    return json.dumps(value)  # NaN, Infinity, -Infinity
+
+
+# YAML: written so that readers of YAML 1.1 and of 1.2 read the same back.
+
+
+def _format_yaml(value: JSON) -> str:
+    """Return plain data as YAML, the same bytes with and without PyYAML."""
+    return "\n".join(_yaml_lines(_yaml_tree(value))) + "\n"
+
+
+def _yaml_lines(tree: JSON, first: str = "", rest: str = "") -> Iterator[str]:
     """Yield the lines of a tree, the first after `first`, the others after `rest`."""
     deeper = rest + "  "
     if isinstance(tree, str):
@@ -3100,8 +8769,8 @@ def _yaml_lines(tree: Any, first: str = "", rest: str = "") -> Iterator[str]:
             first = rest
 
 
-def _yaml_tree(value: Any) -> Any:
-    """Return the same tree, with text for scalars and for lists of one line."""
+def _yaml_tree(value: JSON) -> JSON:
+    """Return the same tree with text for scalars, and for lists that fit a line."""
     if value and isinstance(value, dict):
         return {_yaml_scalar(key): _yaml_tree(item) for key, item in value.items()}
     if value and isinstance(value, list):
@@ -3109,862 +8778,527 @@ def _yaml_tree(value: Any) -> Any:
         if not all(isinstance(item, str) for item in items):
             return items
         text = f"[{', '.join(items)}]"
-        return text if len(text) <= YAML_WIDTH else items
+        if len(text) > YAML_WIDTH:
+            return items
+        return text
     return _yaml_scalar(value)
 
 
-def _yaml_scalar(value: Any) -> str:
+def _yaml_scalar(value: JSON) -> str:
+    """Return a scalar, an empty list or an empty mapping as YAML."""
     if isinstance(value, float):  # 1e+16 is a string to YAML 1.1, 1.0e+16 is not
         text = re.sub(r"^(-?\d+)e", r"\1.0e", repr(value))
         return text.replace("inf", ".inf").replace("nan", ".nan")
     text = json.dumps(value, ensure_ascii=False)
     if not isinstance(value, str):
         return text
-    plain = _compiled(_YAML_PLAIN).fullmatch(value)
-    if plain and not _compiled(_YAML_MISREAD).fullmatch(value):
+    if re.fullmatch(_YAML_PLAIN, value) and not re.fullmatch(_YAML_MISREAD, value):
         return value
-    # JSON's escapes and Python's (\xa0, \u2028, \U0001fffe) are YAML's as well.
-    hidden: re.Pattern[str] = _compiled(_YAML_HIDDEN)
-    return hidden.sub(lambda m: m[0].encode("unicode_escape").decode(), text)
+    return re.sub("[^ -~]", _yaml_escape, text)
 
 
-# Colons, commas and sharps have a meaning somewhere, digits and signs start numbers.
+def _yaml_escape(match: re.Match[str]) -> str:
+    r"""Return an escape of Python that is YAML's as well, as \xa0, where one is needed.
+
+    Not shown raw: controls, odd spaces and line ends, marks that turn the direction of
+    text, surrogates, what is no character or for private use.
+    """
+    if match[0].isprintable():
+        return match[0]
+    return match[0].encode("unicode_escape").decode()
+
+
+# What needs no quotes. Colons, commas and sharps have a meaning somewhere, and digits
+# and signs start numbers.
 _YAML_PLAIN = r"(?a)([A-Za-z_/]|\.\.?/|~/)[\w./+@%=~-]*( [\w./+@%=~-]+)*"
 _YAML_MISREAD = "(?i)y|n|yes|no|on|off|true|false|null|none|nan|inf"
-# Not shown raw: controls, odd spaces and line ends, marks that turn the direction of
-# text, surrogates, non-characters, planes for private use.
-_YAML_HIDDEN = (
-    "[\x7f-\xa0\xad\u061c\u180e\u2000-\u200b\u200e\u200f\u2028-\u202f\u205f-\u206f"
-    "\ud800-\udfff\ufdd0-\ufdef\ufeff\ufff0-\ufffc\ufffe\uffff"
-    "\U0001fffe\U0001ffff\U0002fffe\U0002ffff\U0003fffe-\U0010ffff]"
-)
 
 
-def _format_json(value: Any, indent: int | None = 2) -> str:
-    """Return plain data as strict JSON; `indent=None` gives one line for JSONL.
+def _parse_yaml(text: str) -> JSON:
+    """Return a YAML document as plain data, read by PyYAML; raise only ValueError.
 
-    NaN and infinities, which JSON lacks, become "NaN", "Infinity", "-Infinity".
+    Aliases and merge keys (`<<: [*a, *a]`) may stand for data of any size: they are
+    bounded.
     """
-    with contextlib.suppress(ValueError, TypeError, RecursionError):
-        text = json.dumps(value, allow_nan=False, indent=indent)
-        if "\\ud" not in text:  # jq refuses a lone surrogate
-            return text + "\n"
-    plain = json.dumps(_plain(value, whole=True))
-    return json.dumps(json.loads(plain, parse_constant=str), indent=indent) + "\n"
+    _refuse_hostile_yaml(text)
+    yaml = _pyyaml()
+    base = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    flatten = base.flatten_mapping
 
+    def flatten_within_limits(loader: Any, node: Any) -> None:
+        before = len(node.value)
+        flatten(loader, node)
+        loader.merged += len(node.value) - before
+        if loader.merged > MAX_ITEMS:
+            raise ValueError("its merge keys make too many items")
 
-# === Output ===
-# Not a terminal: descriptors 1 and 2 point at the logs and the recorder forwards what
-# is appended. A terminal, notebook or test runner: a tee copies writes to the log.
-
-
-class _Capture:
-    """The output of one run: the streams that are captured and their logs."""
-
-    def __init__(self, run_dir: Path, prefix: str = "") -> None:
-        self.run_dir, self.prefix = run_dir, prefix  # "rank3." for another rank's logs
-        self.streams: list[_Stream] = []
-        self.forwards: list[_Forward] = []
-        self.recorder: _Recorder | None = None
-
-    def open(self) -> None:
-        """Open the logs and remember where output goes; redirect nothing yet."""
-        candidates = [_Stream("stdout", 1), _Stream("stderr", 2)]
-        streams = [stream for stream in candidates if stream.place is not None]
-        together = len(streams) == 2 and streams[0].place == streams[1].place
-        for stream in streams:
-            name = "output" if together else stream.name
-            path = self.run_dir / "logs" / f"{self.prefix}{name}.log"
-            path.parent.mkdir(exist_ok=True)
-            with contextlib.suppress(OSError):  # a descriptor closed behind sys.stdout
-                stream.open(path)
-                self.streams.append(stream)
-        direct = [stream for stream in self.streams if stream.direct]
-        try:
-            for stream in direct[:1] if together else direct:
-                reader = _open(stream.path, os.O_RDONLY)
-                os.lseek(reader, 0, os.SEEK_END)
-                self.forwards.append(_Forward(reader, stream.saved.number))
-        except OSError:  # nobody would forward: leave it to a tee
-            while self.forwards:
-                self.forwards.pop().kept[0].close()
-            for stream in direct:
-                stream.direct = False
-
-    def start(self, recorder: _Recorder | None) -> None:
-        """Redirect; without a recorder to forward, everything goes through a tee."""
-        self.recorder = recorder
-        if any(stream.direct for stream in self.streams):
-            _flush_c_streams()
-        for stream in self.streams:
-            stream.direct = stream.direct and recorder is not None
-            stream.start()
-
-    def stop(self) -> None:
-        """Put every stream back exactly as it was."""
-        for stream in self.streams:
-            stream.flush()
-        if any(stream.direct for stream in self.streams):
-            _flush_c_streams()
-        for stream in reversed(self.streams):
-            stream.stop()
-
-    def close(self, last_words: str) -> None:
-        """Append what Python itself will print, such as a traceback; close the logs."""
-        if last_words and self.streams and self.streams[-1].log.is_ours():
-            text = _redact_text(last_words).encode("utf-8", "backslashreplace")
-            os.write(self.streams[-1].log.number, text)
-        opened = [kept for s in self.streams for kept in (s.log, s.saved)]
-        for kept in opened + [forward.kept[0] for forward in self.forwards]:
-            kept.close()
-        self.streams, self.forwards = [], []
-
-
-class _Stream:
-    """sys.stdout or sys.stderr while a run captures it."""
-
-    def __init__(self, name: str, descriptor: int) -> None:
-        self.name, self.descriptor = name, descriptor
-        self.original = getattr(sys, name)
-        self.direct = False  # the descriptor points at the log
-        self.log = self.saved = _Kept(-1)
-        self.tee: _Tee | None = None
-        self.place: object = None  # equal for two streams that go to one place
-        if self.original is not None:
-            self.place = self
-            with contextlib.suppress(AttributeError, OSError, ValueError):
-                if self.original.fileno() == descriptor:
-                    self.place = _identity(descriptor)
-                    self.direct = not os.isatty(descriptor)
-
-    def open(self, path: Path) -> None:
-        """Open the log and keep a copy of the descriptor."""
-        self.path = path
-        self.log = _Kept(_open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT))
-        try:
-            if self.direct:
-                self.saved = _Kept(_above_stderr(os.dup(self.descriptor)))
-        except OSError:
-            self.log.close()
-            raise
-
-    def start(self) -> None:
-        if self.direct:
-            self.flush()
-            os.dup2(self.log.number, self.descriptor)
-            _guard(self.original)
-        else:
-            self.tee = _Tee(self.original, self.log)
-            setattr(sys, self.name, self.tee)
-
-    def flush(self) -> None:
-        """Write out what Python still buffers, for this stream and its stand-ins."""
-        for stream in (getattr(sys, self.name), self.original):
-            with contextlib.suppress(AttributeError, OSError, ValueError):
-                stream.flush()
-
-    def stop(self) -> None:
-        """Put the stream back, or let the run that took it over do so later."""
-        if self.tee is not None:
-            self.tee.run_utils_log = None  # whoever still holds it writes through it
-            stream = self.original
-            while isinstance(stream, _Tee) and stream.run_utils_log is None:
-                stream = stream.run_utils_original  # the tee of a run that is over
-            if getattr(sys, self.name) is self.tee:
-                setattr(sys, self.name, stream)
-        elif self.direct and self.saved.is_ours():
-            if _identity(self.descriptor) == self.log.identity:
-                os.dup2(self.saved.number, self.descriptor)
-                return
-            for other in (s for r in _active for s in r.capture.streams if s.direct):
-                if other.saved.is_ours() and other.saved.identity == self.log.identity:
-                    os.dup2(self.saved.number, other.saved.number, inheritable=False)
-                    other.saved.identity = self.saved.identity
-
-
-class _Tee:
-    """Stand in for a stream: write to it, copy to the log, else be like it."""
-
-    def __init__(self, original: Any, log: _Kept) -> None:
-        self.run_utils_original = original
-        self.run_utils_log: _Kept | None = log
-
-    def write(self, data: Any) -> Any:
-        written = self.run_utils_original.write(data)
-        is_text = isinstance(data, str)
-        self.copy(data.encode("utf-8", "backslashreplace") if is_text else data)
-        return written
-
-    def copy(self, data: bytes) -> None:
-        """Append to the log alone; a log that fails is given up."""
-        if self.run_utils_log is not None:
-            try:
-                if not self.run_utils_log.is_ours():
-                    raise OSError("the program closed the log")
-                _write_all(self.run_utils_log.number, data)
-            except OSError as error:
-                self.run_utils_log = None
-                _warn(f"output is no longer logged: {error}")
-
-    def writelines(self, lines: Iterable[Any]) -> None:
-        for line in lines:
-            self.write(line)
-
-    @property
-    def buffer(self) -> Any:
-        log, buffer = self.run_utils_log, self.run_utils_original.buffer
-        return buffer if log is None else _Tee(buffer, log)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.run_utils_original, name)
-
-    def __iter__(self) -> Any:
-        return iter(self.run_utils_original)
-
-
-class _LogFile(io.FileIO):
-    """Descriptor 1 or 2 below sys.stdout: a log that is full never reaches print."""
-
-    def write(self, data: Any) -> int:
-        rest = memoryview(data).cast("B")
-        while rest:
-            try:
-                rest = rest[super().write(rest) or 0 :]
-            except OSError as error:
-                if not _give_way(self.fileno(), error):
-                    raise
-        return len(data)
-
-
-_replaced_files: list[io.FileIO] = []  # collecting one would close the descriptor
-
-
-def _guard(stream: Any) -> None:
-    """Put a `_LogFile` below sys.stdout or sys.stderr.
-
-    The stream object stays the same, so whoever holds it keeps the order of output.
-    It cannot be re-initialised while other threads may write to it.
-    """
-    buffer: Any = getattr(stream, "buffer", None)
-    raw = getattr(buffer, "raw", buffer)  # python -u has no buffer in between
-    if type(raw) is not io.FileIO or len(sys._current_frames()) > 1:
-        return
-    below = _LogFile(raw.fileno(), "w", closefd=False)
-    below.name = raw.name
-    _replaced_files.append(raw)
-    if buffer is not raw:
-        io.BufferedWriter.__init__(buffer, below)
-    else:
-        ways = {"line_buffering": stream.line_buffering, "write_through": True}
-        stream.__init__(below, stream.encoding, stream.errors, **ways)
-
-
-def _give_way(descriptor: int, error: OSError) -> bool:
-    """Let output go where it went before, since the log cannot be written."""
-    for stream, capture in ((s, r.capture) for r in _active for s in r.capture.streams):
-        ours = stream.direct and stream.descriptor == descriptor
-        ours = ours and _identity(descriptor) == stream.log.identity
-        if ours and stream.saved.is_ours():
-            if capture.recorder is not None:
-                capture.recorder.ask("drain", "drained")
-            os.dup2(stream.saved.number, descriptor)
-            _warn(f"{stream.name} is no longer logged: {error}")
-            return True
-    return False
-
-
-def _flush_c_streams() -> None:
-    """Flush C's stdio buffers, so that a `puts` lands in the log of its own run.
-
-    Nobody but ctypes and extension modules can call it; importing ctypes takes long.
-    """
-    files = [str(getattr(module, "__file__", "")) for module in [*sys.modules.values()]]
-    extensions = [f for f in files if f.endswith(".so") and "lib-dynload" not in f]
-    with contextlib.suppress(Exception):  # a Python built without ctypes
-        if extensions or "ctypes" in sys.modules:
-            import ctypes
-
-            ctypes.CDLL(None).fflush(None)
-
-
-class _Forward:
-    """Copies what is appended to a log to where the output went before.
-
-    The position is the file offset of `log`, which parent and recorder share: when one
-    dies, the other goes on where it stopped.
-    """
-
-    def __init__(self, log: int, target: int) -> None:
-        self.log, self.target = log, target
-        self.kept = _Kept(log), _Kept(target)
-        self.stop_at: int | None = None  # the offset where forwarding ends
-        self.broken = False  # the reader went away
-        self.wake = threading.Event()  # there is something to do
-
-    def position(self) -> int:
-        return os.lseek(self.log, 0, os.SEEK_CUR)
-
-    def run(self) -> None:
-        """Forward until `stop_at`; look often while there is output, else rarely."""
-        pause = 0.005
-        while self.stop_at is None or self.position() < self.stop_at:
-            position = self.position()
-            size = FORWARD_BYTES if self.stop_at is None else self.stop_at - position
-            data = os.pread(self.log, min(size, FORWARD_BYTES), position)
-            if data and not self.broken:
-                self.broken = not _write_patiently(self.target, data)
-            os.lseek(self.log, len(data), os.SEEK_CUR)
-            pause = 0.005 if data else min(2 * pause, 0.1)
-            if not data and self.wake.wait(pause):
-                self.wake.clear()
-
-    def drain(self) -> None:
-        """Forward everything that is in the log now."""
-        if all(kept.is_ours() for kept in self.kept):
-            self.stop_at = os.fstat(self.log).st_size
-            self.run()
-
-
-def _write_patiently(descriptor: int, data: bytes) -> bool:
-    """Write all of `data`, however slow the reader; return False if it is gone."""
-    failures = 0
-    while data and failures < 4:
-        try:
-            data = data[os.write(descriptor, data) :]
-        except BlockingIOError:
-            select.select([], [descriptor], [], 1.0)
-        except BrokenPipeError:
-            return False
-        except OSError:
-            failures += 1
-            time.sleep(0.05)
-    return not data
-
-
-# === Recorder ===
-# One helper process per run, started from this file: it asks what is slow to answer,
-# keeps the heartbeat, forwards output, and writes down the death of its parent.
-
-
-class _Recorder:
-    """The experiment's end of the recorder: two pipes and no process of its own."""
-
-    def __init__(self, request: dict[str, Any], commands: int, replies: int) -> None:
-        self.request = request
-        self.commands, self.replies = commands, replies
-        self.kept = _Kept(commands), _Kept(replies)
-        self.received = b""
-        self.gone = False
-        self.pid: int | None = None
-
-    @staticmethod
-    def start(
-        request: dict[str, Any], forwards: Sequence[_Forward]
-    ) -> _Recorder | None:
-        """Start the recorder; return None, and say why, where that cannot be done."""
-        problem = _no_interpreter()
-        if os.name != "posix":
-            problem = "not a POSIX system"
-        elif not os.path.isfile(globals().get("__file__") or ""):
-            problem = "run_utils is not a plain file"
-        if problem is None:
-            try:
-                return _spawn_recorder(request, forwards)
-            except (OSError, ValueError) as error:
-                problem = str(error)
-        _warn(f"no recorder ({problem}): its work is done in this process, slower")
-        with _tolerating("status.json"):
-            path = Path(request["run_dir"]) / "status.json"
-            _write_json(path, {**(_read_json(path) or {}), "heartbeat_seconds": None})
-        return None
-
-    def ask(self, word: str, answer: str) -> bool:
-        """Send a command and wait for its answer; False if the recorder is gone."""
-        try:
-            if not self.kept[0].is_ours():
-                return False  # the program closed it, and opened something else
-            os.write(self.commands, word.encode() + b"\n")
-        except OSError:
-            return False
-        return self._wait_for(answer)
-
-    def _wait_for(self, answer: str, seconds: float = 1e6) -> bool:
-        wanted, deadline = answer.encode() + b"\n", time.monotonic() + seconds
-        poller = select.poll()
-        poller.register(self.replies, select.POLLIN)
-        while wanted not in self.received:
-            left = deadline - time.monotonic()
-            if self.gone or left <= 0:
-                return False
-            if poller.poll(left * 1000):
-                data = os.read(self.replies, 65536)
-                self.received += data
-                self.gone = not data
-        before, _, self.received = self.received.partition(wanted)
-        if before.startswith(b"pid "):
-            self.pid = int(before.split()[1])
-        return True
-
-    def finish(self) -> bool:
-        """Return True once all is forwarded and on disk, False if it has died."""
-        try:
-            if not self.ask("end", "drained"):
-                return False
-            if not self._wait_for("done", EXIT_WAIT_SECONDS) and not self.gone:
-                _warn("the recorder is still busy; it completes metadata.json")
-            elif self.pid is not None:  # our own child if we are pid 1 of a container
-                with contextlib.suppress(ChildProcessError):
-                    os.waitpid(self.pid, 0)
-            return not self.gone
-        finally:
-            self.close()
-
-    def close(self) -> None:
-        for kept in self.kept:
-            kept.close()
-
-
-def _spawn_recorder(request: dict[str, Any], forwards: Sequence[_Forward]) -> _Recorder:
-    """Start the recorder as nobody's child, so that os.wait() never meets it.
-
-    A shell puts it into the background and is gone; what the shell ignores, the
-    recorder ignores from its first moment. It runs as a module, so that its compiled
-    code is used, from the last place on the path, so that no neighbour of ours takes
-    the place of a module of the standard library.
-    """
-    import subprocess
-
-    commands_end, commands = map(_above_stderr, os.pipe())
-    replies, replies_end = map(_above_stderr, os.pipe())
-    ends = [commands_end, replies_end]
-    pidfd_open: Any = getattr(os, "pidfd_open", None)  # Linux: tells of our death
-    with contextlib.suppress(OSError, TypeError):
-        ends.append(_above_stderr(pidfd_open(os.getpid())))
-    request["watch"] = ends[2] if len(ends) == 3 else None
-    request["forwards"] = [(forward.log, forward.target) for forward in forwards]
-    folder, name = os.path.split(os.path.abspath(__file__))
-    if name == "__init__.py":
-        folder, name = os.path.split(folder)
-    code = "import sys; sys.path.append(sys.argv[1]); m = __import__(sys.argv[2])"
-    python = [sys.executable, "-E", "-S", *["-B"] * sys.dont_write_bytecode]
-    if sys.pycache_prefix:
-        python += ["-X", f"pycache_prefix={sys.pycache_prefix}"]
-    python += ["-c", f"{code}; sys.exit(m.main(sys.argv[3:]))", folder]
-    python += [name.partition(".")[0], "--recorder", *map(str, ends[:2])]
-    shell = ["/bin/sh", "-c", 'trap "" HUP INT QUIT TERM; "$@" &', "run_utils"]
-    passed = [*ends, *(fd for pair in request["forwards"] for fd in pair)]
-    quiet: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-    recorder = _Recorder(request, commands, replies)
+    limits = {"flatten_mapping": flatten_within_limits, "merged": 0}
     try:
-        started = subprocess.run(
-            [*shell, *python], pass_fds=passed, cwd="/", start_new_session=True, **quiet
+        return _plain(yaml.load(text, type("Loader", (base,), limits)))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except Exception as error:  # a date such as 2024-99-99, a list as a key
+        _raise_if_foreign(error)
+        raise ValueError(str(error)) from error
+
+
+def _refuse_hostile_yaml(text: str) -> None:
+    """Raise ValueError for what ends the process, or takes minutes to read."""
+    depth = 0
+    deepest = 0
+    for bracket in re.findall(r"[][{}]", text):
+        if bracket in "[{":
+            depth += 1
+            deepest = max(depth, deepest)
+        elif depth > 0:
+            depth -= 1
+    if deepest > 500 or re.search(r"^[ \t?:-]{500}", text, re.M):
+        raise ValueError("it is nested too deeply")  # for the stack of libyaml
+    if re.search(r"[\d_:]{5000}", text):  # 1:59:59 is a number to base 60
+        raise ValueError("it has a number of more than 5000 digits")
+
+
+def _pyyaml() -> Any:
+    """Return PyYAML, loaded if need be; raise ValueError with what to do.
+
+    A yaml/ in the current folder, which `python -m` finds first, is not run.
+    """
+    from importlib import import_module, machinery
+
+    loaded = sys.modules.get("yaml")
+    if hasattr(loaded, "SafeLoader"):
+        return loaded
+    found = machinery.PathFinder.find_spec("yaml")
+    here = os.path.join(os.path.realpath(os.curdir), "yaml")
+    try:
+        if found is None or not found.submodule_search_locations:
+            raise ImportError("there is no such package")
+        if here in map(os.path.realpath, found.submodule_search_locations):
+            raise ImportError("the current folder has one, which is not run")
+        return import_module("yaml")
+    except (Exception, SystemExit) as error:
+        what = "reading YAML takes PyYAML, which cannot be imported"
+        raise ValueError(f"{what} ({error}); install it: pip install pyyaml") from None
+
+
+# === Programs and processes ===
+# One function starts every foreign program. The others tell which process is alive, and
+# how a process that is not our child has died.
+
+# Names that Windows lacks, for type checkers that look at the file as Windows would.
+_posix: Any = os
+_signals: Any = signal
+_polls: Any = select
+
+
+class _ProgramFailed(_Unknown):
+    """A program could not be started, passed a limit, or ended with a bad status."""
+
+    def __init__(
+        self, reason: str, status: int | None = None, output: bytes = b"",
+        errors: bytes = b"",
+    ) -> None:
+        super().__init__(reason)
+        self.status = status  # its exit status, -n for signal n, None if it is unknown
+        self.output = output  # what it had printed until then
+        self.errors = errors
+
+
+def _run(
+    argv: Sequence[str], *, cwd: str | None = None,
+    env: Mapping[str, str] | None = None, timeout: float | None = None,
+    limit: int | None = None, stdin: IO[bytes] | int | None = None,
+) -> bytes:
+    """Run a foreign program and return what it printed to stdout.
+
+    It may take `timeout` seconds (PROGRAM_SECONDS) and print `limit` bytes
+    (PROGRAM_BYTES). It has no stdin, its own session, and a working directory in which
+    nobody can have put a module or a program. Raises _ProgramFailed.
+    """
+    import subprocess  # nosec
+
+    name = os.path.basename(argv[0])
+    try:
+        child = subprocess.Popen(  # nosec
+            argv,
+            cwd=cwd or _neutral_directory(),
+            env=env,
+            stdin=subprocess.DEVNULL if stdin is None else stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
         )
-        if started.returncode != 0:
-            raise OSError("no process could be started")
-    except subprocess.SubprocessError as error:
-        recorder.close()
-        raise OSError(str(error)) from None
+    except (OSError, ValueError) as error:
+        if _is_foreign(error):
+            raise
+        raise _ProgramFailed(f"{name} cannot be started: {error}") from None
+    program = _Program(child, timeout or PROGRAM_SECONDS, limit or PROGRAM_BYTES)
+    try:
+        problem = program.read()
+        if problem is not None:
+            program.kill()
     except BaseException:
-        recorder.close()
+        program.kill()
         raise
     finally:
-        for descriptor in ends:
-            os.close(descriptor)
-    _write_patiently(commands, json.dumps(request).encode() + b"\n")
-    return recorder
+        for pipe in program.pipes:
+            pipe.close()
+    output, errors = bytes(program.output), bytes(program.errors)
+    if problem is None and child.returncode != 0:
+        problem = f"ended with status {child.returncode}{_complaint(errors)}"
+    if problem is not None:
+        raise _ProgramFailed(f"{name} {problem}", child.returncode, output, errors)
+    return output
 
 
-def _recorder_main(commands: int, replies: int) -> int:
-    """Be the recorder: `run_utils.py --recorder COMMANDS REPLIES`."""
-    for number in FORWARDED_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    line = bytearray()
-    while not line.endswith(b"\n"):  # by bytes: the next command may follow at once
-        byte = os.read(commands, 1)
-        if not byte:
-            return 1
-        line += byte
-    request = json.loads(line)
-    _known_secrets.update(request["secrets"])
-    return _RecorderProcess(request, commands, replies).run()
+class _Program:
+    """A foreign program that runs, and what it has printed so far."""
 
+    def __init__(
+        self, child: subprocess.Popen[bytes], timeout: float, limit: int
+    ) -> None:
+        self.child = child
+        self.pipes = [pipe for pipe in (child.stdout, child.stderr) if pipe is not None]
+        self.timeout = timeout
+        self.limit = limit
+        self.output = bytearray()
+        self.errors = bytearray()
 
-class _RecorderProcess:
-    """The recorder's own end: one loop for the parent, threads for what may block."""
+    def read(self) -> str | None:
+        """Read until the program ends; return which limit it has passed, if one.
 
-    def __init__(self, request: dict[str, Any], commands: int, replies: int) -> None:
-        self.request, self.commands, self.replies = request, commands, replies
-        self.run_dir = Path(request["run_dir"])
-        self.forwards = [_Forward(*pair) for pair in request["forwards"]]
-        loops = [forward.run for forward in self.forwards]
-        self.threads = [threading.Thread(target=run, daemon=True) for run in loops]
-        work: Any = {"target": _complete_metadata, "args": (self.run_dir, request)}
-        work = {} if request["rank"] else work  # what it asks is asked by rank 0's
-        self.captures = threading.Thread(**work, daemon=True)
-        self.meeting = _Meeting(**request["meeting"]) if request["meeting"] else None
-        self.oom_kills = _oom_kills()
-
-    def run(self) -> int:
-        """Serve the parent until its block ends or it dies."""
-        self._reply(f"pid {os.getpid()}")
-        for thread in [*self.threads, self.captures]:
-            thread.start()
-        watch, beat, waiting = self.request["watch"], 0.0, False
-        poller = select.poll()
-        for descriptor in filter(None, (self.commands, watch)):
-            poller.register(descriptor, select.POLLIN)
+        A grandchild that keeps a pipe open is not waited for.
+        """
+        if not hasattr(select, "poll"):  # Windows, or eventlet took it away
+            return self._communicate()
+        deadline = time.monotonic() + self.timeout
+        output, errors = self.pipes
+        texts = {output.fileno(): self.output, errors.fileno(): self.errors}
+        poller = _polls.poll()
+        for descriptor in texts:
+            poller.register(descriptor, _polls.POLLIN)
+        pause = 0.0001
         while True:
-            soon = self.meeting is not None and time.monotonic() < self.meeting.until
-            pause = RANK_POLL_SECONDS * 1000 if soon else 250
-            ready = [descriptor for descriptor, _ in poller.poll(pause)]
-            if self.commands in ready:
-                words = os.read(self.commands, 4096).split()
-                if b"end" in words:
-                    return self._finish()
-                if b"drain" in words:
-                    self._drain()
-                    self._reply("drained")
-                if not words:  # the parent called exec, or closed what it has open
-                    poller.unregister(self.commands)
-                waiting = waiting or b"wait" in words
-            ticks = self.request["process"]["start_ticks"]
-            alive = watch is not None or _is_alive(self.request["pid"], ticks)
-            if watch in ready or not alive:
-                self._record_death()
-                self.meeting = None
-                return self._finish()
-            if self.meeting is not None:
-                self.meeting = self.meeting if self.meeting.answer_all() else None
-            if waiting and not self.captures.is_alive():
-                waiting = False
-                self._reply("captured")
-            if time.monotonic() >= beat:
-                beat = time.monotonic() + HEARTBEAT_SECONDS
-                with contextlib.suppress(OSError):
-                    if not self.request["rank"]:
-                        os.utime(self.run_dir / "status.json")
+            ended = self.child.poll() is not None
+            wait = 50
+            if ended or not texts:
+                wait = 0
+            ready = poller.poll(wait)
+            for descriptor, _ in ready:
+                data = os.read(descriptor, 65536)
+                texts[descriptor] += data
+                if not data:
+                    poller.unregister(descriptor)
+                    del texts[descriptor]
+            if max(len(self.output), len(self.errors)) > self.limit:
+                return f"printed more than {self.limit} bytes"
+            if ended and not ready:
+                return None
+            if time.monotonic() > deadline:
+                return f"did not end within {self.timeout:g} s"
+            if not texts:  # nothing announces its end, which most often is due at once
+                time.sleep(pause)
+                pause = min(2 * pause, 0.05)
 
-    def _drain(self) -> None:
-        """Wait until all that is in the logs by now is forwarded."""
-        ends = [os.fstat(forward.log).st_size for forward in self.forwards]
-        for forward, end in zip(self.forwards, ends):
-            forward.wake.set()
-            while forward.position() < end:
-                time.sleep(0.002)
+    def _communicate(self) -> str | None:
+        import subprocess  # nosec
 
-    def _record_death(self) -> None:
-        """Write the end that the parent could not write, unless it just had."""
-        rank, row = self.request["rank"], self.request["row"]
-        folder = _record_of(self.run_dir, self.request["attempt"])
-        path = folder / "status.json"
-        path = folder / "logs" / f"rank{rank}.status.json" if rank else path
-        with _tolerating("status.json"):
-            status = _read_json(path) or {}
-            if isinstance(status.get("exit_code"), int):
-                return
-            seconds = round(time.monotonic() - self.request["begun"], 3)
-            ending = _killed(self.request, self.oom_kills)
-            ending.update(duration_seconds=seconds, timestamp_utc=_utc())
-            prefix = f"rank{rank}." if rank else ""
-            ending["last_output"] = _last_output(self.run_dir, prefix)
-            if rank:
-                return _record_rank(folder, rank, ending, row)
-            _write_json(path, {**status, **ending}, durable=True)
-            _name_failed_rank(folder)
-        with _tolerating("the index"):
-            _append_index(row, "end", "failed", "killed")
+        try:
+            output, errors = self.child.communicate(timeout=self.timeout)
+        except subprocess.TimeoutExpired:
+            return f"did not end within {self.timeout:g} s"
+        self.output += output
+        self.errors += errors
+        return None
 
-    def _finish(self) -> int:
-        """Forward the rest, let go of the user's descriptors, complete the record."""
-        for forward in self.forwards:
-            forward.stop_at = os.fstat(forward.log).st_size
-            forward.wake.set()
-        for forward, thread in zip(self.forwards, self.threads):
-            thread.join()
-            os.close(forward.target)
-        self._reply("drained")
-        self.captures.join()
-        learned = _known_secrets.difference(self.request["secrets"])
-        if learned and not self.request["rank"]:
-            folder = _record_of(self.run_dir, self.request["attempt"])
-            _redact_again(folder, "status.json", "notes.jsonl")
-        self._reply("done")
-        status = _read_json(self.run_dir / "status.json") or {}
-        if self.meeting is not None and status.get("status") != "failed":
-            self.meeting.serve()
-        return 0
+    def kill(self) -> None:
+        """Kill the program with all it started; do not wait for one that cannot die."""
+        import subprocess  # nosec
 
-    def _reply(self, word: str) -> None:
-        with contextlib.suppress(OSError):
-            os.write(self.replies, word.encode() + b"\n")
+        with _ignoring(OSError):
+            if hasattr(os, "killpg"):
+                _posix.killpg(self.child.pid, _signals.SIGKILL)
+            else:
+                self.child.kill()
+        with _ignoring(subprocess.TimeoutExpired):
+            self.child.wait(0.5)
 
 
-def _killed(request: dict[str, Any], oom_kills: int | None) -> dict[str, Any]:
-    """Return how the parent died, as far as the kernel tells, for status.json."""
-    wait_status = _wait_status(request["pid"], request["watch"])
-    problem = "the process ended without leaving the run_context block"
-    code = None if wait_status is None else _exit_of(wait_status)
-    if code is None or code >= 0:
-        problem += "" if code is None else f" (exit status {code})"
-        return _outcome("failed", "killed", code, signal=None, problem=problem)
-    # The kernel counts what it kills for want of memory.
-    starved = -code == signal.SIGKILL and (_oom_kills() or 0) > (oom_kills or 0)
-    return _killed_by(-code, ", out of memory" if starved else "")
+def _complaint(errors: bytes) -> str:
+    """Return the line of stderr that tells best what went wrong, after a colon.
+
+    fatal: detected dubious ownership in repository at '/data'
+    """
+    lines = errors.decode("utf-8", "replace").strip().splitlines()
+    fatal = [line for line in lines if line.startswith("fatal:")]
+    for line in [*fatal[:1], *lines[-1:]]:
+        return f": {line[:200]}"
+    return ""
 
 
-def _killed_by(number: int, why: str = "") -> dict[str, Any]:
-    """Return the keys of status.json for a process that a signal ended."""
-    known = {int(item): item.name for item in signal.Signals}
-    name = known.get(number, f"signal {number}")
-    about = {"signal": name, "problem": f"killed by {name}{why}"}
-    return _outcome("failed", "killed", 128 + number, **about)
+def _neutral_directory() -> str:
+    """Return a directory into which nobody can put a module or a program."""
+    for path in ("/proc", "/var/empty"):
+        if os.path.isdir(path):
+            return path
+    return os.sep
 
 
-def _exit_of(wait_status: int) -> int:
-    """Return the exit status of a wait status, or -n for signal n."""
-    if os.WIFSIGNALED(wait_status):
-        return -os.WTERMSIG(wait_status)
-    return os.WEXITSTATUS(wait_status)
+def _safe_python(executable: str) -> list[str]:
+    """Return how to start `executable` so that it runs no file of its directory.
+
+    What follows is `-m MODULE ...`. Before Python 3.11, which has -P for this, the
+    current directory comes first on sys.path.
+    """
+    code = (
+        "import sys; sys.path[:1] == [''] and sys.path.pop(0); del sys.argv[:2]; "
+        "import runpy; runpy.run_module(sys.argv[0], None, '__main__', True)"
+    )
+    return [executable, "-c", code]
+
+
+_PYTHON = re.compile(r"(python|pypy)[\d.]*t?(\.exe)?$", re.I)
+
+
+def _no_interpreter() -> str | None:
+    """Return why sys.executable is not the Python that runs this, or None."""
+    if getattr(sys, "frozen", False):
+        return "a frozen program"
+    if not _PYTHON.match(os.path.basename(sys.executable or "")):
+        return f"sys.executable is {sys.executable!r}, not a Python"
+    return None
+
+
+def _process_stat(pid: int) -> list[str] | None:
+    """Return the fields of /proc/<pid>/stat from the third, the state, on.
+
+    4711 (a name may hold) S) S 1 4711 4711 0 -1 4194304 ...
+    """
+    with _ignoring(OSError):
+        text = _read_proc(f"/proc/{pid}/stat")
+        return text.rpartition(b")")[2].decode("ascii").split()
+    return None
+
+
+def _read_proc(path: str) -> bytes:
+    """Return a file of the kernel, which tells no size."""
+    with io.FileIO(path) as file:
+        return file.readall()
+
+
+def _process_identity(pid: int) -> Facts:
+    """Return what tells a process from a later one with the same pid."""
+    fields = _process_stat(pid)
+    started = None
+    if fields is not None:
+        started = int(fields[19])
+    return {**_boot(), "start_ticks": started}
+
+
+@functools.lru_cache(None)
+def _boot() -> Facts:
+    """Return what the numbers of processes are relative to."""
+    facts: Facts = {"boot_id": None, "pid_namespace": None}
+    with _ignoring(OSError):
+        text = _read_proc("/proc/sys/kernel/random/boot_id")
+        facts["boot_id"] = text.decode("ascii").strip()
+        facts["pid_namespace"] = os.readlink("/proc/self/ns/pid")
+    return facts
+
+
+def _is_alive(pid: int, start_ticks: int | None) -> bool:
+    """Return whether a process of this host is the one meant, and not a zombie."""
+    fields = _process_stat(pid)
+    if fields is not None:
+        is_same = start_ticks is None or start_ticks == int(fields[19])
+        return is_same and fields[0] not in "ZX"
+    if hasattr(os, "killpg"):  # on Windows signal 0 would end the process
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:  # another user's, which /proc may hide (hidepid=2)
+            return True
+    return True
 
 
 def _wait_status(pid: int, pidfd: int | None) -> int | None:
     """Return the wait status of a process that is not our child, if Linux tells.
 
-    While it is a zombie, field 52 of /proc/<pid>/stat (proc(5)); once it is reaped,
-    ioctl PIDFD_GET_INFO of its pidfd (linux/pidfd.h, Linux 6.15).
+    While it is a zombie, its field of /proc/<pid>/stat has it. Once it is reaped, its
+    pidfd has it, since Linux 6.15: PIDFD_GET_INFO of linux/pidfd.h.
     """
-    get_info, info_exit = 0xC040FF0B, 8
+    get_info = 0xC040FF0B
+    info_exit = 8  # the bit of the mask that asks for exit_code and says it is there
     for _ in range(20):
-        fields = _proc_stat(pid)
+        fields = _process_stat(pid)
         if fields is not None and fields[0] in "ZX":
-            return int(fields[49])
-        if pidfd is not None and fields is None:
-            with contextlib.suppress(Exception):  # an older kernel, no fcntl
-                import fcntl
-
-                info = bytearray(info_exit.to_bytes(8, sys.byteorder) + bytes(56))
-                fcntl.ioctl(pidfd, get_info, info)
+            return int(fields[49])  # field 52, exit_code, in proc(5)
+        if fields is None and pidfd is not None:
+            # struct pidfd_info { __u64 mask; ... __s32 exit_code; }: 64 bytes
+            info = bytearray(info_exit.to_bytes(8, sys.byteorder) + bytes(56))
+            with _ignoring(ImportError, OSError):  # an older kernel
+                __import__("fcntl").ioctl(pidfd, get_info, info)
                 if int.from_bytes(info[:8], sys.byteorder) & info_exit:
-                    return int.from_bytes(info[60:64], sys.byteorder)
+                    return int.from_bytes(info[60:], sys.byteorder)
         time.sleep(0.01)
     return None
 
 
-def _proc_stat(pid: int) -> list[str] | None:
-    """Return the fields of /proc/<pid>/stat from the third, the state, on."""
-    with contextlib.suppress(OSError):
-        text = Path(f"/proc/{pid}/stat").read_bytes()
-        return text.rpartition(b")")[2].decode("ascii").split()  # names may hold a ")"
-    return None
+def _exit_code(wait_status: int) -> int:
+    """Return the exit status of a wait status, or -n for signal n."""
+    return os.waitstatus_to_exitcode(wait_status)
 
 
-def _oom_kills() -> int | None:
-    """Return how often the kernel killed in this cgroup for lack of memory."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/self/cgroup").read_text("utf-8").splitlines():
-            _, controllers, group = line.split(":", 2)  # "4:memory:/slurm/job_7"
-            if controllers in ("", "memory"):
-                place = f"/memory{group}/memory.oom_control"
-                place = place if controllers else f"{group}/memory.events"
-                text = Path(f"/sys/fs/cgroup{place}").read_text("utf-8")
-                return int(re.findall(r"^oom_kill (\d+)", text, re.M)[0])
-    return None
+def _oom_kills() -> int:
+    """Return how often the kernel has killed in this cgroup for want of memory.
+
+    4:memory:/slurm/job_7 (version 1)
+    0::/user.slice/session-2.scope (version 2)
+    """
+    groups = b""
+    with _ignoring(OSError):
+        groups = _read_proc("/proc/self/cgroup")
+    for line in os.fsdecode(groups).splitlines():
+        _, controllers, group = line.split(":", 2)
+        counter = f"/sys/fs/cgroup/memory{group}/memory.oom_control"
+        if not controllers:
+            counter = f"/sys/fs/cgroup{group}/memory.events"
+        elif "memory" not in controllers:
+            continue
+        with _ignoring(OSError):
+            found = re.search(rb"^oom_kill (\d+)", _read_proc(counter), re.M)
+            if found is not None:
+                return int(found[1])
+    return 0
 
 
-def _last_output(run_dir: Path, prefix: str = "") -> list[str]:
-    """Return the last lines of the log that is likeliest to say why."""
-    for name in ("stderr.log", "output.log", "stdout.log"):
-        path = run_dir / "logs" / f"{prefix}{name}"
-        with contextlib.suppress(OSError), open(path, "rb") as log:
-            log.seek(max(0, os.fstat(log.fileno()).st_size - MAX_MESSAGE))
-            lines = log.read().decode("utf-8", "replace").splitlines()
-            if lines:
-                return lines[-LAST_OUTPUT_LINES:]
-    return []
+def _digest(name: str, data: bytes = b"") -> Any:
+    """Return a sha1 or sha256 of `data`, to be updated and read, without OpenSSL.
 
+    hashlib loads that, for 4 ms of an entry and 4 MB of each recorder.
+    """
+    for module in ("_" + name, "_sha2"):  # _sha2 has sha256 since Python 3.12
+        with _ignoring(ImportError, AttributeError):
+            return getattr(__import__(module), name)(data)
+    import hashlib
 
-def _is_alive(pid: int, start_ticks: int | None) -> bool:
-    """Return whether a process of this host is the one meant, and not a zombie."""
-    fields = _proc_stat(pid)
-    if fields is not None:
-        return fields[0] not in "ZX" and start_ticks in (None, int(fields[19]))
-    try:
-        if not os.path.exists("/proc/self/stat") and os.name == "posix":
-            os.kill(pid, 0)  # macOS; on Windows it would end the process
-            return True
-    except OSError as error:
-        return isinstance(error, PermissionError)
-    return False
-
-
-def _process_identity(pid: int) -> dict[str, Any]:
-    """Return what tells a process from a later one with the same pid."""
-    fields = _proc_stat(pid)
-    return {**_boot(), "start_ticks": int(fields[19]) if fields else None}
-
-
-@functools.cache
-def _boot() -> dict[str, Any]:
-    """Return what numbers of processes are relative to."""
-    facts = dict.fromkeys(("boot_id", "pid_namespace"))
-    with contextlib.suppress(OSError):
-        facts["boot_id"] = _first_match("/proc/sys/kernel/random/boot_id", r"^(\S+)")
-        facts["pid_namespace"] = os.readlink("/proc/self/ns/pid")
-    return facts
-
-
-# === Index and notes ===
-# `<results root>/index/runs_index.jsonl` has one line per event. It is a cache: the
-# directories are the truth, and readers skip lines that are torn or out of date.
-
-
-def _results_root(base_dir: Path) -> Path:
-    """Return the nearest directory with an index, else named "results", else itself."""
-    above = [base_dir, *base_dir.parents]
-    indexed = [path for path in above if (path / INDEX_FILE).is_file()]
-    return [*indexed, *(path for path in above if path.name == "results"), base_dir][0]
-
-
-def _index_row(run_dir: Path, root: Path | None = None) -> dict[str, Any]:
-    """Return what the lines of one run in the index have in common."""
-    root = root or _results_root(run_dir.parent)
-    metadata = _read_json(run_dir / "metadata.json")
-    inputs = (metadata or {}).get("inputs")
-    used = inputs if isinstance(inputs, list) else []
-    return {
-        "event": None, "timestamp_utc": None, "run_dir": str(run_dir),
-        "run_basename": run_dir.name, "experiment_name": run_dir.parent.name,
-        "env_name": run_dir.parent.parent.name, "results_root": str(root),
-        "hostname": _hostname(), "user": _user(), "pid": os.getpid(),
-        "git_commit_short": _mapping(metadata, "git").get("commit_short"),
-        "script_name": _script_name(), "status": None, "exit_reason": None,
-        "path": os.path.relpath(run_dir, root),  # holds when the tree is moved
-        "inputs": [str(e.get("run")) for e in used if isinstance(e, dict)],
-    }
-
-
-def _append_index(
-    row: Mapping[str, Any], event: str, status: str | None, why: Any = None, **more: Any
-) -> None:
-    """Append one event of a run to the index of its results root."""
-    path = Path(row["results_root"]) / INDEX_FILE
-    path.parent.mkdir(exist_ok=True)
-    facts = {"event": event, "timestamp_utc": _utc(), "status": status}
-    if event == "end":  # the start has told it
-        row = {key: value for key, value in row.items() if key != "inputs"}
-    _append_line(path, {**row, **facts, "exit_reason": why, **more})
-
-
-def _rebuilt_index(root: Path) -> list[dict[str, Any]]:
-    """Return one "backfill" line for each run directory below `root`, oldest first."""
-    rows = []
-    for run in reversed(find_runs(root)):
-        row = _index_row(run.path, root)
-        row.update(event="backfill", timestamp_utc=run.status.get("timestamp_utc"))
-        for key in ("status", "exit_reason", "hostname", "user", "script_name"):
-            row[key] = run[key]
-        row["inputs"] = [str(entry.get("run")) for entry in _read_inputs(run.path)]
-        rows.append({**row, "pid": run.status.get("pid")})
-    return rows
-
-
-def _replace_index(path: Path, size: int, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Put rows in the place of the first `size` bytes; what runs append stays."""
-    path.parent.mkdir(exist_ok=True)
-    lines = [_format_json(_redact(row), indent=None) for row in rows]
-    old = io.FileIO(_open(path, os.O_RDWR | os.O_CREAT), "r+")
-    with old:
-        _write_file(path, "".join(lines).encode("ascii"))
-        old.seek(size)
-        late = old.readall()  # of runs that started or ended meanwhile
-        if late:
-            with io.FileIO(_open_for_lines(path), "a") as new:
-                new.write(late)
-
-
-def _append_note(
-    run_dir: Path, text: str, tags: Sequence[str], untag: Sequence[str] = ()
-) -> None:
-    """Append one line to notes.jsonl: a text, tags to add and tags to take away."""
-    note = {"timestamp_utc": _utc(), "user": _user(), "text": text, "tags": list(tags)}
-    taken = {"untag": list(untag)} if untag else {}
-    _append_line(run_dir / "notes.jsonl", {**note, **taken})
-
-
-def _tags(notes: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return the tags that are in force after all notes, in their order."""
-    tags: dict[str, None] = {}
-    for note in notes:
-        for key in ("tags", "untag"):
-            names = note.get(key) if isinstance(note.get(key), list) else []
-            for name in filter(None, map(str, names or [])):
-                tags.pop(name, None)
-                tags.update({name: None} if key == "tags" else {})
-    return list(tags)
+    return hashlib.new(name, data)
 
 
 # === Files ===
-# Whole files by a temporary name and os.replace, lines by one write(2) each; readable
-# by colleagues (0666 & ~umask); fsync only where a state changes. FileIO, as the
-# builtin open is gone when a generator is closed at shutdown.
+# Whole files by a temporary name and os.replace, lines by one write(2) each. One
+# function opens what is read or appended to: a regular file, and never a link, a FIFO
+# or a device. Files are readable by colleagues (0666 & ~umask); fsync is only used
+# where a state changes.
+
+_NO_FOLLOW: int = getattr(os, "O_NOFOLLOW", 0)
+_NO_WAIT: int = getattr(os, "O_NONBLOCK", 0)
+_CLOSE_ON_EXEC: int = getattr(os, "O_CLOEXEC", 0)
+_HAS_DIR_FD = os.open in os.supports_dir_fd and os.rename in os.supports_dir_fd
 
 
-def _write_json(path: Path, value: Any, durable: bool = False) -> None:
+def _write_json(path: StrPath, value: JSON, durable: bool = False) -> None:
     """Write plain data as redacted, strict JSON."""
-    _write_file(path, _format_json(_redact(value)).encode("ascii"), durable)
+    text = _format_json(_redactor.data(value))
+    _write_file(path, text.encode("ascii"), durable)
 
 
-def _write_yaml(path: Path, value: Any) -> None:
-    """Write plain data as redacted YAML."""
-    _write_file(path, _format_yaml(_redact(value)).encode("utf-8"))
-
-
-def _write_file(path: Path, data: bytes, durable: bool = False) -> None:
-    """Replace `path` by `data`, or raise OSError and leave what was there."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
+def _write_file(
+    path: StrPath, data: bytes, durable: bool = False, dir_fd: int | None = None
+) -> None:
+    """Replace a file by `data`, or raise OSError and leave what was there."""
+    folder, name = os.path.split(os.fspath(path))
+    unique = f"{os.getpid()}-{os.urandom(4).hex()}"
+    temporary = os.path.join(folder, f".{name[:100]}.{unique}.tmp")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW | _CLOSE_ON_EXEC
     try:
-        descriptor = _open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        descriptor = _above_stderr(os.open(temporary, flags, 0o666, dir_fd=dir_fd))
         try:
             _write_all(descriptor, data)
             if durable:
                 os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        os.replace(temporary, path)
+        if dir_fd is None:
+            os.replace(temporary, path)
+        else:
+            os.replace(temporary, path, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
     except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
+        with _ignoring(OSError):
+            os.unlink(temporary, dir_fd=dir_fd)
         raise
 
 
-def _append_line(path: Path, row: Mapping[str, Any]) -> None:
+def _append_line(path: StrPath, row: Facts, dir_fd: int | None = None) -> None:
     """Append one redacted line of JSON with a single write(2)."""
-    line = _format_json(_redact(row), indent=None).encode("ascii")
-    with io.FileIO(_open_for_lines(path), "a") as file:
-        if file.write(line) != len(line):
-            raise OSError(f"only a part of a line fitted into {str(path)!r}")
+    line = _format_json(_redactor.data(row), indent=None).encode("ascii")
+    descriptor = _open_for_lines(path, dir_fd)
+    try:
+        written = os.write(descriptor, line)
+    finally:
+        os.close(descriptor)
+    if written != len(line):
+        raise OSError(errno.ENOSPC, "only a part of a line fitted", os.fspath(path))
 
 
-def _open_for_lines(path: Path) -> int:
+def _open_for_lines(path: StrPath, dir_fd: int | None = None) -> int:
     """Open a JSONL file for appending; end the torn line of an earlier writer."""
-    descriptor = _open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
-    with contextlib.suppress(OSError):
+    descriptor = _open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, dir_fd=dir_fd)
+    with _ignoring(OSError, AttributeError):  # no os.pread on Windows
         size = os.fstat(descriptor).st_size
-        if size and os.pread(descriptor, 1, size - 1) != b"\n":
-            time.sleep(0.01)  # it may only be in the middle of its write
+        if size and _posix.pread(descriptor, 1, size - 1) != b"\n":
+            time.sleep(0.01)  # Its writer may only be in the middle of its write.
             if os.fstat(descriptor).st_size == size:
                 os.write(descriptor, b"\n")
     return descriptor
 
 
 def _write_all(descriptor: int, data: bytes) -> None:
+    """Write all of `data`, in as many pieces as the system takes."""
     while data:
-        data = data[os.write(descriptor, data) :]
+        written = os.write(descriptor, data)
+        data = data[written:]
 
 
-def _open(path: StrPath, flags: int) -> int:
-    """Open a file close-on-exec, never as descriptor 0, 1 or 2."""
-    return _above_stderr(os.open(path, flags | getattr(os, "O_CLOEXEC", 0), 0o666))
+def _open(
+    path: StrPath, flags: int, dir_fd: int | None = None, follow: bool = False
+) -> int:
+    """Return a descriptor of a regular file; raise OSError for anything else.
+
+    It is close-on-exec and never 0, 1 or 2. A link is only followed if the caller
+    says so. To be written to, the file must have one link, and belong to us or to
+    the owner of its folder: somebody else may have put it there for our lines.
+    """
+    flags |= _NO_WAIT | _CLOSE_ON_EXEC
+    if not follow:
+        flags |= _NO_FOLLOW
+    descriptor = _above_stderr(os.open(path, flags, 0o666, dir_fd=dir_fd))
+    try:
+        info = os.fstat(descriptor)
+        if not stat.S_ISREG(info.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+        if flags & (os.O_WRONLY | os.O_RDWR):
+            _check_owner(path, info, dir_fd)
+        if _NO_WAIT:
+            _posix.set_blocking(descriptor, True)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _check_owner(path: StrPath, info: os.stat_result, dir_fd: int | None) -> None:
+    """Raise PermissionError for a file that somebody else put at this place."""
+    problem = None
+    if info.st_nlink > 1:
+        problem = "the file has another name as well (a hard link)"
+    elif hasattr(os, "geteuid") and info.st_uid != os.geteuid():
+        folder = os.path.dirname(os.fspath(path)) or os.curdir
+        if info.st_uid != os.stat(folder, dir_fd=dir_fd).st_uid:
+            problem = "the file belongs to another user"
+    if problem is not None:
+        raise PermissionError(errno.EPERM, problem, os.fspath(path))
 
 
 def _above_stderr(descriptor: int) -> int:
@@ -3977,77 +9311,221 @@ def _above_stderr(descriptor: int) -> int:
         os.close(descriptor)
 
 
-def _identity(descriptor: int) -> tuple[int, int] | None:
-    """Return device and inode of an open descriptor, None of a closed one."""
-    with contextlib.suppress(OSError):
-        info = os.fstat(descriptor)
-        return info.st_dev, info.st_ino
-    return None
+class _Folder:
+    """A directory that is known by its inode: one put in its place gets nothing."""
+
+    def __init__(self, path: Path, identity: Sequence[int] = ()) -> None:
+        self.path = path
+        self.identity = tuple(identity) or _identity_of(os.stat(path))
+
+    @contextlib.contextmanager
+    def opened(self, inside: str = "", create: bool = False) -> Iterator[_Place]:
+        """Open the directory, or a folder `inside` it ("attempts/2"), but no link."""
+        if not _HAS_DIR_FD:
+            yield self._by_path(inside, create)
+            return
+        flags = os.O_RDONLY | _posix.O_DIRECTORY | _CLOSE_ON_EXEC
+        opened = [_above_stderr(os.open(self.path, flags))]
+        try:
+            if _identity(opened[0]) != self.identity:
+                text = "another directory has taken the place of the run's"
+                raise OSError(errno.ENOTDIR, text, str(self.path))
+            for name in inside.split("/"):
+                if not name:
+                    continue
+                if create:
+                    with _ignoring(FileExistsError):
+                        os.mkdir(name, dir_fd=opened[-1])
+                folder = os.open(name, flags | _NO_FOLLOW, dir_fd=opened[-1])
+                opened.append(_above_stderr(folder))
+            yield _Place("", opened[-1])
+        finally:
+            for descriptor in opened:
+                with _ignoring(OSError):
+                    os.close(descriptor)
+
+    def _by_path(self, inside: str, create: bool) -> _Place:
+        """Return the same where the system cannot open relative to a directory."""
+        path = self.path / inside
+        if create:
+            path.mkdir(parents=True, exist_ok=True)
+        if inside and path.is_symlink():
+            raise OSError(errno.ENOTDIR, "the folder is a link", str(path))
+        return _Place(str(path), None)
+
+
+class _Place:
+    """Where the names of some files are looked up: below a path or a descriptor."""
+
+    def __init__(self, path: str, dir_fd: int | None) -> None:
+        self.path = path
+        self.dir_fd = dir_fd
+
+    def write(self, name: str, data: bytes, durable: bool = False) -> None:
+        _write_file(os.path.join(self.path, name), data, durable, self.dir_fd)
+
+    def append(self, name: str, row: Facts) -> None:
+        _append_line(os.path.join(self.path, name), row, self.dir_fd)
+
+    def open(self, name: str, flags: int) -> int:
+        return _open(os.path.join(self.path, name), flags, self.dir_fd)
+
+    def open_for_lines(self, name: str) -> int:
+        return _open_for_lines(os.path.join(self.path, name), self.dir_fd)
 
 
 class _Kept:
     """An open descriptor of ours: the program may close it, and reuse its number."""
 
     def __init__(self, number: int) -> None:
-        self.number, self.identity = number, _identity(number)
+        self.number = number
+        self.identity = _identity(number)
 
     def is_ours(self) -> bool:
+        """Tell whether the number still stands for what we opened."""
         return self.identity is not None and _identity(self.number) == self.identity
 
     def close(self) -> None:
+        """Close it, unless the program did, or uses its number for its own file."""
         if self.is_ours():
-            os.close(self.number)
+            with _ignoring(OSError):
+                os.close(self.number)
+        self.identity = None
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """Return the mapping in a JSON file, or None for anything else."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        value = json.loads(_read_bytes(path))
-        return value if isinstance(value, dict) else None
+def _identity(descriptor: int) -> tuple[int, int] | None:
+    """Return device and inode of an open descriptor, None of a closed one."""
+    with _ignoring(OSError):
+        return _identity_of(os.fstat(descriptor))
     return None
 
 
-def _read_lines(path: Path, tail: int | None = None) -> Iterator[dict[str, Any]]:
-    """Yield the mappings of a JSONL file, or of its `tail`; skip torn lines."""
-    with contextlib.suppress(OSError):
-        for line in _read_bytes(path, tail=tail).split(b"\n"):
-            with contextlib.suppress(ValueError, RecursionError):
-                row = json.loads(line)
-                if isinstance(row, dict):
-                    yield row
+def _identity_of(info: os.stat_result) -> tuple[int, int]:
+    return info.st_dev, info.st_ino
 
 
-def _read_bytes(path: Path, limit: int = 0, tail: int | None = None) -> bytes:
-    """Return a regular file of sane size, or its `tail` of so many bytes.
+def _read_json(path: StrPath) -> Facts | None:
+    """Return the mapping in a JSON file, or None for anything else."""
+    with _ignoring(OSError, ValueError, RecursionError):
+        value = json.loads(_read_bytes(path))
+        if isinstance(value, dict):
+            return value
+    return None
 
-    A FIFO or device raises OSError, and never blocks.
+
+def _read_lines(path: StrPath, tail: int | None = None) -> Iterator[Facts]:
+    """Yield the mappings of a JSONL file, or of its last bytes; skip torn lines."""
+    data = b""
+    with _ignoring(OSError):
+        data = _read_bytes(path, tail=tail)
+    for line in data.split(b"\n"):
+        row = None
+        with _ignoring(ValueError, RecursionError):
+            row = json.loads(line)
+        if isinstance(row, dict):
+            yield row
+
+
+def _read_bytes(path: StrPath, limit: int = 0, tail: int | None = None) -> bytes:
+    """Return the content of a regular file of at most `limit` bytes (MAX_READ).
+
+    With `tail` it is the last bytes of a file of any size, from a whole line on.
     """
-    with _opened(path, sys.maxsize if tail else limit or MAX_READ) as file:
+    if tail is not None:
+        limit = sys.maxsize
+    with _opened(path, limit or MAX_READ) as file:
         size = os.fstat(file.fileno()).st_size
         if tail is None or size <= tail:
             return file.readall()
         file.seek(-tail, os.SEEK_END)
-        return file.readall().partition(b"\n")[2]  # the first line is cut
+        _cut_line, _, rest = file.readall().partition(b"\n")
+        return rest
 
 
-def _opened(path: Path, limit: int) -> io.FileIO:
-    """Open a regular file of at most `limit` bytes; never wait for a FIFO."""
-    at_once = getattr(os, "O_NONBLOCK", 0)
-    file = io.FileIO(path, opener=lambda name, how: _open(name, how | at_once))
-    info = os.fstat(file.fileno())
-    if stat.S_ISREG(info.st_mode) and info.st_size <= limit:
-        return file
-    file.close()
-    raise OSError(f"{str(path)!r} is not a file of at most {limit} bytes")
+def _opened(path: StrPath, limit: int, follow: bool = False) -> io.FileIO:
+    """Open a regular file of at most `limit` bytes for reading."""
+    file = io.FileIO(_open(path, os.O_RDONLY, follow=follow))
+    size = os.fstat(file.fileno()).st_size
+    if size > limit:
+        file.close()
+        raise OSError(errno.EFBIG, f"larger than {limit} bytes", os.fspath(path))
+    return file
 
 
-@contextlib.contextmanager
-def _tolerating(what: str) -> Iterator[None]:
+class _ignoring:
+    """Go on after an exception of these kinds, unless it is the program's own.
+
+    contextlib.suppress(OSError) would also swallow the TimeoutError which a signal
+    handler of the program raises while our code runs.
+    """
+
+    def __init__(self, *kinds: type[BaseException]) -> None:
+        self.kinds = kinds
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool:
+        return isinstance(error, self.kinds) and not _is_foreign(error)
+
+
+class _tolerating:
     """Turn a failure of recording into one line on stderr."""
-    try:
-        yield
-    except Exception as error:
-        _warn(f"{what}: {type(error).__name__}: {error}")
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool:
+        if not isinstance(error, Exception) or _is_foreign(error):
+            return False
+        _warn(f"{self.what}: {type(error).__name__}: {error}")
+        return True
+
+
+def _is_foreign(error: BaseException) -> bool:
+    """Tell whether an exception is the program's own, raised inside our code.
+
+    Only a signal handler of the program can do that. An OSError that has no errno was
+    not raised by the system; of anything else the traceback tells.
+    """
+    if isinstance(error, OSError) and error.errno is None:
+        return not isinstance(error, io.UnsupportedOperation)
+    trace = error.__traceback__
+    ours = _is_foreign.__code__.co_filename
+    handlers = None
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        if code.co_filename != ours:
+            if handlers is None:
+                handlers = _signal_handlers()
+            if code in handlers:
+                return True
+        trace = trace.tb_next
+    return False
+
+
+def _signal_handlers() -> set[object]:
+    """Return the code of all functions that handle a signal at the moment."""
+    found = set()
+    for number in signal.valid_signals():
+        handler = signal.getsignal(number)
+        if not callable(handler):
+            continue
+        handler = getattr(handler, "__func__", handler)
+        if not hasattr(handler, "__code__"):
+            handler = vars(type(handler)).get("__call__")
+        found.add(getattr(handler, "__code__", None))
+    found.discard(None)
+    return found
 
 
 _warned: set[str] = set()
@@ -4055,818 +9533,1814 @@ _warned: set[str] = set()
 
 def _warn(text: str, once: bool = False) -> None:
     """Say one line on stderr; never fail."""
-    if not (once and text in _warned):
-        _warned.add(text)
-        with contextlib.suppress(Exception):
-            print(f"run_utils: {_printable(_redact_text(text))}", file=sys.stderr)
+    if once and text in _warned:
+        return
+    _warned.add(text)
+    with _ignoring(Exception):  # stderr is closed, full, or an object of the program
+        line = _printable(_redactor.text(text))
+        print(f"run_utils: {line}", file=sys.stderr)
 
 
 def _utc(seconds: float | None = None) -> str:
+    """Return a time, by default now, as "2026-01-31T14:25:01Z"."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
-# === Reading runs ===
-# Readers trust nothing: a file may be absent, torn, huge, hostile, or of an ancestor.
-
-
-def find_runs(
-    root: StrPath = "results", *, where: str | None = None, status: str | None = None,
-    since: str | None = None, contains: str | None = None, tag: str | None = None,
-    has_outputs: bool = False, sort: str | None = None, limit: int | None = None,
-) -> list[Run]:
-    """Return the runs below `root`, newest first, at most `limit` of them.
-
-    `where` compares config, metrics and the keys of `Run`: ``"lr<1e-3 and acc>=0.9 or
-    model~qwen"`` (``< <= > >= == !=``, and ``~`` for a regular expression), numbers as
-    numbers; ``and`` binds tighter. `status` is as it is now; `since` an age ("12h",
-    "7d") or the start of a UTC time ("2026-01-31"); `contains` a part of the path below
-    `root`; `tag` one that is in force. `sort` is a key, "-key" the other way round.
-    Raises ValueError for a `where` or `since` that cannot be read.
-    """
-    folder = Path(root).absolute()
-    return _select_runs(
-        folder, where, status, since, contains, tag, has_outputs, sort, limit
-    )[0]
-
-
-def load_run(path: StrPath) -> Run:
-    """Return the run that `path` is, or is inside of.
-
-    Raises ValueError when there is no run directory at or above `path`.
-    """
-    found = _run_of(Path(path).absolute())
-    if found is None:
-        raise ValueError(f"{str(path)!r} is not in a run directory")
-    return Run(found)
-
-
-class Run(dict):  # type: ignore[type-arg]
-    """One run directory as a flat dictionary: a row for pandas.DataFrame.
-
-    Keys: name, run_dir, experiment, status (as it is now), exit_reason, started_utc,
-    duration_seconds (of all attempts), attempts, hostname, user, git_commit,
-    script_name, tags, then `config.<key>` and `metrics.<key>` (the last values). The
-    files themselves are the attributes `config`, `metadata`, `status`, `metrics`,
-    `notes` and `attempts` (status.json of the earlier ones); `outputs` has the files
-    it left, with their sizes in bytes, and `problems` what could not be read.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.problems: list[str] = []
-        self.inputs: list[str] = []  # runs it used, and runs that used it
-        self.used_by: list[str] = []
-        self.metadata = self._read_json("metadata.json")
-        self.status = _status_now(path, self._read_json("status.json"))
-        self.config = _mapping(self.metadata, "config") or self._read_config()
-        self.notes = list(_read_lines(path / "notes.jsonl"))
-        self.metrics: dict[str, Any] = {}
-        for row in _read_lines(path / "metrics" / "metrics.jsonl", MAX_TAIL):
-            self.metrics.update(row)
-        numbers = [int(p.name) for p in path.glob("attempts/*") if p.name.isdecimal()]
-        earlier = [path / "attempts" / str(number) for number in sorted(numbers)]
-        self.attempts = [_read_json(p / "status.json") or {} for p in earlier]
-        times = [s.get("duration_seconds") for s in (*self.attempts, self.status)]
-        known = [t for t in map(_number, times) if t is not None]
-        super().__init__(
-            name=path.name, run_dir=str(path), experiment=path.parent.name,
-            status=_text(self.status.get("status", "?")),
-            exit_reason=self.status.get("exit_reason"),
-            started_utc=self.status.get("started_utc")
-            or self.metadata.get("timestamp_utc") or self.status.get("timestamp_utc"),
-            duration_seconds=sum(known) if known else None,
-            attempts=len(earlier) + 1,
-            hostname=self.metadata.get("hostname", self.status.get("hostname")),
-            user=self.metadata.get("user"),
-            git_commit=_mapping(self.metadata, "git").get("commit_short"),
-            script_name=_script_of(self.metadata, path),
-            tags=_tags(self.notes),
-        )  # fmt: skip
-        plain = {k: v for k, v in self.config.items() if k != "command"}
-        self.update(_flattened("config", plain))
-        self.update(_flattened("metrics", self.metrics))
-
-    def _read_json(self, name: str) -> dict[str, Any]:
-        path = self.path / name
-        found = _read_json(path)
-        if found is None and os.path.lexists(path):
-            self.problems.append(f"{str(path)!r} is not a JSON object that can be read")
-        return found or {}
-
-    def _read_config(self) -> dict[str, Any]:
-        """Return config.yaml, where metadata.json does not have the same."""
-        path = self.path / "config.yaml"
-        try:
-            value = _parse_yaml(_read_bytes(path, MAX_CONFIG).decode("utf-8"))
-        except FileNotFoundError:
-            return {}
-        except (Exception, RecursionError) as error:  # yaml.YAMLError has many kinds
-            self.problems.append(f"{str(path)!r} cannot be read: {error}")
-            return {}
-        return value if isinstance(value, dict) else {"config": value}
-
-    @property
-    def outputs(self) -> dict[str, int]:
-        """The files in the folders, but for logs/ and attempts/: sizes in bytes."""
-        sizes: dict[str, int] = {}
-        for name in self.folders():
-            if name not in ("logs", "attempts"):
-                sizes.update(_file_sizes(self.path, name))
-        return {k: v for k, v in sizes.items() if k != "artifacts/USED_BY.jsonl"}
-
-    def folders(self) -> list[str]:
-        with contextlib.suppress(OSError), os.scandir(self.path) as entries:
-            return sorted(e.name for e in entries if e.is_dir(follow_symlinks=False))
-        return []
-
-    def look_up(self, key: str) -> Any:
-        """Return the value of a key: ours, else of the config, else of the metrics."""
-        for name in (key, f"config.{key}", f"metrics.{key}"):
-            if name in self:
-                return self[name]
-        return len(self.outputs) if key == "outputs" else None
-
-
-def _file_sizes(run_dir: Path, folder: str) -> dict[str, int]:
-    """Return the sizes of the files below a folder, by their path in the run."""
-    sizes: dict[str, int] = {}
-    for place, _, names in os.walk(run_dir / folder):
-        for path in (os.path.join(place, name) for name in names[:MAX_ITEMS]):
-            with contextlib.suppress(OSError):
-                sizes[os.path.relpath(path, run_dir)] = os.lstat(path).st_size
-    return sizes
-
-
-def _script_of(metadata: Mapping[str, Any], run_dir: Path) -> str:
-    """Return the name of the script: from argv, else from the run's own name."""
-    words = _texts(metadata.get("argv"))
-    scripts = [Path(word).stem for word in words if re.search(r"\.(py|sh|R|jl)$", word)]
-    if "-m" in words[:-1]:
-        return words[words.index("-m") + 1]
-    return scripts[0] if scripts else _STAMP.split(run_dir.name)[0].rstrip("-")
-
-
-def _select_runs(
-    root: Path, where: str | None, status: str | None, since: str | None,
-    contains: str | None, tag: str | None, has_outputs: bool, sort: str | None,
-    limit: int | None,
-) -> tuple[list[Run], int]:
-    """Return the runs of `find_runs`, and how many older ones were not looked at."""
-    tests = _tests(where, status, since, tag, has_outputs)
-    paths = _walk_runs(root)
-    if contains is not None:
-        part, start = contains.lower(), len(str(root))
-        paths = [path for path in paths if part in path[start:].lower()]
-    runs: list[Run] = []
-    seen = 0
-    for path in paths:
-        if limit is not None and len(runs) >= limit and not sort:
-            break
-        seen += 1
-        for place in [path] if _looks_like_run(path) else _walk_runs(path, True):
-            run = Run(Path(place))
-            runs += [run] if all(test(run) for test in tests) else []
-    runs.sort(key=lambda run: str(run["started_utc"] or ""), reverse=True)
-    if sort:
-        key = sort.lstrip("-")
-        known = [run for run in runs if run.look_up(key) is not None]
-        known.sort(key=lambda run: _sortable(run.look_up(key)), reverse=sort[0] == "-")
-        runs = known + [run for run in runs if run.look_up(key) is None]
-    return runs[:limit], len(paths) - seen + len(runs[limit:] if limit else [])
-
-
-def _tests(
-    where: str | None, status: str | None, since: str | None, tag: str | None,
-    has_outputs: bool,
-) -> list[Callable[[Run], Any]]:
-    """Return what a run must fulfil, the cheapest first."""
-    tests: list[Callable[[Run], Any]] = []
-    if status is not None:
-        tests.append(lambda run: run["status"] == status)
-    if since is not None:
-        first = _since(since)
-        tests.append(lambda run: str(run["started_utc"] or "") >= first)
-    if tag is not None:
-        tests.append(lambda run: tag in run["tags"])
-    if where is not None:
-        tests.append(_condition(where))
-    return [*tests, lambda run: run.outputs] if has_outputs else tests
-
-
-def _since(text: str) -> str:
-    """Return the UTC time that an age ("90s", "12h", "7d") or a date begins."""
-    age = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", text)
-    if age:
-        units = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
-        return _utc(max(0.0, time.time() - float(age[1]) * units[age[2]]))
-    if not re.match(r"\d{4}(-\d\d){0,2}", text):
-        raise ValueError(f"since {text!r} is no time; give '12h', '7d' or '2026-01-31'")
-    return text
-
-
-def _condition(text: str) -> Callable[[Run], bool]:
-    """Return the test that "lr<1e-3 and model~qwen or acc>=0.9" describes."""
-    comparison = re.compile(
-        r"\s*([^\s<>=!~\"']+)\s*(<=|>=|==|!=|=|<|>|~)\s*(\"[^\"]*\"|'[^']*'|[^\s\"']+)"
-        r"\s*(?:(and|or)\s+(?=\S)|$)"
+def _seconds(utc: object) -> float | None:
+    """Return the seconds since 1970 of "2026-01-31T14:25:01Z", None of all else."""
+    parts = re.match(
+        r"(\d{4})-(\d\d)-(\d\d)[T ](\d\d):(\d\d):(\d\d)(\.\d{1,9})?", str(utc)
     )
-    alternatives: list[list[tuple[str, str, str]]] = [[]]
-    position = 0
-    while position < len(text) or not alternatives[0]:
-        found = comparison.match(text, position)
-        if found is None:
-            how = "write KEY<VALUE (or <= > >= == != ~), joined by and/or"
-            place = f"where {text!r} is not understood at {text[position:]!r}"
-            raise ValueError(f"{place}; {how}")
-        key, operator, value, joint = found.groups()
-        value = value[1:-1] if value[0] in "\"'" else value
-        if operator == "~":
-            try:
-                re.compile(value)
-            except re.error as error:
-                what = f"where: {value!r} is no regular expression"
-                raise ValueError(f"{what}: {error}") from None
-        alternatives[-1].append((key, operator, value))
-        alternatives += [[]] if joint == "or" else []
-        position = found.end()
-    return lambda run: any(
-        all(_holds(run.look_up(key), *rest) for key, *rest in terms)
-        for terms in alternatives
-    )
+    if parts is None:
+        return None
+    year, month, day, hour, minute, second = (int(part) for part in parts.groups()[:6])
+    import calendar
 
-
-def _holds(found: Any, operator: str, wanted: str) -> bool:
-    """Return whether a comparison holds: of numbers if both are, else of texts."""
-    if found is None and wanted.lower() not in ("null", "none"):
-        return operator == "!="
-    if operator == "~":
-        return re.search(wanted, _text(found)) is not None
-    a: Any = _number(found)
-    b: Any = _number(wanted)
-    if a is None or b is None:
-        a, b = _text(found).lower(), wanted.lower().replace("none", "null")
-    order = (a > b) - (a < b) if a == a and b == b else None  # None: a NaN
-    return order in _ORDERS.get(operator, (0,))
-
-
-_ORDERS: dict[str, tuple[int | None, ...]] = {
-    "<": (-1,), "<=": (-1, 0), ">": (1,), ">=": (0, 1), "!=": (-1, 1, None)
-}  # fmt: skip
-
-
-def _number(value: Any) -> float | None:
-    """Return a number, or a text that is one, as float; None for anything else."""
-    if isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError, OverflowError):
-            return float(value)
+    with _ignoring(ValueError, OverflowError):  # a 13th month
+        whole = calendar.timegm((year, month, day, hour, minute, second))
+        return whole + float(parts[7] or 0)
     return None
 
 
-def _sortable(value: Any) -> tuple[bool, float, str]:
-    number = _number(value)
-    return number is None, 0.0 if number is None else number, _text(value)
+# === Finding and comparing runs ===
+# One finder, one walk, one comparison. What is read here may be absent, torn, huge,
+# hostile, or an ancestor's: nothing is trusted, and what cannot be read is said.
+
+if TYPE_CHECKING:
+    from typing import TypeVar
+
+    _Item = TypeVar("_Item")
+    _Ranked = TypeVar("_Ranked", Run, "_Group")
+    Comparable = dict[str, Union[Facts, None]]  # by section; None: it is not known
+    Differences = dict[str, dict[str, list[JSON]]]  # by section and key: then and now
 
 
-def _texts(value: Any) -> list[str]:
-    return [v for v in value if isinstance(v, str)] if isinstance(value, list) else []
+def _find_run(text: str, root: Path | None = None, prefix: str | None = None) -> Path:
+    """Return the run that `text` means, as an absolute path.
+
+    It may be a path of a run or of anything inside one, a copy of a file that a run
+    left, a run's name, a unique part of one, or "latest". Names are looked for below
+    results/, else in the current folder. With `root`, as `resume` gives it, only the
+    runs of this user that lie directly in it are meant, with `prefix` those of this
+    prefix. Raises ValueError with one sentence.
+    """
+    if root is not None:
+        return _find_own_run(text, root, prefix)
+    if os.path.lexists(text):
+        found = _run_of(text)
+        if found is not None:
+            return Path(os.path.realpath(found))
+    walk = _Walk(_search_root(None))
+    runs = _named(text, walk)
+    if not runs and os.path.isfile(text):
+        runs = _makers_of(text, walk.runs)[:1]
+    if not runs:
+        raise ValueError(_not_found(text, walk))
+    if len(runs) == 1:
+        return Path(runs[0])
+    names = ", ".join(os.path.relpath(run, walk.root) for run in runs[:3])
+    if os.path.basename(runs[0]) == text:
+        many = f"{len(runs)} runs ({names})"
+        raise ValueError(f"{text!r} is the name of {many}; give one of the paths")
+    many = f"{len(runs)} names ({names}, ...)"
+    raise ValueError(f"{text!r} is a part of {many}; say more")
 
 
-def _text(value: Any) -> str:
-    """Return a value of a JSON file as one short line."""
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
-    return text if len(text) <= MAX_MESSAGE else text[:MAX_MESSAGE] + "..."
+def _not_found(text: str, walk: _Walk) -> str:
+    """Return the sentence that says why a text means no run."""
+    sentences = [f"no run {text!r} below {walk.root!r}", *walk.problems]
+    with _ignoring(OSError, ValueError):
+        try:
+            os.lstat(text)
+        except PermissionError as error:
+            return _unreadable(error, text)
+        return f"{text!r} is not in a run directory; give one, or a name"
+    return "; ".join(sentences[:2])
+
+
+def _find_own_run(text: str, root: Path, prefix: str | None) -> Path:
+    """Return the run of this user in `root` that has this name, or is its latest."""
+    for run in _walk_runs(root):
+        folder, name = os.path.split(run)
+        if folder == str(root) and _is_mine(run):
+            is_meant = prefix is None or _STAMP.split(name)[0] == f"{prefix}-"
+            if text == name or (text == "latest" and is_meant):
+                return Path(run)
+    raise ValueError(f"no run {text!r} under {str(root)!r}")
+
+
+def _named(text: str, walk: _Walk) -> list[str]:
+    """Return the runs that a name means, or a part of one, or "latest"."""
+    if text == "latest":
+        return _newest_first(walk.runs)[:1]
+    paths = {run: os.path.relpath(run, walk.root) for run in sorted(walk.runs)}
+    found = [run for run in paths if os.path.basename(run) == text]
+    if not found:
+        found = [run for run in paths if paths[run] == os.path.normpath(text)]
+    if found or os.path.lexists(text):
+        return found
+    pieces = [re.escape(piece) for piece in re.split(r"\.\.\.|…", text)]
+    part = re.compile(".*".join(pieces))  # `list` shortens a name to "tra…-142501"
+    found = [run for run in paths if part.search(os.path.basename(run))]
+    return found or [run for run in paths if part.search(paths[run])]
+
+
+def _search_root(text: str | None) -> str:
+    """Return the folder to look for runs in, as an absolute path without links."""
+    root = text or os.curdir
+    if text is None and os.path.isdir("results"):
+        root = "results"
+    if not os.path.isdir(root):
+        raise ValueError(f"{root!r} is not a folder; give one that holds runs")
+    return os.path.realpath(root)
+
+
+def _run_of(path: StrPath, known: dict[str, bool] | None = None) -> str | None:
+    """Return the run directory that a path is or lies in, also through links.
+
+    `known` remembers, for many paths, which folders are runs.
+    """
+    if known is None:
+        known = {}
+    for place in (os.path.abspath(path), os.path.realpath(path)):
+        for folder in _folders_above(place):
+            if folder not in known:
+                known[folder] = _is_run(folder)
+            if known[folder]:
+                return folder
+    return None
+
+
+def _folders_above(path: str) -> Iterator[str]:
+    """Yield a path, and each folder above it."""
+    yield path
+    yield from map(str, Path(path).parents)
 
 
 def _is_run(path: StrPath) -> bool:
-    """Return whether a folder holds a record; a data set has a metadata.json too."""
+    """Tell whether a folder holds a record; a data set has a metadata.json too."""
+    path = os.fspath(path)
     if os.path.isfile(f"{path}/status.json"):
         return True
     if not os.path.isfile(f"{path}/metadata.json"):
         return False
-    name = os.path.basename(path)
-    if _STAMP.search(name) or os.path.isfile(f"{path}/config.yaml"):
+    if _is_stamped(os.path.basename(path)) or os.path.isfile(f"{path}/config.yaml"):
         return True
-    return "timestamp_utc" in (_read_json(Path(path, "metadata.json")) or {})
+    with _ignoring(OSError), _opened(f"{path}/metadata.json", sys.maxsize) as file:
+        return b'"timestamp_utc"' in (file.read(FORWARD_BYTES) or b"")
+    return False
 
 
 _STAMP = re.compile(r"\d{8}-\d{6}(?![^-])")  # in the name of a run: local time
 
 
-def _run_of(path: Path) -> Path | None:
-    """Return the run directory that `path` is or lies in, also through links."""
-    for place in dict.fromkeys([path, Path(os.path.realpath(path))]):
-        for folder in (place, *place.parents):
-            if _is_run(folder):
-                return folder
-    return None
+def _stamp_of(name: str) -> str:
+    """Return the time in a run's name, "20260131-142501", or nothing."""
+    return "".join(_STAMP.findall(name)[:1])
 
 
-def _walk_runs(root: StrPath, opened: bool = False) -> list[str]:
-    """Return the paths of all run directories below `root`, newest first."""
-    return [line[STAMP_WIDTH:] for line in _stamped_runs(root, opened)]
+def _is_stamped(name: str) -> bool:
+    return _STAMP.search(name) is not None
 
 
-STAMP_WIDTH = 20  # "20260131-142501", when a run started, and the length of its path
+class _Walk:
+    """The paths of all runs below a folder, and what could not be read.
 
-
-def _stamped_runs(
-    root: StrPath, opened: bool = False, known: Set[str] = frozenset()
-) -> list[str]:
-    """Return a line for each run directory, but `known` ones: its start and its path.
-
-    A folder whose name has a time stamp is taken for a run without a look, unless it
-    is the root, already `opened`. Links are followed to what lies outside of the tree.
+    Links are followed once, to what lies outside of the folder and belongs to its
+    owner: a link to / must not lead us through the machine.
     """
-    found: list[str] = []
-    places, seen = [str(root)], [""]
-    while places:
-        place = places.pop()
-        real = os.path.realpath(place)
-        if any(f"{real}/".startswith(f"{known}/") for known in seen[1:]):
-            continue
-        folders = [(real if seen[1:] else place, 0)]
-        seen.append(real)
-        while folders:
-            folder, depth = folders.pop()
-            inside, linked, is_run = _scan(folder, known)
-            if is_run and not (opened and depth == 0):
-                found.append(f"{_started(folder):15}{len(folder):5}{folder}")
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self.problems: list[str] = []
+        self.found: set[str] = set()
+        self.links: list[str] = []
+        self.entered: set[str] = set()  # folders, by their paths without links
+        real_root = os.path.realpath(root)
+        self._enter(root, real_root)
+        deadline = time.monotonic() + LINK_SECONDS
+        for link in list(self.links):
+            target = os.path.realpath(link)
+            if self._leads_elsewhere(target, real_root):
+                if time.monotonic() > deadline:
+                    self.problems.append("not all links were followed in the time")
+                    break
+                self._enter(target, target, deadline)
+        self.runs = sorted(self.found, reverse=True)  # mostly the newest first
+
+    def _leads_elsewhere(self, target: str, real_root: str) -> bool:
+        """Tell whether a link's target is a folder that may be entered, and is new."""
+        if target in _folders_above(real_root) or not os.path.isdir(target):
+            return False
+        if not self.entered.isdisjoint(_folders_above(target)):
+            return False
+        return os.stat(target).st_uid == os.stat(real_root).st_uid
+
+    def _enter(self, top: str, real_top: str, deadline: float = float("inf")) -> None:
+        """Collect the runs at and below a folder."""
+        waiting = [(top, 0)]
+        while waiting and time.monotonic() < deadline:
+            folder, depth = waiting.pop()
+            self.entered.add(real_top + folder[len(top) :])
+            names, inside = self._listed(folder)
+            if _is_record(folder, names, inside):
+                self.found.add(folder)
                 continue
-            places += linked
-            stamps = [_STAMP.search(path, len(folder) + 1) for path in inside]
-            pairs = list(zip(stamps, inside))
-            found += [f"{at[0]}{len(path):5}{path}" for at, path in pairs if at]
-            if depth < MAX_WALK:
-                folders += [(path, depth + 1) for at, path in pairs if not at]
-    return sorted(found, reverse=True)
+            for name in inside:
+                path = f"{folder}/{name}"
+                # A folder with a time in its name is nearly always a run: no look.
+                if _STAMP.search(name) and os.access(f"{path}/status.json", os.F_OK):
+                    self.found.add(path)
+                elif depth < MAX_WALK and not name.startswith("."):
+                    waiting.append((path, depth + 1))
+
+    def _listed(self, folder: str) -> tuple[set[str], list[str]]:
+        """Return the names of the files in a folder, and of the folders in it."""
+        names: set[str] = set()
+        inside: list[str] = []
+        try:
+            for entry in os.scandir(folder):
+                if entry.is_dir(follow_symlinks=False):
+                    inside.append(entry.name)
+                else:
+                    names.add(entry.name)
+                if entry.is_symlink():
+                    self.links.append(entry.path)
+        except OSError as error:
+            self.problems.append(_unreadable(error, folder))
+        return names, inside
 
 
-def _scan(
-    folder: str, known: Set[str] = frozenset()
-) -> tuple[list[str], list[str], bool]:
-    """Return the folders in a folder, the links to folders, and whether it is a run."""
-    entries: list[os.DirEntry[str]] = []
-    with contextlib.suppress(OSError), os.scandir(folder) as found:
-        entries = [e for e in found if e.path not in known]
-    inside = [e.path for e in entries if e.is_dir(follow_symlinks=False)]
-    names = {e.name for e in entries if not e.is_dir(follow_symlinks=False)}
-    links = [e.path for e in entries if e.is_symlink() and os.path.isdir(e.path)]
-    inside = [path for path in inside if path[len(folder) + 1] != "."]
-    record = not names.isdisjoint(("status.json", "metadata.json"))
-    return inside, links, record and _is_run(folder)
+def _is_record(folder: str, names: set[str], inside: list[str]) -> bool:
+    """Tell whether a folder with these files and folders is a run, or what is left."""
+    if not names.isdisjoint(("status.json", "metadata.json")):
+        return _is_run(folder)
+    rest = {*DEFAULT_SUBDIRS, "attempts"}
+    return _is_stamped(os.path.basename(folder)) and rest.issuperset(inside)
 
 
-def _looks_like_run(path: str) -> bool:
-    """Return whether a folder with a stamp is a run, or what is left of one."""
-    inside, _, is_run = _scan(path)
-    return is_run or {*map(os.path.basename, inside)} <= {*DEFAULT_SUBDIRS, "attempts"}
+def _walk_runs(root: StrPath) -> list[str]:
+    """Return the paths of all runs below a folder, newest first."""
+    return _newest_first(_Walk(os.fspath(root)).runs)
 
 
-def _started(run_dir: StrPath) -> str:
-    """Return a key that sorts runs by their start: "20260131-142501", local time."""
-    stamp = _STAMP.search(os.path.basename(run_dir))
-    if stamp:
-        return stamp[0]
-    for name in ("status.json", "metadata.json"):
-        facts = _read_json(Path(run_dir, name)) or {}
-        seconds = _seconds(facts.get("started_utc") or facts.get("timestamp_utc"))
-        if seconds is not None:
-            return time.strftime("%Y%m%d-%H%M%S", time.localtime(seconds))
-    return ""
+def _newest_first(runs: Iterable[str]) -> list[str]:
+    """Return runs in the order of their starts, which each of them is asked for."""
+    return sorted(runs, key=lambda run: (_started(run), run), reverse=True)
 
 
-def _seconds(utc: Any) -> float | None:
-    """Return the seconds since 1970 of "2026-01-31T14:25:01Z", None of all else."""
-    parts = re.match(r"(\d{4})-(\d\d)-(\d\d)[T ](\d\d):(\d\d):(\d\d)", str(utc))
-    with contextlib.suppress(ValueError, OverflowError):
-        if parts:
-            year, month, day, hour, minute, second = map(int, parts.groups())
-            date = (year, month, day, hour, minute, second, 0, 0, 0)
-            return time.mktime(date) - time.timezone
-    return None
+def _started(run_dir: StrPath) -> float:
+    """Return when a run was started, in seconds since 1970; 0 if nothing tells.
+
+    status.json has the fraction of a second. An ancestor's run may have no more than
+    the local time in its name.
+    """
+    folder = os.fspath(run_dir)
+    status = _small_json(f"{folder}/status.json")
+    if _is_finite(status.get("started")):
+        return float(status["started"])
+    seconds = _seconds(status.get("started_utc"))
+    if seconds is None:
+        metadata = _small_json(f"{folder}/metadata.json")
+        seconds = _seconds(metadata.get("timestamp_utc"))
+    if seconds is None:
+        seconds = _seconds(status.get("timestamp_utc"))
+        with _ignoring(ValueError, OverflowError):
+            stamp = _stamp_of(os.path.basename(folder))
+            seconds = time.mktime(time.strptime(stamp, "%Y%m%d-%H%M%S"))
+    return seconds or 0.0
 
 
-def _status_now(run_dir: Path, facts: dict[str, Any] | None = None) -> dict[str, Any]:
+def _small_json(path: str) -> Facts:
+    """Return the object in a JSON file, {} for anything else."""
+    with _ignoring(OSError, ValueError, RecursionError):
+        value = json.loads(_small_text(path))
+        if isinstance(value, dict):
+            return value
+    return {}
+
+
+def _small_text(path: str) -> str:
+    """Return the text of a file that most often is small, or raise OSError.
+
+    As _read_bytes, in half the time: `list` may read 100,000 of them.
+    """
+    descriptor = os.open(path, os.O_RDONLY | _NO_FOLLOW | _NO_WAIT | _CLOSE_ON_EXEC)
+    try:
+        data = os.read(descriptor, FORWARD_BYTES)
+    finally:
+        os.close(descriptor)
+    if len(data) == FORWARD_BYTES:
+        data = _read_bytes(path, MAX_RECORD)
+    return data.decode("utf-8")
+
+
+def _status_now(run_dir: StrPath, facts: Facts | None = None) -> Facts:
     """Return status.json, with "lost" for a run that cannot be running any more.
 
-    Judged by the process itself on its own host, elsewhere by the heartbeat.
+    On its own host the process itself is asked, elsewhere the heartbeat, which is the
+    time of status.json. Without both it is "unknown".
     """
-    path = run_dir / "status.json"
-    facts = facts or _read_json(path) or {"status": "?"}
+    path = f"{os.fspath(run_dir)}/status.json"
+    if not facts:
+        facts = _read_json(path) or {"status": "?"}
     if facts.get("status") != "running":
         return facts
-    then, here = _mapping(facts, "process"), _process_identity(os.getpid())
-    pid = facts.get("pid") if then and facts.get("hostname") == _hostname() else None
-    alive = None
-    if isinstance(pid, int) and then.get("boot_id") != here["boot_id"]:
-        alive = False  # the host was started anew since
-    elif isinstance(pid, int) and then.get("pid_namespace") == here["pid_namespace"]:
-        alive = _is_alive(pid, then.get("start_ticks"))
-    elif facts.get("heartbeat_seconds") is not None and path.exists():
-        alive = abs(time.time() - os.stat(path).st_mtime) < LOST_AFTER_SECONDS
-    status = {True: "running", False: "lost", None: "unknown"}[alive]
-    latest = _read_json(path) or facts  # it may have ended while we looked
-    return latest if latest.get("status") != "running" else {**facts, "status": status}
+    status = _liveness(facts, path)
+    latest = _read_json(path)  # it may have ended while we looked
+    if latest is not None and latest.get("status") != "running":
+        return latest
+    return {**facts, "status": status}
 
 
-def _mapping(facts: Any, key: str) -> dict[str, Any]:
-    """Return `facts[key]` if that is a mapping, else an empty one."""
-    value = facts.get(key) if isinstance(facts, dict) else None
-    return value if isinstance(value, dict) else {}
+def _liveness(facts: Facts, path: str) -> str:
+    """Return "running", "lost" or "unknown" for a status.json that says running."""
+    process = _mapping(facts, "process")
+    pid = facts.get("pid")
+    is_alive = None
+    if process and isinstance(pid, int) and facts.get("hostname") == _hostname():
+        here = _process_identity(os.getpid())
+        if process.get("boot_id") != here["boot_id"]:
+            return "lost"  # the host was started anew since
+        if process.get("pid_namespace") == here["pid_namespace"]:
+            is_alive = _is_alive(pid, process.get("start_ticks"))
+    if is_alive is None and facts.get("heartbeat_seconds") is not None:
+        with _ignoring(OSError):
+            is_alive = abs(time.time() - os.stat(path).st_mtime) < LOST_AFTER_SECONDS
+    return {True: "running", False: "lost", None: "unknown"}[is_alive]
 
 
-def _comparable(
-    metadata: Mapping[str, Any], patches: Mapping[str, str] | None = None
-) -> dict[str, dict[str, Any] | None]:
-    """Return what can differ between two runs, by section; None: it is not known."""
-    config = {k: v for k, v in _mapping(metadata, "config").items() if k != "command"}
-    git, python = _mapping(metadata, "git"), _mapping(metadata, "python")
-    machine = {**_mapping(metadata, "platform"), **_mapping(metadata, "cuda")}
-    machine["container"] = _mapping(metadata, "container").get("image")
-    machine.update(_mapping(metadata, "determinism"))
-    packages = metadata.get("pip_freeze")
-    lines = map(str, packages) if isinstance(packages, list) else []
-    names = [re.match(r"(-e )?([^=@<> ]+)( ?@ ?|==)?(.*)", line) for line in lines]
-    code = ("commit_full", "branch", "is_dirty", "remote_origin_url")
-    return {
-        "config": {key[7:]: v for key, v in _flattened("config", config).items()},
-        "code": None if "commit_full" not in git else {
-            **{key: git.get(key) for key in code},
-            **{key: git.get(key) or [] for key in ("changed", "untracked")},
-            **(patches or {}),
-        },
-        "packages": None if packages is None else
-        {n[2].lower().replace("_", "-"): n[4] or n[1] for n in names if n},
-        "machine": {
-            "hostname": metadata.get("hostname"),
-            "python": _text(python.get("version")).split(" ")[0],
-            "executable": python.get("executable"),
-            **{k: v for k, v in machine.items() if k not in _UNEQUAL},
-        },
-    }  # fmt: skip
+# Which runs are asked for, and in which order.
 
 
-# Other in every run, or not known of older ones.
-_UNEQUAL = {"memory_kib", "hash_randomization", "random_state", "numpy_state"}
+class _Filters:
+    """What is asked for of runs, and their order; ValueError where that is unclear."""
+
+    def __init__(
+        self, *, where: str | None = None, status: str | None = None,
+        since: str | None = None, older: str | None = None,
+        contains: str | None = None, tag: str | None = None, has_outputs: bool = False,
+        sort: str | None = None, top: int | None = None, limit: int | None = None,
+    ) -> None:
+        self.status = status
+        self.tag = tag
+        self.contains = contains
+        self.has_outputs = has_outputs
+        self.limit = limit
+        self.is_top = top is not None
+        self.where: _Condition | None = None
+        self.since = _moment(since, "since")
+        self.older = _moment(older, "older")
+        self.sort: _Expression | None = None
+        self.is_descending = False
+        if where is not None:
+            self.where = _Condition(where)
+        if sort is not None:
+            self.is_descending = sort.startswith("-")
+            self.sort = _Expression(sort[self.is_descending :])
+        if top is not None:
+            self.limit = top
+            if sort is None:
+                raise ValueError("top is of a value; give one as sort='-max(KEY)'")
+        if self.limit is not None and self.limit < 0:
+            raise ValueError(f"limit is {self.limit}; give 0 for all, or a number")
+
+    def take(self, run: Run, root: str) -> bool:
+        """Tell whether a run is asked for; the cheapest questions come first."""
+        if self.contains is not None:
+            if self.contains.lower() not in run.folder[len(root) :].lower():
+                return False
+        if self.since is not None and run.started < self.since:
+            return False
+        if self.older is not None and run.started >= self.older:
+            return False
+        if self.status is not None and run.look_up("status") != self.status:
+            return False
+        if self.tag is not None and self.tag not in _tags(run.notes):
+            return False
+        if self.where is not None and not self.where.holds(run):
+            return False
+        return not self.has_outputs or bool(run.outputs)
+
+    def expressions(self) -> list[_Expression]:
+        """Return the values that runs are sorted and chosen by."""
+        found: dict[str, _Expression] = {}
+        if self.sort is not None:
+            found[self.sort.text] = self.sort
+        if self.where is not None:
+            for term in self.where.terms():
+                found.setdefault(term.expression.text, term.expression)
+        return list(found.values())
 
 
-def _differences(
-    then: Mapping[str, Any], now: Mapping[str, Any]
-) -> dict[str, dict[str, list[Any]]]:
-    """Return [before, after] of what differs, by section, where both have that."""
-    found: dict[str, dict[str, list[Any]]] = {}
-    for section in filter(now.__contains__, then):
-        a, b = then[section], now[section]
-        if a is None or b is None:
-            a, b = ({"recorded": side is not None} for side in (a, b))
-        pairs = {key: [a.get(key), b.get(key)] for key in {**a, **b}}
-        changed = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
-        found.update({section: changed} if changed else {})
-    return found
+def _moment(text: str | None, name: str) -> float | None:
+    """Return the seconds since 1970 of an age ("90s", "12h", "7d") or of a UTC date."""
+    if text is None:
+        return None
+    age = re.fullmatch(r"(\d{1,9}(?:\.\d+)?)([smhdw])", text)
+    if age is not None:
+        units = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+        return time.time() - float(age[1]) * units[age[2]]
+    seconds = None
+    if re.match(r"\d{4}(-\d\d){0,2}([T ][\d:]+)?Z?$", text):
+        date = text.rstrip("Z")
+        seconds = _seconds(date + "0000-01-01T00:00:00"[len(date) :])
+    if seconds is None:
+        how = "give '12h', '7d' or '2026-01-31'"
+        raise ValueError(f"{name} {text!r} is no time; {how}")
+    return seconds
 
 
-def _flattened(name: str, value: Any, depth: int = 0) -> dict[str, Any]:
-    """Return nested mappings as one, with dotted keys."""
-    if not isinstance(value, dict) or depth > MAX_DEPTH:
-        return {name: value}
-    parts = [_flattened(f"{name}.{key}", v, depth + 1) for key, v in value.items()]
-    return {key: item for part in parts for key, item in part.items()}
+class _Selection:
+    """The runs that were asked for, in their order, and what is to be said of them."""
+
+    def __init__(self, root: StrPath, filters: _Filters) -> None:
+        self.root = os.fspath(root)
+        self.runs: list[Run] = []
+        self.unseen = 0  # how many more there are, beyond the limit
+        self.asked = [expression.text for expression in filters.expressions()]
+        self.differing: dict[str, list[str]] = {}  # by script: keys as "config.lr"
+        walk = _Walk(self.root)
+        self.warnings = walk.problems
+        self.everything = [Run(path, row=False) for path in walk.runs]
+        root_of_all = _results_root(Path(self.root))
+        lineage = functools.lru_cache(None)(lambda: _Lineage(root_of_all))
+        self.candidates = []  # those that are asked for, in no order
+        for run in self.everything:
+            run.lineage = lineage
+            if filters.take(run, self.root):
+                self.candidates.append(run)
+            run.forget()
+        if self.everything:
+            self.warnings += _unknown_words(filters, self.everything)
 
 
-# === Reading YAML ===
-# config.yaml of the ancestors, and ours, where PyYAML is not installed.
+def _select_runs(root: StrPath, filters: _Filters) -> _Selection:
+    """Return the runs below a folder that are asked for, with all their values.
 
-
-def _parse_yaml(text: str) -> Any:
-    """Return a YAML document as plain data: by PyYAML, or by a reader of our own.
-
-    Raises ValueError, and what the constructors of PyYAML raise.
+    What differs is decided by them and by some of the others, first those whose names
+    begin as theirs do.
     """
-    if _is_deep(text):  # libyaml would end the process where its stack ends
-        raise ValueError("it is nested too deeply")
-    try:
-        yaml = _pyyaml()
-    except ImportError:
-        return _plain(_YamlReader(text).document())
-    try:
-        value = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except yaml.YAMLError as error:
-        raise ValueError(str(error)) from error
-    return _plain(value)  # bounded: an alias may stand for the same list many times
+    selection = _Selection(root, filters)
+    selection.runs, selection.unseen = _first_of(selection.candidates, filters)
+    _ask_sacct(selection.runs)
+    for run in selection.runs:
+        run.fill()
+    shown = {run.folder for run in selection.runs}
+    starts = tuple({_STAMP.split(run.name)[0] for run in selection.runs})
+    others = [run for run in selection.everything if run.folder not in shown]
+    others.sort(key=lambda run: not run.name.startswith(starts))
+    compared = [*selection.runs, *others[:MAX_COMPARED]]
+    selection.differing = _differing_keys(compared)
+    return selection
 
 
-def _is_deep(text: str) -> bool:
-    """Return whether a YAML document may have more than 500 levels."""
-    depth = deepest = 0
-    for bracket in re.findall(r"[][{}]", text):
-        depth = depth + 1 if bracket in "[{" else max(depth - 1, 0)
-        deepest = max(deepest, depth)
-    return deepest > 500 or bool(re.search(r"^[ \t?:-]{500}", text, re.M))
+def _first_of(items: list[_Ranked], filters: _Filters) -> tuple[list[_Ranked], int]:
+    """Return runs, or groups of them, in their order, and how many the limit hides.
 
-
-class _YamlReader:
-    """Read the YAML that PyYAML's safe_dump and we write; ValueError for any other.
-
-    Tokens are (kind, column, text, line): "-", "?", ":", "&" for an anchor, "key" and
-    "value", which is a scalar or a list in brackets, over as many lines as it takes.
+    Among equals the newest comes first; only they are asked when they were started.
     """
+    groups = [items]
+    if filters.sort is not None:
+        values = {id(item): item.value(filters.sort) for item in items}
+        groups = _in_order(items, lambda item: values[id(item)], filters.is_descending)
+        if filters.is_top:
+            groups = [group for group in groups if _is_finite(values[id(group[0])])]
+    count = sum(len(group) for group in groups)
+    limit = filters.limit or count
+    first: list[_Ranked] = []
+    for group in groups:
+        if len(first) >= limit:
+            break
+        if len(group) > 1:
+            group.sort(key=lambda item: (item.started, item.folder), reverse=True)
+        first += group[: limit - len(first)]
+    return first, count - len(first)
 
-    # Tags, literal blocks, odd ends of line, complex keys in brackets, two keys a line.
-    BEYOND = (
-        r"(?a)\A[!|>%@`]|[\x85\u2028\u2029]|\A(?=[\[{])[\s\S]*?[\[{,]\s*\?\s"
-        r"|\A[^\"'\[{](?:(?!\s#).|\n)*:(?=\s|\Z)"
-    )
+
+def _in_order(
+    items: Iterable[_Item], value_of: Callable[[_Item], object], is_descending: bool
+) -> list[list[_Item]]:
+    """Return items in groups of equal values, in the order of the values.
+
+    Numbers come first, then texts, both in the direction asked for; then infinities,
+    NaN, and at last what has no value.
+    """
+    groups: dict[tuple[int, float, str], list[_Item]] = {}
+    for item in items:
+        groups.setdefault(_sort_rank(value_of(item)), []).append(item)
+    ordered = []
+    for kind in range(5):
+        ranks = [rank for rank in groups if rank[0] == kind]
+        ranks.sort(reverse=is_descending)
+        ordered += [groups[rank] for rank in ranks]
+    return ordered
+
+
+def _sort_rank(value: object) -> tuple[int, float, str]:
+    """Return what a value is sorted by: first its kind, then a number or a text."""
+    if value is None:
+        return 4, 0.0, ""
+    number = _number(value)
+    if number is None:
+        return 1, 0.0, _text(value)
+    if number != number:
+        return 3, 0.0, ""
+    if number - number != 0:
+        return 2, number, ""
+    return 0, number, ""
+
+
+def _differing_keys(runs: Iterable[Run]) -> dict[str, list[str]]:
+    """Return by script the keys of the config that differ between its runs.
+
+    A key that a run lacks is no difference: the run may be older than the key.
+    """
+    values: dict[str, dict[str, set[str]]] = {}
+    for run in runs:
+        keys = values.setdefault(_script_of(run), {})
+        for key, value in run.flat_config.items():
+            keys.setdefault(key, set()).add(_text(value))
+        run.forget()
+    differing = {}
+    for script, keys in values.items():
+        differing[script] = [key for key, found in keys.items() if len(found) > 1]
+    return differing
+
+
+def _unknown_words(filters: _Filters, runs: list[Run]) -> list[str]:
+    """Return a sentence for each key, status or tag that no run has."""
+    sentences = []
+    for expression in filters.expressions():
+        if filters.where is None or not filters.where.asks_for_null(expression.text):
+            sentences += _unknown_key(expression, runs)
+    if filters.status not in (None, "running", "success", "failed", "lost", "unknown"):
+        states = sorted({str(run.look_up("status")) for run in runs})
+        if filters.status not in states:
+            there_are = f"there are: {', '.join(states)}"
+            sentences.append(f"no run has the status {filters.status!r}; {there_are}")
+    if filters.tag is not None:
+        tags = dict.fromkeys(tag for run in runs for tag in _tags(run.notes))
+        if filters.tag not in tags:
+            hint = _similar(filters.tag, tags)
+            sentences.append(f"no run has the tag {filters.tag!r}{hint}")
+    return sentences
+
+
+def _unknown_key(expression: _Expression, runs: Iterable[Run]) -> list[str]:
+    """Return a sentence that no run has a value, or nothing if one has."""
+    known: dict[str, None] = dict.fromkeys([*_ROW, *_COUNTED])
+    for run in runs:
+        if expression.value(run) is not None or expression.key in _ROW:
+            return []
+        for key in [*run.flat_config, *run.flat_metrics]:
+            known[key.partition(".")[2]] = None
+        run.forget()
+    return [f"no run has {expression.text!r}{_similar(expression.key, known)}"]
+
+
+def _similar(word: str, known: Iterable[str]) -> str:
+    """Return "; did you mean 'lr'?", or nothing."""
+    import difflib
+
+    found = difflib.get_close_matches(word, list(known)[:MAX_ITEMS], 1)
+    if not found:
+        return ""
+    return f"; did you mean {found[0]!r}?"
+
+
+class _Expression:
+    """A value of a run: a key, or max(), min(), first() or last() of a metric."""
 
     def __init__(self, text: str) -> None:
-        self.lines = re.sub(r"(?m)^(---|\.\.\.)$", "", text).split("\n")
-        self.tokens = list(self.tokenized())[::-1]
-        self.anchors: dict[str, Any] = {}
+        self.text = text.strip()
+        self.key = self.text
+        self.function: str | None = None
+        found = re.fullmatch(r"(max|min|first|last)\((.+)\)", self.text)
+        if found is not None:
+            self.function = found[1]
+            self.key = found[2].strip()
+        if not self.key:
+            raise ValueError(f"{text!r} is no key; give one such as 'lr' or 'max(acc)'")
 
-    def document(self) -> Any:
-        value = self.node(0)
-        if self.tokens:
-            raise self.beyond(self.tokens[-1])
-        return value
-
-    def beyond(self, token: tuple[str, int, str, int]) -> ValueError:
-        text = token[2].split("\n")[0][:20]
-        return ValueError(f"line {token[3]}, {text!r}, takes PyYAML to read")
-
-    def tokenized(self) -> Iterator[tuple[str, int, str, int]]:
-        step = re.compile(
-            r"(?a)([-?:](?= |$))|&([^\s,]+)(?= |$)|"
-            r"(\"(?:[^\"\\]|\\.)*\"|'(?:[^']|'')*'"
-            r"|(?:[^\s,[\]{}#&*!|>'\"%@`?:-]|[?:-](?=\S))(?:(?! #).)*?) *:(?= |$)"
-        )
-        number = 0
-        while number < len(self.lines):
-            line = self.lines[number]
-            number += 1
-            column, parent, key = len(line) - len(line.lstrip(" ")), -1, None
-            if line[column : column + 1] == "#":
-                continue
-            found = step.match(line, column)
-            while found and not (key and found[2] is None):  # one key a line
-                sign, anchor, key = found.groups()
-                parent = parent if anchor else column
-                kind = sign or ("&" if anchor else "key")
-                yield kind, column, anchor or key or sign, number
-                rest = line[found.end() :].lstrip(" ")
-                column = len(line) - len(rest)
-                found = step.match(line, column)
-            value, first = line[column:], number
-            if value.strip(" \t") and value[0] != "#":
-                while number < len(self.lines) and self.goes_on(value, number, parent):
-                    value += "\n" + self.lines[number]
-                    number += 1
-                token = "value", column, value.rstrip(" \t\n"), first
-                if re.search(self.BEYOND, value):
-                    raise self.beyond(token)
-                yield token
-
-    def goes_on(self, value: str, number: int, parent: int) -> bool:
-        """Return whether the next line belongs to a value that was begun."""
-        if value[0] in "\"'":
-            whole = r"(?as)(\"(?:[^\"\\]|\\.)*\"|'(?:[^']|'')*')\s*( #.*)?"
-            return not re.fullmatch(whole, value)
-        if value[0] in "[{":
-            words = _flow_words(value)
-            return sum(w in "[{" for w in words) != sum(w in "]}" for w in words)
-        line = self.lines[number].lstrip(" ")
-        deeper = len(self.lines[number]) - len(line) > parent
-        return not line or (deeper and line[0] != "#")
-
-    def node(self, least: int, beside: int = -1) -> Any:
-        """Read what stands in column `least` or after; a list may stand at `beside`."""
-        name = None
-        if self.tokens and self.tokens[-1][0] == "&" and self.tokens[-1][1] >= least:
-            name = self.tokens.pop()[2]
-        kind, column, text, _ = self.tokens[-1] if self.tokens else ("", -1, "", 0)
-        value: Any = None
-        if kind == "-" and column >= min(least, beside if beside >= 0 else least):
-            value = []
-            while self.tokens and self.tokens[-1][:2] == ("-", column):
-                self.tokens.pop()
-                value.append(self.node(column + 1))
-        elif kind in ("key", "?") and column >= least:
-            value = self.mapping(column)
-        elif kind == "value" and column >= least:
-            self.tokens.pop()
-            is_flow = text[0] in "[{"
-            value = self.flow(_flow_words(text)[::-1]) if is_flow else self.scalar(text)
-        if name is not None:
-            self.anchors[name] = value
-        return value
-
-    def mapping(self, column: int) -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        while self.tokens and self.tokens[-1][1] == column:
-            kind, _, text, _ = token = self.tokens.pop()
-            if kind not in ("key", "?"):
-                raise self.beyond(token)
-            key = self.scalar(text) if kind == "key" else self.node(column + 1)
-            if kind == "?" and self.tokens and self.tokens[-1][:2] == (":", column):
-                self.tokens.pop()
-            name = key if isinstance(key, str) else json.dumps(key)
-            result[name] = self.node(column + 1, beside=column)
-        return result
-
-    def flow(self, words: list[str]) -> Any:
-        """Read a list or mapping in brackets from its words, the first one last."""
-        word = words.pop()
-        if word not in ("[", "{"):
-            return self.scalar(word)
-        items: list[Any] = []
-        result: dict[str, Any] = {}
-        while words[-1] not in ("]", "}"):
-            key = self.flow(words)
-            items.append(key)
-            if words[-1] == ":":
-                words.pop()
-                name = key if isinstance(key, str) else json.dumps(key)
-                result[name] = None if words[-1] in ",}" else self.flow(words)
-            if words[-1] == ",":
-                words.pop()
-        words.pop()
-        return items if word == "[" else result
-
-    def scalar(self, text: str) -> Any:
-        fold = r"[ \t]*\n((?:[ \t]*\n)*)[ \t]*"
-        if text[0] == '"':
-            escape = r"(?s)\\(?:\n[ \t]*|x(..)|u(.{4})|U(.{8})|(.))|" + fold
-            body = text[1 : text.rindex('"')]
-            return re.sub(escape, self.unescaped, body)
-        joined = lambda match: "\n" * match[1].count("\n") or " "  # noqa: E731
-        if text[0] == "'":
-            body = text[1 : text.rindex("'")]
-            return re.sub(fold, joined, body).replace("''", "'")
-        text = re.sub(r"(?am)(^|\s)#.*", "", text).rstrip(" \t\n")
-        text = re.sub(fold, joined, text)
-        if text[:1] == "*":
-            return self.anchors[text[1:]]
-        return _yaml_plain(text)
-
-    def unescaped(self, match: re.Match[str]) -> str:
-        code = match[1] or match[2] or match[3]
-        if code:
-            return chr(int(code, 16))
-        if match[4]:
-            meant = "\0\a\b\t\n\v\f\r\x1b\x85\xa0\u2028\u2029"
-            return dict(zip("0abtnvfreN_LP", meant)).get(match[4], match[4])
-        lines = match[5]
-        return "" if lines is None else "\n" * lines.count("\n") or " "
+    def value(self, run: Run) -> object:
+        """Return the value that a run has, or None."""
+        if self.function is None:
+            return run.look_up(self.key)
+        facts = _metric_facts(run, self.key)
+        if not facts and self.key.startswith("metrics."):
+            facts = _metric_facts(run, self.key[len("metrics.") :])
+        return _as_float(facts.get(self.function))
 
 
-def _flow_words(text: str) -> list[str]:
-    """Split "[a, {b: 'c d'}]" into its brackets, commas, colons and scalars."""
-    return re.findall(
-        r"""(?a)\"(?:[^\"\\]|\\[\s\S])*\"|'(?:[^']|'')*'|[\"'][\s\S]*|[\[\]{},]"""
-        r"""|:(?=[\s,\[\]{}"']|$)"""
-        r"""|[^\s,\[\]{}"':](?:[^,\[\]{}:]|:(?![\s,\[\]{}]|$))*(?<!\s)""",
-        text,
-    )
+# One comparison, and the word that joins it to the next.
+_TERM = re.compile(
+    r"""\s*
+    (?P<key> (?:max|min|first|last)\(.+?\)(?=\s*[<>=!~])  # max(val/acc)
+           | (?:[^\s<>=!~"'()]|"[^"]*")+ )                # lr, model.lr, "val loss"
+    \s* (?P<operator> <=|>=|==|!=|=|<|>|~ )
+    \s* (?: "(?P<double>[^"]*)" | '(?P<single>[^']*)' | (?P<word>[^\s"']+) )
+    (?: \s* $ | \s+ (?P<joint>and|or) \s+ (?=\S) )
+    """,
+    re.VERBOSE,
+)
 
 
-def _yaml_plain(text: str) -> Any:
-    """Return what a scalar without quotes is to YAML 1.1: "1e3" is a string."""
-    if text in ("", "~", "null", "Null", "NULL"):
-        return None
-    word = text.lower()
-    if word in ("yes", "on", "true", "no", "off", "false"):
-        known = text in (word, word.title(), word.upper())
-        return word in ("yes", "on", "true") if known else text
-    digits = text.replace("_", "")
-    if re.fullmatch(r"[-+]?(0|[1-9][0-9_]*)", text):
-        return int(digits)
-    if re.fullmatch(r"[-+]?0(x[0-9a-fA-F_]+|b[01_]+|[0-7_]+)", text):
-        return int(re.sub(r"0(?=[0-7])", "0o", digits, count=1), 0)
-    if re.fullmatch(r"(?a)([-+]?\d[\d_]*\.[\d_]*|\.\d[\d_]*)([eE][-+]\d+)?", text):
-        return float(digits)
-    special = re.fullmatch(r"([-+]?)\.(inf|Inf|INF|nan|NaN|NAN)", text)
-    return float(special[1] + special[2]) if special else text
+class _Condition:
+    """What "lr<1e-3 and max(acc)>0.9 or model~qwen" asks of a run."""
+
+    def __init__(self, text: str) -> None:
+        self.alternatives: list[list[_Term]] = [[]]  # `and` binds tighter than `or`
+        position = 0
+        joint: str | None = "and"
+        while joint is not None:
+            found = _TERM.match(text, position)
+            if found is None or not _is_comparison(found):
+                rest = text[position:].strip()
+                what = f"where {text!r} is not understood at {rest!r}"
+                how = "write KEY<VALUE (or <= > >= == != ~), joined by and/or"
+                raise ValueError(f"{what}; {how}")
+            if joint == "or":
+                self.alternatives.append([])
+            self.alternatives[-1].append(_Term(found))
+            joint = found["joint"]
+            position = found.end()
+
+    def terms(self) -> list[_Term]:
+        return [term for terms in self.alternatives for term in terms]
+
+    def holds(self, run: Run) -> bool:
+        """Tell whether all comparisons of one alternative hold."""
+        return any(all(t.holds(run) for t in terms) for terms in self.alternatives)
+
+    def asks_for_null(self, text: str) -> bool:
+        """Tell whether a run may also lack this value: "acc==null"."""
+        return any(t.expression.text == text and t.wants_null for t in self.terms())
 
 
-# === Showing runs ===
-# Rows, paragraphs and graphs for people. Whatever comes from a run directory is
-# escaped before it reaches a terminal, a page or a spreadsheet.
+def _is_comparison(found: re.Match[str]) -> bool:
+    """Tell whether a value without quotes has no part of an operator: not "lr<=>3"."""
+    if found["word"] is None or found["operator"] == "~":
+        return True
+    return re.search("[()<>=!~]", found["word"]) is None
 
 
-def _print_tables(runs: list[Run], root: Path, markdown: bool, split: bool) -> None:
-    """Print one table, or one for each script."""
-    for script in sorted({run["script_name"] for run in runs}) if split else [None]:
-        group = [run for run in runs if script in (None, run["script_name"])]
-        if script is not None:
-            print(_printable(f"{script}: {_format_count(len(group), 'run')}"))
-        if markdown:
-            _print_markdown(_table(group, root, lineage=True))
-        elif group:
-            _print_table(_table(group, root))
+class _Term:
+    """One comparison: "max(acc)>=0.9"."""
+
+    def __init__(self, found: re.Match[str]) -> None:
+        name = found["key"]
+        if re.fullmatch(r'"[^"]+"', name):
+            name = name[1:-1]
+        self.expression = _Expression(name)
+        self.operator = found["operator"]
+        self.wanted = found["double"] or found["single"] or found["word"] or ""
+        self.wants_null = self.wanted.lower() in ("null", "none")
+        if self.operator == "~":
+            try:
+                re.compile(self.wanted)
+            except re.error as error:
+                what = f"where: {self.wanted!r} is no regular expression"
+                raise ValueError(f"{what}: {error}") from None
+
+    def holds(self, run: Run) -> bool:
+        """Tell whether it holds: of numbers if both are, else of texts.
+
+        A number is neither less, more nor equal to a text, and NaN to nothing.
+        """
+        found = self.expression.value(run)
+        if self.operator == "~":
+            return found is not None and bool(re.search(self.wanted, _text(found)))
+        if found is None or self.wants_null:
+            is_equal = found is None and self.wants_null
+            return self.operator in _EQUALITY[is_equal]
+        a: JSON = None
+        b: JSON = None
+        if not (isinstance(found, str) and self.expression.key in _ROW):
+            a, b = _number(found), _number(self.wanted)
+        if (a is None) != (b is None):
+            return self.operator == "!="
+        if a is None:
+            a, b = _text(found).lower(), self.wanted.lower()
+        return bool(_OPERATORS[self.operator](a, b))
 
 
-def _row(run: Run, root: Path) -> dict[str, Any]:
-    """Return a run as `list --json` and `--csv` show it."""
-    outputs = run.outputs
-    facts = {"path": os.path.relpath(run.path, root), "outputs": len(outputs)}
-    facts.update(size=sum(outputs.values()), inputs=run.inputs, used_by=run.used_by)
-    notes = [_text(note.get("text")) for note in run.notes if note.get("text")]
-    return {**facts, **run, "notes": notes, "problems": run.problems}
+_EQUALITY = {True: ("=", "=="), False: ("!=",)}
+_OPERATORS: dict[str, Callable[[JSON, JSON], JSON]] = {
+    "<": lambda a, b: a < b,
+    "<=": lambda a, b: a <= b,
+    ">": lambda a, b: a > b,
+    ">=": lambda a, b: a >= b,
+    "=": lambda a, b: a == b,
+    "==": lambda a, b: a == b,
+    "!=": lambda a, b: a != b,
+}
 
 
-def _with_lineage(runs: list[Run], root: Path) -> list[Run]:
-    """Complete runs by the files of others they used, and the runs that used them."""
-    known = {run.path: run for run in runs}
-    for (producer, consumer), paths in _Lineage(_results_root(root)).edges.items():
-        if consumer in known:
-            known[consumer].inputs.append(f"{producer.name}/{_format_paths(paths)}")
-        if producer in known:
-            known[producer].used_by.append(consumer.name)
-    return runs
+# Metrics: metrics/summary.json is what the whole of metrics.jsonl says, in short.
 
 
-def _format_paths(paths: Sequence[str]) -> str:
-    """Return "a.pt, b.pt, c.pt and 7 more"."""
-    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
-    return ", ".join(paths[:3]) + more
+def _summarize_metrics(run_dir: StrPath) -> Facts:
+    """Return the content of metrics/summary.json; nothing where there are no metrics.
+
+    {"acc": {"last": 0.7, "last_step": 9, "min": ..., "max": ..., "first": ...,
+    "count": 10}, ..., "metrics.jsonl": {"bytes": 812}}: by its size a reader sees
+    whether rows were added since.
+    """
+    summaries: dict[str, _MetricSummary] = {}
+    size = 0
+    for rows, position in _metric_rows(run_dir):
+        size = position
+        for key, values, steps in _columns_of(rows):
+            if key not in summaries and len(summaries) < MAX_ITEMS:
+                summaries[key] = _MetricSummary()
+            if key in summaries:
+                summaries[key].add(values, steps)
+    if not summaries:
+        return {}
+    facts: Facts = {key: summary.to_json() for key, summary in summaries.items()}
+    facts["metrics.jsonl"] = {"bytes": size}
+    return facts
 
 
-def _table(runs: list[Run], root: Path, lineage: bool = False) -> list[list[str]]:
-    """Return the rows of `list`, the first with the headings."""
-    heads = ["run", "status", "age", "time", "outputs", "config", "metrics"]
-    rows = [[*heads, *["inputs", "used by", "repeats"] * lineage, "notes"]]
-    varying = _varying(runs)
-    first: dict[str, str] = {}
-    for run in runs[::-1]:
-        config = {key: run[key] for key in run if key.startswith("config.")}
-        same = _format_json([run["script_name"], run["git_commit"], config])
-        repeated = first.setdefault(same, run.path.name)
-        repeated = "" if repeated == run.path.name else repeated
-        more = [", ".join(run.inputs), ", ".join(run.used_by), repeated] * lineage
-        rows.insert(1, [*_cells(run, root, varying), *more, _format_notes(run)])
+class _MetricSummary:
+    """Last, lowest, highest and first value of a metric, their steps, and the count."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.first: tuple[JSON, JSON] = (None, None)  # a value and its step
+        self.last = self.first
+        self.min = self.first
+        self.max = self.first
+        self.nan: JSON = None  # what min and max are of a metric that is nothing else
+
+    def add(self, values: list[JSON], steps: list[JSON]) -> None:
+        """Take in some values, in their order, and the step of each."""
+        if self.count == 0:
+            self.first = values[0], steps[0]
+        self.last = values[-1], steps[-1]
+        self.count += len(values)
+        if not set(map(type, values)) <= {int, float} or values[0] != values[0]:
+            values, steps = self._numbers_of(values, steps)
+        if not values:
+            return
+        low, high = min(values), max(values)  # which pass over a NaN that is not first
+        if self.min[0] is None or low < self.min[0]:
+            self.min = low, steps[values.index(low)]
+        if self.max[0] is None or high > self.max[0]:
+            self.max = high, steps[values.index(high)]
+
+    def _numbers_of(
+        self, values: list[JSON], steps: list[JSON]
+    ) -> tuple[list[JSON], list[JSON]]:
+        """Return the numbers among some values that are not NaN, and their steps."""
+        numbers, their_steps = [], []
+        for value, step in zip(map(_as_float, values), steps):
+            if type(value) in (int, float) and value == value:
+                numbers.append(value)
+                their_steps.append(step)
+            elif isinstance(value, float):
+                self.nan = value
+        return numbers, their_steps
+
+    def to_json(self) -> Facts:
+        if self.min[0] is None:
+            self.min = self.max = self.nan, None
+        facts: Facts = {}
+        for name in ("last", "min", "max", "first"):
+            facts[name], facts[f"{name}_step"] = getattr(self, name)
+        return {**facts, "count": self.count}
+
+
+def _metric_summary(run_dir: str) -> Facts:
+    """Return the summary of each metric: summary.json, or if it is stale the rows'."""
+    facts = _small_json(f"{run_dir}/metrics/summary.json")
+    with _ignoring(FileNotFoundError):
+        size = os.stat(f"{run_dir}/metrics/metrics.jsonl").st_size
+        if _mapping(facts, "metrics.jsonl").get("bytes") != size:
+            facts = _summarize_metrics(run_dir)
+    facts.pop("metrics.jsonl", None)
+    return facts
+
+
+def _metric_facts(run: Run, key: str) -> Facts:
+    """Return the summary of one metric, {} if the run has none of this name.
+
+    Of summary.json only that is parsed: with 50 metrics in each of 10,000 runs the
+    whole takes seconds.
+    """
+    if "raw_summary" not in run.__dict__:
+        with _ignoring(OSError, ValueError, RecursionError):
+            text = _small_text(f"{run.folder}/metrics/summary.json")
+            size = os.stat(f"{run.folder}/metrics/metrics.jsonl").st_size
+            if f'\n    "bytes": {size}\n' in text:
+                member = text.partition(_member_start(key))[2]
+                if not member:
+                    return {}
+                return _mapping({key: _decoder.raw_decode(member)[0]}, key)
+    return _mapping(run.raw_summary, key)
+
+
+_decoder = json.JSONDecoder()
+
+
+@functools.lru_cache(100)
+def _member_start(key: str) -> str:
+    """Return how a member begins in a JSON file that is indented as ours are."""
+    return f"\n  {json.dumps(key)}: "
+
+
+def _all_series(run_dir: StrPath) -> dict[str, tuple[list[JSON], list[JSON]]]:
+    """Return for each metric its values and their steps, in their order."""
+    series: dict[str, tuple[list[JSON], list[JSON]]] = {}
+    with _ignoring(OSError):
+        for rows, _ in _metric_rows(run_dir):
+            for key, values, steps in _columns_of(rows):
+                known = series.setdefault(key, ([], []))
+                known[0].extend(map(_as_float, values))
+                known[1].extend(steps)
+    return series
+
+
+def _metric_rows(run_dir: StrPath) -> Iterator[tuple[list[Facts], int]]:
+    """Yield the rows of metrics.jsonl, thousands at a time, and how far that goes."""
+    try:
+        file = _opened(f"{os.fspath(run_dir)}/metrics/metrics.jsonl", MAX_METRICS)
+    except FileNotFoundError:
+        return
+    rest = b""
+    position = 0
+    with file:
+        while True:
+            data = file.read(METRICS_BYTES)
+            if not data:
+                break
+            position += len(data)
+            lines, _, rest = (rest + data).rpartition(b"\n")
+            yield _rows_of(lines), position
+            if len(rest) > METRICS_BYTES:
+                rest = b"torn"  # a line that never ends
+    yield _rows_of(rest), position
+
+
+def _rows_of(lines: bytes) -> list[Facts]:
+    """Return the objects in some lines of JSON; what is torn is left out.
+
+    One list is parsed in half the time of its lines. A newline can only stand between
+    two of them, for in a text of JSON it is escaped.
+    """
+    rows: list[JSON] = []
+    try:
+        rows = json.loads(b"[" + lines.replace(b"\n", b",") + b"]")
+    except (ValueError, RecursionError):
+        for line in lines.split(b"\n"):
+            with _ignoring(ValueError, RecursionError):
+                rows.append(json.loads(line))
+    if set(map(type, rows)) != {dict}:
+        rows = [row for row in rows if isinstance(row, dict)]
+    if lines.count(b"{") > len(rows):  # mappings in mappings, or a text with a brace
+        rows = [_flattened("", row) for row in rows]
     return rows
 
 
-def _varying(runs: Sequence[Run]) -> list[str]:
-    """Return the keys of the config whose values differ between the runs."""
-    keys = dict.fromkeys(k for run in runs for k in run if k.startswith("config."))
-    missing = object()
-    values = {key: [run.get(key, missing) for run in runs] for key in keys}
-    return [key for key, found in values.items() if found.count(found[0]) < len(found)]
+def _columns_of(rows: list[Facts]) -> Iterator[tuple[str, list[JSON], list[JSON]]]:
+    """Yield for each key of some rows its values and the steps that belong to them."""
+    keys: dict[str, None] = {}
+    for some in dict.fromkeys(map(tuple, rows)):  # nearly all rows have the same keys
+        keys.update(dict.fromkeys(some))
+    steps = [row.get("step") for row in rows]
+    for key in keys:
+        try:
+            yield key, [row[key] for row in rows], steps
+        except KeyError:
+            having = [row for row in rows if key in row]
+            yield key, [row[key] for row in having], [row.get("step") for row in having]
 
 
-def _cells(run: Run, root: Path, varying: Sequence[str]) -> list[str]:
-    started, seconds = _seconds(run["started_utc"]), run["duration_seconds"]
-    age = None if started is None else time.time() - started
-    if run["status"] == "running":
-        seconds = age
-    config = [f"{k[7:]}={_text(run[k])}" for k in varying if k in run]
-    last = {k: v for k, v in run.metrics.items() if k not in _NO_METRICS}
-    metrics = [f"{key}={_text(value)}" for key, value in last.items()]
-    outputs = run.outputs
-    size = f"{len(outputs)} ({_format_size(sum(outputs.values()))})"
-    attempts = f" ({run['attempts']} attempts)" * (run["attempts"] > 1)
-    return [
-        os.path.relpath(run.path, root), run["status"] + attempts,
-        _format_seconds(age), _format_seconds(seconds),
-        size if outputs else "empty", " ".join(config), " ".join(metrics),
+# What a run left, and why it failed.
+
+# Of the files at the top of a run, those that are its record.
+_RECORD_FILE = re.compile(
+    r"(config\.yaml|metadata\.json|status\.json|notes\.jsonl|inputs\.jsonl"
+    r"|git(\..+)?\.(patch|bundle)|\..*)$"
+)
+_RECORD_INSIDE = ("artifacts/USED_BY.jsonl", "metrics/summary.json",
+                  "metrics/system.jsonl")  # fmt: skip
+
+
+def _output_sizes(run_dir: str) -> dict[str, int]:
+    """Return the files that a run left, by their paths in it, with their sizes.
+
+    Its record and logs are no outputs.
+    """
+    sizes = {}
+    for name, size in _file_sizes(run_dir, ("logs", "attempts")).items():
+        is_record = name in _RECORD_INSIDE or name.endswith(".tmp")
+        if "/" not in name:
+            is_record = _RECORD_FILE.match(name) is not None
+        if not is_record:
+            sizes[name] = size
+    return sizes
+
+
+def _file_sizes(folder: str, skipped: Sequence[str] = ()) -> dict[str, int]:
+    """Return the sizes of the files below a folder, at most MAX_ITEMS of them."""
+    sizes: dict[str, int] = {}
+    waiting = [""]
+    while waiting and len(sizes) < MAX_ITEMS:
+        inside = waiting.pop()
+        with _ignoring(OSError), os.scandir(f"{folder}/{inside}") as entries:
+            for entry in entries:
+                name = inside + entry.name
+                if not entry.is_dir(follow_symlinks=False):
+                    sizes[name] = entry.stat(follow_symlinks=False).st_size
+                elif name not in skipped:
+                    waiting.append(f"{name}/")
+    return dict(sorted(sizes.items())[:MAX_ITEMS])
+
+
+def _left_files(run_dir: StrPath) -> list[Facts]:
+    """Return the files that a run left, with their sizes and sha256.
+
+    By these a copy finds its run again. Small files come first; sha256 is null beyond
+    OUTPUT_SECONDS, and there are at most OUTPUT_FILES.
+    """
+    folder = os.fspath(run_dir)
+    deadline = time.monotonic() + OUTPUT_SECONDS
+    sizes = _output_sizes(folder)
+    files: list[Facts] = []
+    for name in sorted(sizes, key=lambda name: sizes[name])[:OUTPUT_FILES]:
+        digest = _sha256(f"{folder}/{name}", deadline)
+        files.append({"path": name, "size": sizes[name], "sha256": digest})
+    return files
+
+
+def _sha256(
+    path: StrPath, deadline: float = float("inf"), follow: bool = False
+) -> str | None:
+    """Return the hash of a regular file, None if it cannot be read or not in time."""
+    digest = _digest("sha256")
+    with _ignoring(OSError), _opened(path, sys.maxsize, follow) as file:
+        while time.monotonic() < deadline:
+            data = file.read(METRICS_BYTES)
+            if not data:
+                found: str = digest.hexdigest()
+                return found
+            digest.update(data)
+    return None
+
+
+def _makers_of(path: str, runs: Iterable[str]) -> list[str]:
+    """Return the runs that left a file with the same content, the first one first."""
+    size = os.stat(path).st_size
+    digest = _sha256(path, time.monotonic() + PROGRAM_SECONDS, follow=True)
+    if size == 0 or digest is None:
+        return []
+    return _newest_first(run for run in runs if _left(run, size, digest))[::-1]
+
+
+def _left(run: str, size: int, digest: str) -> bool:
+    """Tell whether a run left a file of this size and sha256.
+
+    Of a run that recorded none (an older one, or one that died) the files are read.
+    """
+    metadata = b""
+    with _ignoring(OSError):
+        metadata = _read_bytes(f"{run}/metadata.json", MAX_RECORD)
+    if b'"outputs": [' in metadata:
+        if digest.encode("ascii") not in metadata:
+            return False
+        outputs = _those(_small_json(f"{run}/metadata.json").get("outputs"), dict)
+        return digest in [file.get("sha256") for file in outputs]
+    deadline = time.monotonic() + PROGRAM_SECONDS
+    for name, length in _output_sizes(run).items():
+        if length == size and _sha256(f"{run}/{name}", deadline) == digest:
+            return True
+    return False
+
+
+def _reason(run: Run) -> str | None:
+    """Return in one line why a run failed, or what is wrong with one that did not."""
+    status = run.status
+    if status.get("status") in ("running", "success"):
+        return _one_line(_texts(status.get("warnings"))[:1])
+    parts = []
+    if status.get("failed_rank") is not None:
+        parts.append(f"rank {_text(status['failed_rank'])}")
+    job = _unexplained_job(run)
+    if job is not None:
+        _ask_sacct([run])
+        parts.append(_job_ends.get(job) or "")
+    exception = _mapping(status, "exception")
+    message = _text(exception.get("message") or "")
+    code = _text(status.get("exit_code"))
+    if exception and exception.get("type") != "SystemExit":
+        parts.append(f"{_text(exception.get('type'))}: {message}")
+    elif status.get("problem"):
+        parts.append(_text(status["problem"]))
+    elif status.get("exit_code"):
+        parts.append(f"exit code {code}")
+        if message in ("", code):
+            output = map(str.strip, _texts(status.get("last_output")))
+            message = "".join(list(filter(None, output))[-1:])
+        parts.append(message)
+    return _one_line(parts)
+
+
+def _one_line(parts: Iterable[str]) -> str | None:
+    """Return texts as one short line, "rank 1: ValueError: bad"; None for nothing."""
+    lines = ": ".join(filter(None, parts)).strip().splitlines()
+    if not lines:
+        return None
+    return _shortened(lines[0], MAX_REPR)
+
+
+# How SLURM ended a job, where that explains the end of a run.
+_JOB_ENDS = ("TIMEOUT", "DEADLINE", "OUT_OF_MEMORY", "PREEMPTED", "NODE_FAIL",
+             "BOOT_FAIL", "CANCELLED")  # fmt: skip
+_job_ends: dict[str, str | None] = {}  # what sacct told of a job; it is asked once
+
+
+def _unexplained_job(run: Run) -> str | None:
+    """Return the SLURM job of a run that was killed or is lost."""
+    status = run.status
+    if status.get("status") != "lost" and status.get("exit_reason") != "killed":
+        return None
+    job = _mapping(run.metadata, "launcher").get("SLURM_JOB_ID")
+    if not isinstance(job, str) or re.fullmatch(r"[0-9]{1,12}", job) is None:
+        return None
+    return job
+
+
+def _ask_sacct(runs: Iterable[Run]) -> None:
+    """Ask SLURM in one question how the jobs ended of runs that cannot tell it."""
+    jobs: dict[str, str | None] = {}
+    for run in runs:
+        job = _unexplained_job(run)
+        if job is not None and job not in _job_ends and len(jobs) < MAX_LISTED:
+            jobs[job] = None
+    if not jobs:
+        return
+    _job_ends.update(jobs)
+    command = ["sacct", "-n", "-P", "-o", "JobIDRaw,State", "-j", ",".join(jobs)]
+    try:
+        output = _run(command, timeout=SACCT_SECONDS)
+    except _Unknown:  # there is no SLURM here, or it does not answer
+        return
+    for line in output.decode("utf-8", "replace").splitlines():
+        # 4711|TIMEOUT
+        # 4711.batch|CANCELLED by 1000
+        name, _, state = line.partition("|")
+        job, _, step = name.partition(".")
+        word = state.split(" ")[0]
+        is_told = not step or word == "OUT_OF_MEMORY"
+        if is_told and job in jobs and word in _JOB_ENDS:
+            _job_ends[job] = f"SLURM says {word}"
+
+
+# Seeds: runs that differ in nothing else are one row, with mean and spread.
+
+
+class _Spread:
+    """Mean and sample standard deviation of the finite numbers among some values."""
+
+    def __init__(self, values: Iterable[object]) -> None:
+        numbers = [float(str(value)) for value in values if _is_finite(value)]
+        self.count = len(numbers)
+        self.mean: float | None = None
+        self.deviation: float | None = None
+        if numbers:
+            self.mean = sum(numbers) / len(numbers)
+        if self.mean is not None and len(numbers) > 1:
+            squares = [(number - self.mean) ** 2 for number in numbers]
+            self.deviation = (sum(squares) / (len(numbers) - 1)) ** 0.5
+
+
+class _Group:
+    """Runs of one script whose config is equal but for the keys folded over."""
+
+    def __init__(self, config: Facts, newest: Run) -> None:
+        self.config = config  # what they have in common, by "config.lr"
+        self.runs: list[Run] = []
+        self.started = newest.started
+        self.folder = newest.folder
+
+    def states(self) -> dict[str, int]:
+        states = [str(run.look_up("status")) for run in self.runs]
+        return {state: states.count(state) for state in states}
+
+    def spread(self, expression: _Expression) -> _Spread:
+        return _Spread(expression.value(run) for run in self.runs)
+
+    def value(self, expression: _Expression) -> object:
+        """Return what the group is sorted by."""
+        return self.spread(expression).mean
+
+    def warnings(self) -> Iterator[str]:
+        """Yield a sentence if the code or the packages differ between the runs."""
+        first = self.runs[0]
+        facts = _comparable_run(first)
+        others: dict[str, list[str]] = {"code": [], "packages": []}
+        for run in self.runs[1:]:
+            different = _differences(facts, _comparable_run(run))
+            for kind in others.keys() & different.keys():
+                others[kind].append(run.name)
+            run.forget()
+        for kind, names in others.items():
+            if names:
+                yield f"{kind} of {first.name} is not that of {_format_paths(names)}"
+
+
+def _select_groups(
+    root: StrPath, filters: _Filters, over: str
+) -> tuple[list[_Group], _Selection]:
+    """Return the runs that are asked for, folded over keys such as "seed".
+
+    They are sorted by the mean of what they are sorted by, else by the newest run.
+    """
+    selection = _Selection(root, filters)
+    runs = selection.candidates
+    runs.sort(key=lambda run: (run.started, run.folder), reverse=True)
+    _ask_sacct(runs)
+    keys = list(filter(None, map(str.strip, over.split(","))))
+    for key in keys:
+        selection.warnings += _unknown_key(_Expression(key), selection.everything)
+    shown, selection.unseen = _first_of(_fold_seeds(runs, keys), filters)
+    for group in shown:
+        selection.runs += [run.fill() for run in group.runs]
+        selection.warnings += group.warnings()
+    selection.differing = _differing_keys(runs)
+    return shown, selection
+
+
+def _fold_seeds(runs: Iterable[Run], keys: Iterable[str]) -> list[_Group]:
+    """Return groups of runs that differ only in these keys of the config."""
+    left_out: set[str] = set()
+    for key in keys:
+        left_out.update((key, f"config.{key}"))
+    groups: dict[str, _Group] = {}
+    for run in runs:
+        config = {k: v for k, v in run.flat_config.items() if k not in left_out}
+        same = _format_json([_script_of(run), sorted(config.items())])
+        groups.setdefault(same, _Group(config, run)).runs.append(run)
+        run.forget()
+    return list(groups.values())
+
+
+# One comparison: of two runs, of a run with here and now, of a run with its last
+# attempt.
+
+
+def _comparison(then: Run, now: Run | None) -> Differences:
+    """Return what differs between two runs, or between a run and here and now."""
+    if now is None:
+        return _differences(_comparable_run(then), _comparable_now(then))
+    return _differences(_comparable_run(then), _comparable_run(now))
+
+
+def _differences(then: Comparable, now: Comparable) -> Differences:
+    """Return [then, now] of what differs in the sections that both sides have."""
+    found: Differences = {}
+    for section in [section for section in then if section in now]:
+        before, after = then[section], now[section]
+        if before is None or after is None:
+            before = {"recorded": before is not None}
+            after = {"recorded": after is not None}
+        pairs = {key: [before.get(key), after.get(key)] for key in {**before, **after}}
+        different = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+        if different:
+            found[section] = different
+    return found
+
+
+def _comparable_run(run: Run) -> Comparable:
+    of_run = {"config": run.config, "determinism": _seeds(run)}
+    facts = _comparable({**run.metadata, **of_run})
+    code = facts["code"]
+    if code is not None:
+        patches = _patches_of(run)
+        if code.get("is_dirty") and not patches:
+            patches["uncommitted changes"] = f"not kept by {run.name}"
+        code.update(patches)
+    metrics = {k: v for k, v in run.metrics.items() if k not in ("step", "time")}
+    facts["metrics"] = metrics
+    return facts
+
+
+def _patches_of(run: Run) -> Facts:
+    """Return the texts of git.patch and of the patches of local packages."""
+    patches: Facts = {}
+    for path in sorted(run.path.glob("git*.patch")):
+        with _ignoring(OSError):
+            patches[path.name] = _read_bytes(path).decode("utf-8", "replace")
+    return patches
+
+
+def _seeds(run: Run) -> Facts:
+    at_start = _mapping(run.metadata, "determinism")
+    return {**at_start, **_mapping(run.status, "determinism")}
+
+
+def _comparable(metadata: Facts) -> Comparable:
+    """Return what can differ between two runs, by section; None: it is not known."""
+    config = _mapping(metadata, "config")
+    arguments = {key: value for key, value in config.items() if key != "command"}
+    git = _mapping(metadata, "git")
+    code = None
+    if "commit_full" in git:
+        keys = ("commit_full", "branch", "is_dirty", "remote_origin_url")
+        code = {key: git.get(key) for key in keys}
+        code.update({key: git.get(key) or [] for key in ("changed", "untracked")})
+    return {
+        "config": _flattened("", arguments),
+        "code": code,
+        "packages": _comparable_packages(metadata.get("pip_freeze")),
+        "machine": _comparable_machine(metadata),
+    }
+
+
+def _comparable_packages(lines: JSON) -> Facts | None:
+    """Return the version of each package, or where it was installed from.
+
+    numpy==1.26.4
+    pkg @ git+https://example.org/pkg@1a2b3c4
+    -e git+ssh://git@example.org/pkg.git@1a2b3c4#egg=pkg
+    -e /home/ann/pkg
+    """
+    if not isinstance(lines, list):
+        return None
+    packages: Facts = {}
+    for line in map(str, lines):
+        name, version = line, line
+        named = re.match(r"([^=@<> ]+)( ?@ ?|==)(.*)", line)
+        egg = re.search(r"#egg=([^&]+)", line)
+        if line.startswith("-e ") and egg is not None:
+            name = egg[1]
+        elif named is not None and not line.startswith("-e "):
+            name, version = named[1], named[3]
+        packages[name.lower().replace("_", "-")] = version
+    return packages
+
+
+# Other in every run, or not known of older ones.
+_UNEQUAL = ("memory_kib", "hash_randomization", "random_state", "numpy_state")
+
+
+def _comparable_machine(metadata: Facts) -> Facts:
+    python = _mapping(metadata, "python")
+    machine: Facts = {
+        "hostname": metadata.get("hostname"),
+        "python": _text(python.get("version")).split(" ")[0],
+        "executable": python.get("executable"),
+        "container": _mapping(metadata, "container").get("image"),
+    }
+    for section in ("platform", "cuda", "determinism"):
+        machine.update(_mapping(metadata, section))
+    return {key: value for key, value in machine.items() if key not in _UNEQUAL}
+
+
+def _comparable_now(run: Run) -> Comparable:
+    """Return the same of here and now; it has no config, metrics or seeds.
+
+    The code is that of the repository in which the run ran, and its patch begins where
+    the run's does, so that an unchanged tree gives the same text.
+    """
+    then = _mapping(run.metadata, "git")
+    site = _Site.here()
+    site.run_dir = run.folder
+    site.results_root = str(_results_root(run.path.parent))
+    site.script = None
+    site.loaded = _files_of_patch(run)
+    for folder in (then.get("directory"), then.get("root")):
+        if isinstance(folder, str) and os.path.isdir(folder):
+            site.directory = folder
+    repository = _Repository.of(site)
+    base = _mapping(then, "base").get("commit")
+    if isinstance(base, str):
+        repository.wanted = base
+    record = _Unwritten(run)
+    now = _quick_metadata(site, None)
+    _collect(now, "git", lambda: _git(site, repository))
+    _collect(now, "git.patch", lambda: _git_patch(site, record, repository))
+    _collect(now, "pip_freeze", _Packages(site, record).lines)
+    _collect(now, "container", _container)
+    _collect(now, "cuda", _cuda)
+    now["determinism"] = _seeds(run)
+    loaded = _mapping(run.metadata, "cuda").get("torch_cuda_version")
+    now["cuda"] = {**_mapping(now, "cuda"), "torch_cuda_version": loaded}
+    facts = _comparable(now)
+    if facts["code"] is not None:
+        facts["code"].update(record.patches)
+    del facts["config"]
+    return facts
+
+
+def _files_of_patch(run: Run) -> list[str]:
+    """Return where the files of git.patch are: all the code there is without git."""
+    top = _text(_mapping(_mapping(run.metadata, "git"), "patch").get("root"))
+    patch = _patches_of(run).get("git.patch", "")
+    names = re.findall(r"^\+\+\+ b/(.+)", patch, re.M)
+    return [os.path.join(top, name) for name in names]
+
+
+class _Unwritten(_Record):
+    """A record that keeps in memory what would be the patches of a run."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run.path, 1, _results_root(run.path.parent))
+        self.metadata = run.metadata
+        self.patches: Facts = {}
+
+    def write_bytes(self, name: str, data: bytes, durable: bool = False) -> None:
+        self.patches[name] = data.decode("utf-8", "replace")
+
+    def earlier_runs(self) -> Iterator[Path]:
+        return iter(())
+
+    def earlier_metadata(self) -> Facts | None:
+        """Return that of the run itself: what has not changed is taken from there."""
+        return self.metadata
+
+
+# Pruning: nothing goes that somebody may still need, and nothing without being asked.
+
+
+class _Prunable:
+    """A run that was asked for, and why it must stay, if it must."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.refusal = _why_it_stays(run)
+        self.size = sum(_file_sizes(run.folder).values())
+
+    def to_json(self) -> Facts:
+        return {
+            "run_dir": self.run.folder,
+            "status": self.run["status"],
+            "size": self.size,
+            "refused": self.refusal,
+        }
+
+
+def _prunable_runs(
+    root: StrPath, filters: _Filters
+) -> tuple[list[_Prunable], _Selection]:
+    """Return the runs that are asked for, and for each why it must stay, or None."""
+    selection = _select_runs(root, filters)
+    return [_Prunable(run) for run in selection.runs], selection
+
+
+def _why_it_stays(run: Run) -> str | None:
+    """Return why a run is not thrown away, or None."""
+    if _status_now(run.folder).get("status") in ("running", "unknown"):
+        return "it may be running"
+    if run.used_by:
+        return f"{run.used_by[0]} used it"
+    for tag in _tags(run.notes):
+        return f"it is tagged {tag}"
+    if any(note.get("text") for note in run.notes):
+        return "it has a note"
+    return None
+
+
+def _prune(root: str, prunable: _Prunable, purge: bool) -> str | None:
+    """Move a run to ROOT/.trash, or delete it; return where it is now.
+
+    Raises OSError where that fails, and ValueError for a run that must stay.
+    """
+    import shutil
+
+    run = prunable.run
+    as_it_is_now = Run(run.folder, row=False)  # somebody may have noted something
+    as_it_is_now.lineage = run.lineage
+    refusal = prunable.refusal or _why_it_stays(as_it_is_now)
+    if refusal is not None:
+        raise ValueError(f"{run.name} stays: {refusal}")
+    if purge:
+        shutil.rmtree(run.folder)
+        return None
+    inside = os.path.relpath(run.folder, root)
+    if inside.startswith(os.curdir):
+        inside = run.name  # found through a link, or given as the root itself
+    wanted = os.path.join(root, TRASH_FOLDER, inside)
+    place = wanted
+    number = 1
+    while os.path.lexists(place):
+        number += 1
+        place = f"{wanted}-{number}"
+    os.makedirs(os.path.dirname(place), exist_ok=True)
+    os.rename(run.folder, place)
+    return place
+
+
+# Small things about values of JSON files.
+
+
+def _mapping(facts: object, key: str) -> Facts:
+    """Return `facts[key]` if that is a mapping, else an empty one."""
+    if isinstance(facts, dict):
+        value = facts.get(key)
+        if isinstance(value, dict):
+            return value
+    return {}
+
+
+def _those(value: object, kind: type[_Item]) -> list[_Item]:
+    """Return the items of this kind in a list; nothing of anything else."""
+    if not isinstance(value, list):
+        return []
+    return [item for item in value if isinstance(item, kind)]
+
+
+def _texts(value: object) -> list[str]:
+    return _those(value, str)
+
+
+def _text(value: object) -> str:
+    """Return a value of a JSON file as one short line."""
+    if isinstance(value, str):
+        text = value
+    elif isinstance(value, float):
+        text = f"{value:.6g}"
+    else:
+        try:
+            text = json.dumps(value, default=str)
+        except (ValueError, RecursionError):  # a number of 5,000 digits, deep nesting
+            text = f"<{type(value).__name__}>"
+    if len(text) > MAX_MESSAGE:
+        return text[:MAX_MESSAGE] + "..."
+    return text
+
+
+def _number(value: object) -> float | None:
+    """Return a number, or a text that is one, as float; None for anything else."""
+    if type(value) is float:
+        return value
+    if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        with _ignoring(ValueError, OverflowError):
+            return float(value)
+    return None
+
+
+def _is_finite(value: object) -> bool:
+    """Tell whether a value is a number that is neither infinite nor NaN."""
+    number = _number(value)
+    return number is not None and number - number == 0
+
+
+def _as_float(value: JSON) -> JSON:
+    """Return the float that "NaN", "Infinity" and "-Infinity" stand for in our JSON."""
+    if isinstance(value, str) and value in ("NaN", "Infinity", "-Infinity"):
+        return float(value)
+    return value
+
+
+def _with_floats(value: JSON, depth: int = 0) -> JSON:
+    """Return plain data with floats for the texts that stand for NaN and infinities.
+
+    What is nested more deeply than anything that we write is left out.
+    """
+    if depth > MAX_DEPTH:
+        return "<nested too deeply>"
+    if isinstance(value, dict):
+        return {key: _with_floats(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_floats(item, depth + 1) for item in value]
+    return _as_float(value)
+
+
+def _tags(notes: Iterable[Facts]) -> list[str]:
+    """Return the tags that are in force after all notes, in their order."""
+    tags: dict[str, None] = {}
+    for note in notes:
+        added, taken = _texts(note.get("tags")), _texts(note.get("untag"))
+        for tag in [*added, *taken]:
+            tags.pop(tag, None)
+        tags.update(dict.fromkeys(tag for tag in added if tag and tag not in taken))
+    return list(tags)
+
+
+def _unreadable(error: Exception, path: str) -> str:
+    """Return the sentence for what cannot be read; raise what is the program's own."""
+    if _is_foreign(error):
+        raise error
+    why = str(error)
+    if isinstance(error, PermissionError):
+        why = "permission denied"
+    elif isinstance(error, OSError) and error.strerror:
+        why = error.strerror
+    return f"{path!r} cannot be read: {why}"
+
+
+# === Showing ===
+# First a model: the columns of a table, or the paragraphs of a page. Text, Markdown,
+# CSV and HTML render it, and there all that comes from a run directory is escaped.
+
+
+if TYPE_CHECKING:
+    from typing import TypeVar
+
+    T = TypeVar("T")
+    Paragraph = tuple[str, list[str]]  # a name, and lines
+
+
+class _Column:
+    """One column of a table: a heading, and for each row a value and its text.
+
+    Where there is no room the highest `rank` is left out first, and 0 never; what is
+    `beneath` goes on a line of its own below its row.
+    """
+
+    def __init__(
+        self, heading: str, values: Sequence[object],
+        texts: Iterable[str] | None = None, rank: int = 0, beneath: bool = False,
+    ) -> None:
+        if texts is None:
+            texts = map(_cell_text, values)
+        self.heading = _visible_text(heading)
+        self.values = list(values)
+        self.texts = [_visible_text(text) for text in texts]
+        self.rank = rank
+        self.beneath = beneath
+        self.is_name = heading == "run"
+        known = [value for value in values if value is not None]
+        self.is_number = bool(known) and all(map(_is_number_value, known))
+
+    def is_empty(self) -> bool:
+        return not any(self.texts)
+
+    def cells(self) -> list[str]:
+        return [self.heading, *self.texts]
+
+    def width(self) -> int:
+        """Return the columns of the terminal that it would like to have."""
+        return max(map(_width, self.cells()))
+
+    def least(self) -> int:
+        """Return the columns that it must have: a number is never cut."""
+        if self.is_name:
+            return min(self.width(), NAME_WIDTH)
+        heading, longest = _width(self.heading), max(map(_width, self.texts))
+        if not self.is_number:
+            longest = min(longest, TEXT_WIDTH)
+        if self.rank > 0:
+            heading = min(heading, TEXT_WIDTH)
+        return max(heading, longest)
+
+    def fitted(self, text: str, width: int) -> str:
+        """Return the heading or a text of this column in exactly `width` columns."""
+        if self.is_name:
+            return _short_name(text, width)
+        if self.is_number:
+            text = " " * (width - _width(text)) + text
+        return _cut(text, width)
+
+
+def _is_number_value(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _cell_text(value: object) -> str:
+    """Return a value as it stands in a table: nothing for what is not there."""
+    if value is None:
+        return ""
+    return _text(value)
+
+
+# --- The columns and rows of `list`.
+
+
+def _run_columns(
+    runs: Sequence[Run], root: StrPath, differing: Mapping[str, Sequence[str]],
+    asked: Sequence[str] = (), whole: bool = False,
+) -> list[_Column]:
+    """Return the columns of some runs, metrics before config.
+
+    `differing` has by script the keys of the config that differ. `asked` is what
+    somebody sorted by or asked for: "max(acc)". `whole` adds inputs and users.
+    """
+    names = [os.path.relpath(run.path, root) for run in runs]
+    ages = [_age(run) for run in runs]
+    times = [_duration(run) for run in runs]
+    counts = [len(run.outputs) for run in runs]
+    metrics = [key for run in runs for key in run if key.startswith("metrics.")]
+    config = [key for run in runs for key in differing.get(run["script_name"], ())]
+    columns = [
+        _Column("run", names),
+        _Column("status", [_status_text(run) for run in runs]),
+        _Column("age", ages, map(_format_seconds, ages), rank=3),
+        _Column("time", times, map(_format_seconds, times), rank=5),
+        *(_Column(text, [_Expression(text).value(run) for run in runs])
+          for text in dict.fromkeys(asked) if text not in _COLUMN_OF),
+        *_key_columns(runs, metrics, asked, 1, 4),
+        *_key_columns(runs, config, asked, 2, 6),
+        _Column("outputs", counts, map(_outputs_text, runs), rank=7),
+        _Column("why", [run["reason"] for run in runs], beneath=True),
     ]  # fmt: skip
+    if whole:
+        columns.append(_Column("inputs", [", ".join(run.inputs) for run in runs]))
+        columns.append(_Column("used by", [", ".join(run.used_by) for run in runs]))
+    columns.append(_Column("notes", [_notes_text(run) for run in runs], beneath=True))
+    for column in columns:
+        if column.heading in [_COLUMN_OF.get(text) for text in asked]:
+            column.rank = 0
+    return columns
 
 
 _NO_METRICS = ("step", "time")
+_COLUMN_OF = {  # some keys: the heading of the column that shows them
+    "name": "run", "status": "status", "started_utc": "age", "duration_seconds": "time",
+    "outputs": "outputs", "size": "outputs", "reason": "why", "tags": "notes",
+}  # fmt: skip
 
 
-def _format_notes(run: Run) -> str:
-    texts = [_text(note["text"]) for note in run.notes if note.get("text")]
-    return " ".join([*(f"[{tag}]" for tag in run["tags"]), "; ".join(texts)]).strip()
+def _key_columns(
+    rows: Sequence[Mapping[str, object]], keys: Iterable[str], asked: Sequence[str],
+    first: int, others: int,
+) -> Iterator[_Column]:
+    """Yield a column for each key, what most rows have before what few have."""
+    counts = {key: sum(key in row for row in rows) for key in dict.fromkeys(keys)}
+    rank = first
+    for key in sorted(counts, key=lambda key: -counts[key]):
+        short = key.partition(".")[2]
+        if counts[key] and not {key, short}.intersection((*asked, *_NO_METRICS)):
+            texts = [_spread_text(row, key) for row in rows]
+            yield _Column(short, [row.get(key) for row in rows], texts, rank)
+            rank = others
 
 
-def _print_table(rows: list[list[str]]) -> None:
-    """Print rows in columns; where the terminal is narrow, cut or wrap the last ones.
+def _status_text(run: Run) -> str:
+    """Return "success", or "success (2 attempts)"."""
+    if run["attempts"] > 1:
+        return f"{run['status']} ({run['attempts']} attempts)"
+    return str(run["status"])
 
-    The first five columns stay whole: names are there to be copied.
+
+def _age(run: Run) -> float | None:
+    """Return how many seconds ago a run was started."""
+    started = _seconds(run["started_utc"])
+    if started is None:
+        return None
+    return time.time() - started
+
+
+def _duration(run: Run) -> float | None:
+    """Return how many seconds a run took, or has been running."""
+    if run["status"] == "running":
+        return _age(run)
+    return _number(run["duration_seconds"])
+
+
+def _outputs_text(run: Run) -> str:
+    """Return how many files a run left: "2 (2.05 kB)"."""
+    if not run.outputs:
+        return "empty"
+    return f"{len(run.outputs)} ({_format_size(sum(run.outputs.values()))})"
+
+
+def _notes_text(run: Run) -> str | None:
+    """Return "[canonical] looks good; but slow"."""
+    words = [f"[{tag}]" for tag in run["tags"]]
+    words.append("; ".join(_note_texts(run)))
+    return " ".join(filter(None, words)) or None
+
+
+def _note_texts(run: Run) -> list[str]:
+    return [_text(note["text"]) for note in run.notes if note.get("text")]
+
+
+def _run_row(run: Run, root: StrPath, shown: Iterable[str] = ()) -> Facts:
+    """Return a run as `list --json` and `--csv` give it to programs."""
+    row: Facts = {
+        "path": os.path.relpath(run.path, root),
+        "outputs": len(run.outputs),
+        "size": sum(run.outputs.values()),
+        "inputs": run.inputs,
+        "used_by": run.used_by,
+        **run,
+        "notes": _note_texts(run),
+        "problems": run.problems,
+    }
+    for text in shown:
+        row.setdefault(text, _Expression(text).value(run))
+    return row
+
+
+def _group_row(group: _Group, asked: Iterable[str]) -> Facts:
+    """Return runs that differ only in their seeds as one row: means and deviations."""
+    first = group.runs[0]  # the newest
+    states = group.states().items()
+    row: Facts = {
+        "run": first.name,
+        "runs": len(group.runs),
+        "status": ", ".join(f"{count} {state}" for state, count in states),
+        "script_name": first["script_name"],
+        **group.config,
+    }
+    metrics = [key for run in group.runs for key in run if key.startswith("metrics.")]
+    for key in dict.fromkeys([*metrics, *asked]):
+        spread = group.spread(_Expression(key))
+        if spread.mean is not None and key not in row:
+            row[key] = spread.mean
+            row[f"{key} deviation"] = spread.deviation
+            row[f"{key} count"] = spread.count
+    return row
+
+
+def _group_columns(
+    rows: Sequence[Facts], differing: Mapping[str, Sequence[str]], asked: Sequence[str]
+) -> list[_Column]:
+    """Return the columns of groups: means as "0.912 ± 0.021 (5)"."""
+    config = [key for keys in differing.values() for key in keys]
+    means = [key for row in rows for key in row if f"{key} count" in row]
+    columns = []
+    for key in dict.fromkeys(["run", "runs", "status", *asked]):
+        values = [row.get(key, row.get(f"config.{key}")) for row in rows]
+        columns.append(_Column(key, values, [_spread_text(row, key) for row in rows]))
+    columns += _key_columns(rows, means, [*asked, *config], 1, 4)
+    columns += _key_columns(rows, config, asked, 2, 6)
+    return columns
+
+
+def _spread_text(row: Mapping[str, object], key: str) -> str:
+    """Return a value; of a group "0.912 ± 0.021 (5)": mean, deviation, how many."""
+    value = row.get(key, row.get(f"config.{key}"))
+    if row.get(f"{key} deviation") is None:
+        return _cell_text(value)
+    return f"{value:.4g} ± {row[f'{key} deviation']:.2g} ({row[f'{key} count']})"
+
+
+# --- Tables.
+
+
+def _print_columns(columns: Sequence[_Column], form: str | None) -> None:
+    """Print a table as Markdown ("md") or as text."""
+    columns = [c for c in columns if not c.is_empty() or not (c.rank or c.beneath)]
+    if form == "md":
+        heading, *rows = zip(*map(_Column.cells, columns))
+        for row in [heading, ["---"] * len(columns), *rows]:
+            print(f"| {' | '.join(map(_markdown, row))} |")
+        print()
+    elif columns[0].texts:
+        _print_table(columns)
+
+
+def _print_table(columns: Sequence[_Column]) -> None:
+    """Print a table; where the terminal is narrow, shorten and leave out."""
+    for column in columns:
+        column.texts = [_printable(text) for text in column.texts]
+    room = _terminal_width() or sys.maxsize
+    widths = {column: column.width() for column in columns}
+    beneath: list[_Column] = []
+    if _total(widths) > room:
+        beneath = [column for column in columns if column.beneath]
+        widths = _shortened_widths([c for c in columns if not c.beneath], room)
+    rows = [[c.fitted(cell, widths[c]) for cell in c.cells()] for c in widths]
+    below = [["", *column.texts] for column in beneath]
+    lines = []
+    for number in range(len(columns[0].texts) + 1):
+        lines.append("  ".join(cells[number] for cells in rows))
+        text = "  ".join(filter(None, [texts[number] for texts in below]))
+        if text:
+            lines.append(f"    {text}")
+    left_out = [c.heading for c in columns if c not in widths and c not in beneath]
+    if left_out:
+        lines.append(f"not shown: {', '.join(left_out)}")
+    for line in lines:
+        print(_cut(line.rstrip(), room).rstrip())
+
+
+def _shortened_widths(columns: Sequence[_Column], room: int) -> dict[_Column, int]:
+    """Return the widths of the columns for which there is room.
+
+    The run's name is shortened first, then other texts; then columns go. What room is
+    left is given back, to the name first.
     """
-    rows = [[_printable(cell) for cell in row] for row in rows]
-    kept = [n for n, cells in enumerate(zip(*rows)) if n < 5 or any(cells[1:])]
-    rows = [[row[n] for n in kept] for row in rows]
-    widths = [max(map(_width, cells)) for cells in zip(*rows)]
-    room = _terminal_width() or sum(widths) + 2 * len(widths)
-    while sum(widths[5:]) > 0 and sum(widths) + 2 * len(widths) - 2 > room:
-        widest = max(range(5, len(widths)), key=lambda n: widths[n])
-        widths[widest] -= 1
-    wrapped = min([12, *widths[5:]]) < min([12, *(len(cell) for cell in rows[0][5:])])
-    for number, row in enumerate(rows):
-        cells = [_cut(cell, width) for cell, width in zip(row, widths)]
-        print(_cut("  ".join(cells[:5] if wrapped else cells), room).rstrip())
-        rest = "  ".join(filter(None, row[5:]))
-        if wrapped and number and rest:
-            print(_cut(f"    {rest}", room).rstrip())
+    widths = {column: column.width() for column in columns}
+    for column in columns:  # the name is the first
+        excess = max(_total(widths) - room, 0)
+        widths[column] = max(column.least(), widths[column] - excess)
+    while _total(widths) > room:
+        last = max(reversed(list(widths)), key=lambda column: column.rank)
+        if last.rank == 0:
+            break
+        del widths[last]
+    for column in widths:
+        spare = max(room - _total(widths), 0)
+        widths[column] = min(column.width(), widths[column] + spare)
+    return widths
+
+
+def _total(widths: Mapping[_Column, int]) -> int:
+    """Return the width of a line with two blanks between the columns."""
+    return sum(widths.values()) + 2 * len(widths) - 2
 
 
 def _terminal_width() -> int | None:
     """Return COLUMNS, else the width of the terminal, None where there is none."""
-    with contextlib.suppress(ValueError, OSError):
-        return int(os.environ.get("COLUMNS") or os.get_terminal_size(1).columns) or None
+    with _ignoring(AttributeError, ValueError, OSError):  # stdout may be closed
+        columns = os.environ.get("COLUMNS")
+        return int(columns or os.get_terminal_size(sys.stdout.fileno()).columns) or None
     return None
 
 
@@ -4876,254 +11350,439 @@ def _width(text: str) -> int:
         return len(text)
     import unicodedata
 
-    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
-    return len(text) + wide - sum(map(bool, map(unicodedata.combining, text)))
+    wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
+    return len(text) + wide - sum(unicodedata.combining(letter) > 0 for letter in text)
 
 
 def _cut(text: str, width: int) -> str:
-    """Return the text in exactly so many columns."""
+    """Return the text in exactly `width` columns; an ellipsis stands for the rest."""
+    if width == sys.maxsize:
+        return text
     if _width(text) > width:
         text = text[:width]
-        while text and _width(text) > width - 3:
+        while text and _width(text + _dots()) > width:
             text = text[:-1]
-        text = (text + "...")[:width]
+        text = (text + _dots())[:width]
     return text + " " * (width - _width(text))
 
 
-def _print_csv(rows: list[dict[str, Any]]) -> None:
-    """Print CSV (RFC 4180); what a spreadsheet would take for a formula gets a '."""
+def _dots() -> str:
+    """Return an ellipsis that stdout can show."""
+    if _printable("…") == "…":
+        return "…"
+    return "..."
+
+
+def _short_name(name: str, width: int) -> str:
+    """Return the name of a run in `width` columns, so that it still finds the run.
+
+    "train-20260131-142501-1a2b3c4" becomes "train-20260131-142501", without the
+    commit, then "tra…0131-142501".
+    """
+    if _width(name) > width:
+        commit = r"(?<=\d{8}-\d{6})-[0-9a-f]{7,40}(?=(-\d+)?$)"
+        name = re.sub(commit, _dots(), name).removesuffix(_dots())
+    if _width(name) > width:
+        stamp = re.search(r"\d{4}-\d{6}(\D+\d+)?$", name)
+        end = name[-(width // 2) :]
+        if stamp is not None:
+            end = stamp[0]
+        name = _cut(name[: -len(end)], max(width - _width(end), 0)) + end[-width:]
+    return _cut(name, width)
+
+
+def _markdown(text: str) -> str:
+    """Return a text in which GitHub finds no markup, link, @name, #number or $math$.
+
+    What is more than plain words goes into a code span.
+    """
+    text = _printable(text)
+    links = re.search(r"www\.|GH-\d|[0-9a-f]{7}", text, re.I)
+    if links is None and re.fullmatch(r"[A-Za-z0-9 .,+%()/-]*", text):
+        return text
+    if not re.search(r"[`|\\]", text):
+        return f"`{text}`"
+    coded = re.sub(r"[^A-Za-z0-9 ]", lambda found: f"&#{ord(found[0])};", text)
+    return f"<code>{coded}</code>"
+
+
+def _print_csv(rows: Sequence[Facts]) -> None:
+    """Print CSV (RFC 4180): a line of keys, and one for each row."""
     import csv
 
-    keys = list(dict.fromkeys(key for row in rows for key in row))
+    keys = dict.fromkeys(key for row in rows for key in row)
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(map(_csv_cell, keys))
-    for row in rows:
-        values = [row.get(key) for key in keys]
-        writer.writerow([v if type(v) is float else _csv_cell(v) for v in values])
+    writer.writerow([_csv_cell(key) for key in keys])
+    writer.writerows([_csv_cell(row.get(key)) for key in keys] for row in rows)
 
 
-def _csv_cell(value: Any) -> str:
-    text = "" if value is None else _printable(_text(value))
-    return f"'{text}" if re.match(r"[=+@\t\r]|-(?![\d.])", text) else text
+def _csv_cell(value: object) -> object:
+    """Return a value for a spreadsheet: numbers stay numbers, no text is a formula."""
+    if _is_number_value(value):
+        return value
+    text = _printable(_cell_text(value))
+    is_number = re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", text, re.A | re.I)
+    if re.match(r"\s*[-=+@\uff0b\uff0d\uff1d\uff20]", text) and not is_number:
+        return f"'{text}"
+    return text
 
 
-def _print_markdown(rows: list[list[str]]) -> None:
-    """Print a table of GitHub's Markdown; nothing in a cell is markup."""
-    for number, row in enumerate(rows):
-        cells = [re.sub(r"([\\`*_{}\[\]<>|#~&])", r"\\\1", _printable(c)) for c in row]
-        print(f"| {' | '.join(cells)} |")
-        if number == 0:
-            print("|" + " --- |" * len(row))
-    print()
+def _html_table(columns: Sequence[_Column]) -> str:
+    used = [column for column in columns if not column.is_empty()]
+    lines = ["<table>"]
+    tag = "th"
+    for row in zip(*map(_Column.cells, used)):
+        cells = [f"<{tag}>{_html(text)}</{tag}>" for text in row]
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+        tag = "td"
+    return "\n".join([*lines, "</table>"])
 
 
-def _format_size(size: float) -> str:
-    """Return "512 B", "1.5 MB": bytes by powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if size < 999.5 or unit == "TB":
-            return f"{size:.3g} {unit}" if size < 999.5 else f"{size:.0f} {unit}"
-        size /= 1000
-    return "?"
+def _html(text: str) -> str:
+    """Escape a text for HTML, in attributes too."""
+    marks = {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#39;"}
+    return re.sub("[&<>\"']", lambda found: marks[found[0]], _visible_text(text))
 
 
-def _format_seconds(seconds: Any) -> str:
-    """Return "0.25s", "14s", "3m20s", "2h05m", "5d03h", "?" for what is no time."""
-    if not isinstance(seconds, (int, float)) or not -1e12 < seconds < 1e12:
-        return "?"
-    if seconds < 59.5:
-        return f"{max(seconds, 0):.2g}s" if seconds < 10 else f"{seconds:.0f}s"
-    minutes, hours, days = seconds // 60, seconds // 3600, seconds // 86400
-    if hours < 1:
-        return f"{minutes:.0f}m{seconds % 60:02.0f}s"
-    if days < 1:
-        return f"{hours:.0f}h{minutes % 60:02.0f}m"
-    return f"{days:.0f}d{hours % 24:02.0f}h"
+# --- Paragraphs: of `inspect` and `diff`.
 
 
-def _series(run: Run) -> dict[str, list[float]]:
-    """Return the numbers of each metric in their order."""
-    series: dict[str, list[float]] = {}
-    for row in _read_lines(run.path / "metrics" / "metrics.jsonl", MAX_READ):
-        for key, value in row.items():
-            number = None if key in _NO_METRICS else _number(value)
-            if number is not None:
-                series.setdefault(key, []).append(number)
-    return series
+def _print_paragraphs(paragraphs: Iterable[Paragraph]) -> None:
+    """Print each paragraph: its name at the left, its lines beside it."""
+    for line in _paragraph_lines(paragraphs):
+        print(line)
 
 
-def _format_inspect(
-    run: Run, facts: Mapping[str, Any]
-) -> Iterator[tuple[str, list[str]]]:
-    """Yield the paragraphs of `inspect`: a name and lines."""
-    status, metadata = run.status, run.metadata
-    known = {"user": "?", "hostname": "?", "working_dir": "?", **metadata}
-    packages = metadata.get("pip_freeze")
-    count = len(packages) if isinstance(packages, list) else "no list of"
-    version = _text(_mapping(metadata, "python").get("version", "?")).split(" ")[0]
-    machine = _mapping(metadata, "platform").get("platform", "?")
-    config = {k: v for k, v in run.config.items() if k != "command"}
-    captures = _mapping(metadata, "capture")
-    problems = {name: _mapping(captures, name).get("problem") for name in captures}
-    started = "{} by {user} on {hostname} in {working_dir}"
-    yield "run", [str(run.path)]
-    yield "status", [_format_end(status), *_format_attempts(run)]
-    yield "why", _format_why(status, run.path)
-    yield "command", [_text(metadata.get("command", run.config.get("command", "?")))]
+def _paragraph_lines(paragraphs: Iterable[Paragraph]) -> Iterator[str]:
+    """Yield the lines of paragraphs; one without lines is left out."""
+    for name, lines in paragraphs:
+        for line in lines:
+            yield f"{name:<10}{_printable(line.expandtabs(4))}".rstrip()
+            name = ""
+
+
+def _inspected(run: Run) -> Facts:
+    """Return a run as `inspect --json` gives it to programs."""
+    names = (
+        "status", "attempts", "config", "metadata", "summary", "outputs", "used_by",
+        "notes", "problems",
+    )  # fmt: skip
+    facts: Facts = {name: getattr(run, name) for name in names}
+    facts.update(run_dir=str(run.path), tags=run["tags"], metrics=_number_series(run))
+    facts["now"] = _differences_from_now(run)
+    return facts
+
+
+def _run_paragraphs(run: Run) -> Iterator[Paragraph]:
+    """Yield what `inspect` shows: first how the run ended, and why."""
+    metadata = run.metadata
+    yield from _live_paragraphs(run)
+    yield "command", [_command_of(run)]
     yield "code", [_format_code(_mapping(metadata, "git"))]
-    yield "started", [started.format(run["started_utc"] or "?", **known)]
-    yield "python", [f"{version} on {machine}; {count} packages"]
-    lines = list(_yaml_lines(_yaml_tree(config))) if config else []
-    more = [f"... {len(lines) - MAX_SHOWN} more lines"] * (len(lines) > MAX_SHOWN)
-    yield "config", lines[:MAX_SHOWN] + more
-    yield "inputs", [_format_input(entry) for entry in _read_inputs(run.path)]
-    yield "used by", facts["used_by"][:MAX_SHOWN]
-    series = facts["metrics"].items()
-    yield "metrics", [_format_series(name, values) for name, values in series]
+    yield "started", [_format_start(run)]
+    config = {key: value for key, value in run.config.items() if key != "command"}
+    if config:
+        yield "config", _first(_format_yaml(config).splitlines())
+    yield "inputs", _first([_format_input(entry) for entry in _read_inputs(run.path)])
+    yield "used by", _first(run.used_by)
     yield "outputs", _format_outputs(run)
-    yield "now", [f"{key}: {value}" for key, value in facts["now"].items()]
-    yield "tags", [" ".join(run["tags"])] if run["tags"] else []
-    fields = ("timestamp_utc", "user", "text")
-    notes = [[_text(note.get(field) or "") for field in fields] for note in run.notes]
-    yield "notes", ["{} {}: {}".format(*note) for note in notes if note[2]]
-    unread = [] if metadata or run.problems else ["metadata.json: missing"]
-    unread += [f"{name}: {_text(why)}" for name, why in problems.items() if why]
-    yield "problems", unread + run.problems
+    yield "resources", _format_resources(_mapping(metadata, "resources"))
+    changes = _differences_from_now(run)
+    yield "now", [f"{key}: {change}" for key, change in changes.items()]
+    if run["tags"]:
+        yield "tags", [" ".join(run["tags"])]
+    yield "notes", _format_notes(run)
+    captures = _mapping(metadata, "capture")
+    whys = {name: _mapping(captures, name).get("problem") for name in captures}
+    problems = [f"{name}: {_text(why)}" for name, why in whys.items() if why]
+    if not metadata and not run.problems:
+        problems.append("metadata.json: missing")
+    yield "problems", problems + run.problems
 
 
-def _format_end(status: Mapping[str, Any]) -> str:
+def _live_paragraphs(run: Run) -> Iterator[Paragraph]:
+    """Yield what changes while a run is running, for `inspect --follow`."""
+    yield "run", [str(run.path)]
+    yield "status", _first([_format_end(run.status), *_format_attempts(run)])
+    yield "why", _format_why(run)
+    yield "metrics", _format_metrics(run)
+
+
+def _first(lines: Sequence[str]) -> list[str]:
+    """Return the first lines, and how many more there are."""
+    if len(lines) <= MAX_SHOWN:
+        return list(lines)
+    return [*lines[:MAX_SHOWN], f"... {len(lines) - MAX_SHOWN} more lines"]
+
+
+def _format_end(status: Facts) -> str:
     """Return "failed (exception), exit code 1, after 2h05m"."""
-    parts = [_text(status.get("status", "?"))]
+    text = _known_text(status, "status")
     if status.get("exit_reason"):
-        parts[0] += f" ({_text(status['exit_reason'])})"
+        text += f" ({_text(status['exit_reason'])})"
     if status.get("exit_code") is not None:
-        parts.append(f"exit code {_text(status['exit_code'])}")
-    took = _format_seconds(status.get("duration_seconds"))
-    return ", ".join([*parts, f"after {took}"] if took != "?" else parts)
+        text += f", exit code {_text(status['exit_code'])}"
+    if status.get("duration_seconds") is not None:
+        text += f", after {_format_seconds(status['duration_seconds'])}"
+    return text
 
 
-def _format_attempts(run: Run) -> list[str]:
-    if not run.attempts:
-        return []
-    took = _format_seconds(run["duration_seconds"])
-    total = f"{run['attempts']} attempts, {took} in all"
-    earlier = [_format_end(status) for status in run.attempts]
+def _format_attempts(run: Run) -> Iterator[str]:
+    """Yield how the earlier attempts of a resumed run ended, and what changed."""
+    if run.attempts:
+        took = _format_seconds(run["duration_seconds"])
+        yield f"{run['attempts']} attempts, {took} in all"
+    for number, status in enumerate(run.attempts, 1):
+        yield f"attempt {number}: {_format_end(status)}"
     changes = _mapping(run.metadata, "changes")
-    kinds = [kind.items() for kind in changes.values() if isinstance(kind, dict)]
-    pairs = [(k, v) for kind in kinds for k, v in kind if v and isinstance(v, list)]
-    changed = [line for key, v in pairs for line in _format_change(key, v[0], v[-1])]
-    lines = [f"attempt {n}: {text}" for n, text in enumerate(earlier, 1)]
-    return [total, *lines, *(f"changed since: {line}" for line in changed[:MAX_SHOWN])]
+    for section in changes:
+        for key, pair in _mapping(changes, section).items():
+            if isinstance(pair, list) and len(pair) == 2:
+                yield f"changed since: {_format_change(key, *pair)[0]}"
 
 
-def _format_why(status: Mapping[str, Any], run_dir: Path) -> list[str]:
-    """Return the exception, or the last output of a run that was killed or lost."""
-    exception, last = status.get("exception"), status.get("last_output")
-    rank = status.get("failed_rank")
-    who = "" if rank is None else f"rank {_text(rank)}: "
-    if isinstance(exception, dict):
-        frames = str(exception.get("traceback", "")).rstrip().splitlines()
-        what = f"{who}{exception.get('type')}: {exception.get('message')}"
-        return [what, *frames[-4:-1]]
-    if status.get("status") in ("lost", "?"):
-        last = _last_output(run_dir)
-    output = [f"  {line}" for line in last[-8:]] if isinstance(last, list) else []
-    problem = status.get("problem")
-    return [f"{who}{_text(problem)}", *output] if problem else output
+def _format_why(run: Run) -> list[str]:
+    """Return the reason and the last frames, or the last output of a failed run."""
+    status = run.status
+    trace = _mapping(status, "exception").get("traceback")
+    lines: list[str] = []
+    if isinstance(trace, str):
+        lines = trace.rstrip().splitlines()[-4:-1]
+    elif status.get("status") not in ("running", "success"):
+        lines = _texts(status.get("last_output")) or _last_output(run.path)
+        lines = [f"  {line}" for line in lines[-8:]]
+    if run["reason"]:
+        return [run["reason"], *lines]
+    return lines
 
 
-def _format_code(git: Mapping[str, Any]) -> str:
+def _format_code(git: Facts) -> str:
     """Return "1a2b3c4 on main, uncommitted changes, 2 commits not pushed, URL"."""
     if not git.get("commit_short"):
         return "no commit known"
+    patch = _mapping(git, "patch")
     branch = _text(git.get("branch") or "no branch")
     parts = [f"{_text(git['commit_short'])} on {branch}"]
-    parts.append("uncommitted changes" if git.get("is_dirty") else "")
-    parts.append(_format_count(git.get("unpushed"), "commit", "not pushed"))
-    kept = [_mapping(git, kind).get("file") for kind in ("patch", "bundle")]
-    names = " and ".join(map(_text, filter(None, kept)))
-    parts.append(f"kept in {names}" if names else "")
-    left_out = _mapping(git, "patch").get("left_out_count")
-    parts.append(_format_count(left_out, "file", "not kept"))
-    return ", ".join(filter(None, [*parts, _text(git.get("remote_origin_url") or "")]))
+    if git.get("is_dirty"):
+        parts.append("uncommitted changes")
+    if git.get("unpushed"):
+        parts.append(_format_count(git["unpushed"], "commit", "not pushed"))
+    if patch.get("file"):
+        parts.append(f"kept in {_text(patch['file'])}")
+    if patch.get("left_out_count"):
+        parts.append(_format_count(patch["left_out_count"], "file", "not kept"))
+    if git.get("remote_origin_url"):
+        parts.append(_text(git["remote_origin_url"]))
+    return ", ".join(parts)
 
 
-def _format_count(number: Any, noun: str, about: str = "") -> str:
-    """Return "2 files", "1 commit not pushed", or nothing for none."""
-    count = f"{_text(number)} {noun}{'s' * (number != 1)} {about}" if number else ""
-    return count.rstrip()
+def _known_text(facts: Facts, key: str) -> str:
+    """Return a value as one short line, "?" for what is missing."""
+    return _text(facts.get(key) or "?")
 
 
-def _format_input(entry: Mapping[str, Any]) -> str:
+def _format_start(run: Run) -> str:
+    """Return when, by whom, where and with what a run was started."""
+    metadata = run.metadata
+    user, host = _known_text(metadata, "user"), _known_text(metadata, "hostname")
+    folder = _known_text(metadata, "working_dir")
+    version = _known_text(_mapping(metadata, "python"), "version").split(" ")[0]
+    machine = _known_text(_mapping(metadata, "platform"), "platform")
+    who = f"{_known_text(run, 'started_utc')} by {user} on {host} in {folder}"
+    return f"{who}, Python {version} on {machine}"
+
+
+def _format_input(entry: Facts) -> str:
     """Return "key: run/path (success)", and what became of the file since."""
-    path = Path(_text(entry.get("run_dir", "?"))) / _text(entry["path"])
-    about = [_text(entry.get("status", "?"))]
-    if not path.exists():
-        about.append("not there now")
-    elif entry.get("mtime") not in (None, _utc(path.stat().st_mtime)):
-        about.append("changed since")
-    name = f"{_text(entry.get('run', '?'))}/{_text(entry['path'])}"
-    return f"{_text(entry.get('key', '?'))}: {name} ({', '.join(about)})"
-
-
-def _format_series(name: str, values: Sequence[float]) -> str:
-    """Return "loss: 0.1 (lowest 0.1, highest 2, 10 values) and a sparkline"."""
-    text = "{}: {:.6g} (lowest {:.6g}, highest {:.6g}, {} values) {}"
-    finite = [value for value in values if abs(value) < 1e300] or [float("nan")]
-    least, most = min(finite), max(finite)
-    line = _sparkline(finite) if len(values) > 1 else ""
-    return text.format(name, values[-1], least, most, len(values), line).rstrip()
-
-
-def _sparkline(values: Sequence[float], width: int = 24) -> str:
-    """Return the course of some numbers, such as "▇▄▂▁▁", on one line."""
-    blocks = "▁▂▃▄▅▆▇█"
+    name = _text(entry["path"])
+    about = _known_text(entry, "status")
     try:
-        blocks.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
-    except UnicodeEncodeError:
+        path = os.path.join(_known_text(entry, "run_dir"), name)
+        if entry.get("mtime") not in (None, _utc(os.stat(path).st_mtime)):
+            about += ", changed since"
+    except (OSError, ValueError):  # a name with a zero in it
+        about += ", not there now"
+    run = _known_text(entry, "run")
+    return f"{_known_text(entry, 'key')}: {run}/{name} ({about})"
+
+
+def _number_series(run: Run) -> dict[str, list[float]]:
+    """Return the numbers of each metric in their order."""
+    series = {}
+    for name, (values, _) in _all_series(run.path).items():
+        if name not in _NO_METRICS:
+            numbers = map(_number, values)
+            series[name] = [number for number in numbers if number is not None]
+    return series
+
+
+def _format_metrics(run: Run) -> list[str]:
+    """Return "loss: 0.1 (lowest 0.1, highest 2, 10 values) █▁" for each metric."""
+    lines = []
+    for name, values in _number_series(run).items():
+        finite = list(filter(_is_finite, values))
+        about = [_format_count(len(values), "value")]
+        if finite:
+            about.insert(0, f"lowest {min(finite):.6g}, highest {max(finite):.6g}")
+        if len(finite) < len(values):
+            about.append(f"{len(values) - len(finite)} not finite")
+        line = f"{name}: {_text(run.metrics.get(name))} ({', '.join(about)})"
+        lines.append(f"{line} {_sparkline(values)}")
+    return lines
+
+
+def _sparkline(values: Sequence[float]) -> str:
+    """Return the course of some numbers, such as "▇▄▂▁▁"; "x" is not finite."""
+    if len(values) < 2:
+        return ""
+    blocks = "▁▂▃▄▅▆▇█"
+    if _printable(blocks) != blocks:
         blocks = "_.-~=+*#"
-    count = min(width, len(values))
-    points = [values[(n + 1) * len(values) // count - 1] for n in range(count)]
-    least, most = min(points), max(points)
-    scale = (len(blocks) - 1) / ((most - least) or 1)
-    return "".join(blocks[int((point - least) * scale)] for point in points)
+    count = min(SPARKLINE_WIDTH, len(values))
+    # Halves, since the difference of two large numbers may be infinite.
+    points = [values[(n + 1) * len(values) // count - 1] / 2 for n in range(count)]
+    finite = list(filter(_is_finite, points)) or [0.0]
+    span = max(finite) - min(finite) or 1
+    letters = ["x"] * count
+    for number, point in enumerate(points):
+        if _is_finite(point):
+            letters[number] = blocks[int((point - min(finite)) / span * 7)]
+    return "".join(letters)
 
 
 def _format_outputs(run: Run) -> list[str]:
-    """Return a line for each folder, and the largest files."""
-    sizes = run.outputs
+    """Return how much is in each folder and at the top, and the largest files."""
+    _, names, _ = next(os.walk(run.path), ("", [], []))
+    folders: dict[str, list[int]] = {name: [] for name in names}
+    for path, size in run.outputs.items():
+        folder = os.path.dirname(path).partition("/")[0] or "at the top"
+        folders.setdefault(folder, []).append(size)
     lines = []
-    for folder in run.folders():
-        own = folder not in ("logs", "attempts")
-        inside = sizes if own else _file_sizes(run.path, folder)
-        found = [size for path, size in inside.items() if Path(path).parts[0] == folder]
-        many = f"{_format_count(len(found), 'file')}, {_format_size(sum(found))}"
-        lines.append(f"{folder}: {many if found else 'empty'}")
-    largest = sorted(sizes, key=lambda path: sizes[path], reverse=True)[:3]
-    names = ", ".join(f"{path} ({_format_size(sizes[path])})" for path in largest)
-    return [*lines, f"largest: {names}"] if largest else lines
+    for folder in sorted(set(folders) - {"logs", "attempts"}):
+        sizes = folders[folder]
+        about = f"{_format_count(len(sizes), 'file')}, {_format_size(sum(sizes))}"
+        if not sizes:
+            about = "empty"
+        lines.append(f"{folder}: {about}")
+    largest = sorted(run.outputs.items(), key=lambda pair: -pair[1])[:3]
+    if largest:
+        words = [f"{path} ({_format_size(size)})" for path, size in largest]
+        lines.append(f"largest: {', '.join(words)}")
+    return lines
 
 
-def _format_change(key: str, then: Any, now: Any) -> list[str]:
+def _format_resources(resources: Facts) -> list[str]:
+    """Return "processor 42 % mean, 99 % peak; memory 1.2 GB peak (proportional)".
+
+    A second line has the GPUs. Of a run so short that it has one sample: nothing.
+    """
+    figures = {key: _number(value) for key, value in resources.items()}
+    if (figures.get("samples") or 0) < 2:
+        return []
+    words = []
+    mean, peak = figures.get("cpu_percent_mean"), figures.get("cpu_percent_peak")
+    if mean is not None and peak is not None:
+        words.append(f"processor {mean:.0f} % mean, {peak:.0f} % peak")
+    memory = figures.get("memory_bytes_peak")
+    if memory is not None:
+        source = _text(resources.get("memory_source"))
+        words.append(f"memory {_format_size(memory)} peak ({source})")
+    gpus = []
+    for gpu in _those(resources.get("gpus"), dict):
+        mean = _number(gpu.get("utilization_percent_mean"))
+        if mean is not None:
+            gpus.append(f"GPU {_text(gpu.get('index'))} {mean:.0f} % mean")
+    return [line for line in ("; ".join(words), "; ".join(gpus)) if line]
+
+
+def _format_notes(run: Run) -> list[str]:
+    """Return "2026-01-31T14:25:01Z ann: looks good" for each note with a text."""
+    lines = []
+    for note in run.notes:
+        if note.get("text"):
+            who = f"{_known_text(note, 'timestamp_utc')} {_known_text(note, 'user')}"
+            lines.append(f"{who}: {_text(note['text'])}")
+    return lines
+
+
+def _command_of(run: Run) -> str:
+    """Return the command of a run as one line that can be pasted into a shell."""
+    words = _texts(run.metadata.get("argv"))
+    if not words:
+        command = _text(run.metadata.get("command") or run.config.get("command") or "?")
+        words = [command]
+        with _ignoring(ValueError):  # a quote that is not closed
+            words = shlex.split(command)
+    return " ".join(map(_shell_word, words))
+
+
+def _shell_word(text: str) -> str:
+    """Return a word for a shell; what cannot be printed is written as $'\\x1b'."""
+    if _printable(text) == text:
+        return shlex.quote(text)
+    text = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"$'{_printable(text)}'"
+
+
+def _differences_from_now(run: Run) -> dict[str, str]:
+    """Return what of commit and machine is not as it was: "3.9.1 -> 3.11.7"."""
+    git = _mapping(run.metadata, "git")
+    then = _comparable_machine(run.metadata)
+    now = _comparable_machine(_quick_metadata(_Site.here(), None))
+    then["commit"], now["commit"] = git.get("commit_short"), None
+    if os.path.isdir(_text(git.get("root"))):
+        now["commit"] = _git_head(git["root"])
+    changes = {}
+    for key in ("commit", "python", "hostname", "platform"):
+        pair = then.get(key), now.get(key)
+        if all(pair) and pair[0] != pair[1]:
+            changes[key] = f"{_text(pair[0])} -> {_text(pair[1])}"
+    return changes
+
+
+def _diff_paragraphs(run: Run, found: Differences) -> Iterator[Paragraph]:
+    """Yield a paragraph for each section in which two runs differ."""
+    for section, pairs in found.items():
+        lines = []
+        for key, (then, now) in pairs.items():
+            lines += _format_change(key, then, now)
+        if "commit_full" in pairs:
+            lines += _commits_between(run, *pairs["commit_full"])
+        yield section, lines
+
+
+def _commits_between(run: Run, then: JSON, now: JSON) -> list[str]:
+    """Return the commits that only one side has, where the repository is at hand."""
+    root = _text(_mapping(run.metadata, "git").get("root"))
+    for commit in (then, now):
+        if re.fullmatch("[0-9a-f]{4,64}", str(commit)) is None:
+            return []
+    words = ["rev-list", "--left-right", "--oneline", "--max-count=10"]
+    try:
+        output = _git_run(root, *words, f"{then}...{now}", "--")
+    except _Unknown:  # the repository, or a commit, is not there any more
+        return []
+    return [f"  {line}" for line in output.decode("utf-8", "replace").splitlines()]
+
+
+# --- A graph of runs.
+
+
+def _format_change(key: str, then: JSON, now: JSON) -> list[str]:
     """Return "key: then -> now"; of two long texts the lines that differ."""
     if isinstance(then, str) and isinstance(now, str) and "\n" in then + now:
         import difflib
 
-        texts = then.splitlines(), now.splitlines()
-        lines = list(difflib.unified_diff(*texts, lineterm="", n=1))
-        return [f"{key}:", *(f"  {line}" for line in lines[2 : MAX_SHOWN + 2])]
-    shown = ["none" if side is None else _text(side) for side in (then, now)]
-    return [f"{key}: {shown[0][:MAX_REPR]} -> {shown[1][:MAX_REPR]}".split("\n")[0]]
+        a, b = (text.splitlines()[:DIFF_LINES] for text in (then, now))
+        lines = _first(list(difflib.unified_diff(a, b, lineterm="", n=1))[2:])
+        if DIFF_LINES in (len(a), len(b)):
+            lines.append(f"... only {DIFF_LINES} lines were compared")
+        return [f"{key}:", *(f"  {line[:MAX_REPR]}" for line in lines)]
+    sides = [_cell_text(side)[:MAX_REPR].split("\n")[0] for side in (then, now)]
+    return [f"{key}: {sides[0] or 'none'} -> {sides[1] or 'none'}"]
 
 
-def _format_commits(run: Run, commits: Sequence[Any]) -> list[str]:
-    """Return the commits that lie between, where the repository is at hand."""
-    root = str(_mapping(run.metadata, "git").get("root") or "")
-    known = all(re.fullmatch(r"[0-9a-f]{4,64}", str(commit)) for commit in commits)
-    if not known or not os.path.isdir(root):
-        return []
-    between = f"{commits[0]}...{commits[1]}"
-    options = ("--oneline", "--left-right", "--no-decorate", "-n", "10", between, "--")
-    return [f"  {line}" for line in _git_run(root, "log", *options).text.splitlines()]
+# --- A graph of runs.
 
 
 def _format_graph(
@@ -5135,616 +11794,2384 @@ def _format_graph(
         rows = [dict(zip(keys, map(str, edge))) for edge in edges]
         yield _format_json({"runs": list(map(str, runs)), "edges": rows}).rstrip()
         return
-    dot = form == "dot"
-
-    def label(text: str) -> str:
-        shown = _printable(text)
-        if dot:
-            return '"' + re.sub(r'(["\\])', r"\\\1", shown) + '"'
-        return '"' + re.sub(r'["#<>&\\`|]', lambda m: f"#{ord(m[0])};", shown) + '"'
-
+    start, node, edge, end = ("graph TD", "  {}[{}]", "  {} -->|{}| {}", "")
+    if form == "dot":
+        start, end = "digraph lineage {", "}"
+        node, edge = "  {} [label={}];", "  {0} -> {2} [label={1}];"
     names = {run: f"n{number}" for number, run in enumerate(runs)}
-    yield "digraph lineage {" if dot else "graph TD"
+    yield start
     for run, name in names.items():
-        shown = label(run.name)
-        yield f"  {name} [label={shown}];" if dot else f"  {name}[{shown}]"
+        yield node.format(name, _label(form, run.name))
     for producer, consumer, path in edges:
-        a, b, shown = names[producer], names[consumer], label(path)
-        yield f"  {a} -> {b} [label={shown}];" if dot else f"  {a} -->|{shown}| {b}"
-    if dot:
-        yield "}"
+        yield edge.format(names[producer], _label(form, path), names[consumer])
+    if end:
+        yield end
+
+
+def _label(form: str, text: str) -> str:
+    """Return a text in quotes; for Mermaid "%%{init}%%" must be no directive."""
+    text = _printable(text)
+    if form == "dot":
+        text = re.sub(r'(["\\])', r"\\\1", text)
+    else:
+        text = re.sub(r"[^\w ./-]", lambda found: f"#{ord(found[0])};", text)
+    return f'"{text}"'
+
+
+# --- Single values.
+
+
+def _format_size(size: float) -> str:
+    """Return "512 B", "1.5 MB": bytes by powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 999.5:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.4g} TB"
+
+
+def _format_seconds(seconds: object) -> str:
+    """Return "0.25s", "14s", "3m20s", "2h05m", "5d03h", "?" for what is no time."""
+    if not isinstance(seconds, (int, float)) or not -1e12 < seconds < 1e12:
+        return "?"
+    if seconds < 10:
+        return f"{max(seconds, 0):.2g}s"
+    if round(seconds) < 60:
+        return f"{round(seconds)}s"
+    if round(seconds) < 3600:
+        return "{}m{:02}s".format(*divmod(round(seconds), 60))
+    if round(seconds / 60) < 24 * 60:
+        return "{}h{:02}m".format(*divmod(round(seconds / 60), 60))
+    return "{}d{:02}h".format(*divmod(round(seconds / 3600), 24))
+
+
+def _format_count(number: object, noun: str, about: str = "") -> str:
+    """Return "2 files", "1 commit not pushed"; nothing for 0."""
+    if not number:
+        return ""
+    if number != 1:
+        noun += "s"
+    return f"{_text(number)} {noun} {about}".rstrip()
+
+
+def _format_paths(paths: Sequence[str]) -> str:
+    """Return "a.pt, b.pt, c.pt and 7 more"."""
+    text = ", ".join(paths[:3])
+    if len(paths) > 3:
+        text += f" and {len(paths) - 3} more"
+    return text
+
+
+# Letters that Python calls printable although nothing is seen of them: fillers, blank
+# Braille, vowels without a shape, and the variation selectors.
+_UNSEEN = (
+    "\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\uffa0\ufe00-\ufe0f"
+    "\U000e0100-\U000e01ef"
+)
 
 
 def _printable(text: str) -> str:
-    """Escape what could steer a terminal, hide text, or not be printed at all."""
-    hidden = r"\0-\x08\n-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f"
-    hidden = rf"[{hidden}\ufeff\ud800-\udfff]"
-    text = re.sub(hidden, lambda m: m[0].encode("unicode_escape").decode("ascii"), text)
+    """Return a text as it can be printed: escaped, in letters that stdout has."""
+    text = _visible_text(text)
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
-# === Command line ===
-# Exit status 0: yes, same, done; 1: no, different; 2: trouble.
+def _visible_text(text: str) -> str:
+    """Escape what could steer a terminal, hide text, or not be seen at all.
+
+    That is what Python calls not printable (controls, bidirectional and invisible
+    formatting, lone surrogates), and letters of which nothing is seen.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    letters = []
+    for letter in text:
+        unseen = re.match(f"[{_UNSEEN}]", letter) or not letter.isprintable()
+        if unseen and letter not in "\xa0\u3000":  # blanks that may well be meant
+            letter = letter.encode("unicode_escape").decode("ascii")
+        letters.append(letter)
+    return "".join(letters)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line with `argv` (default: sys.argv[1:]); return its status."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["--recorder"]:
-        return _recorder_main(int(words[1]), int(words[2]))
-    parser = _parser(words)
-    try:
-        args = parser.parse_args(words)
-        status: int = args.command(args)
-        print(end="", flush=True)
-        return status
-    except BrokenPipeError:  # `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 0
-    except (ValueError, OSError) as error:
-        print(f"{parser.prog}: {_printable(str(error))}", file=sys.stderr)
-        return 2
+def _with_progress(items: Sequence[T], what: str) -> Iterator[T]:
+    """Yield the items; when it takes long, say "reading runs: 12 of 50" on a terminal.
+
+    The line on stderr disappears at the end.
+    """
+    due = time.monotonic() + PROGRESS_SECONDS
+    line = ""
+    for number, item in enumerate(items, 1):
+        if time.monotonic() > due and sys.stderr is not None and sys.stderr.isatty():
+            due = time.monotonic() + 0.2
+            line = f"{what}: {number} of {len(items)}"
+            print(f"\r{line}", end="", file=sys.stderr, flush=True)
+        yield item
+    if line:
+        print(f"\r{' ' * len(line)}\r", end="", file=sys.stderr, flush=True)
 
 
-def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
-    """Return the parser of the command that `words` name, or of all."""
-    import argparse
-
-    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
-    prog = os.path.basename((getattr(sys, "argv", None) or ["run_utils"])[0])
-    if spec is not None:
-        prog = f"python -m {spec.name.replace('.__main__', '')}"
-    parser = argparse.ArgumentParser(prog=prog, description="Record experiments.")
-    version = f"run_utils {__version__}"
-    parser.add_argument("--version", action="version", version=version)
-    # Without `prog` argparse would import shutil, for 5 ms.
-    commands = parser.add_subparsers(metavar="COMMAND", required=True, prog=prog)
-    table = {
-        "run": _add_run, "inspect": _add_inspect, "list": _add_list, "diff": _add_diff,
-        "lineage": _add_lineage, "note": _add_note, "reindex": _add_reindex,
-        "audit": _add_audit,
-    }  # fmt: skip
-    for name in [word for word in words[:1] if word in table] or table:
-        table[name](commands)
-    return parser
+# === Report ===
+# One HTML page that shows a folder of runs: the same bytes for the same runs, no
+# request of any kind, and all of it can be read without its script.
 
 
-RUN_HELP = "a path, anything in a run, a part of a name, or latest"
-ROOT_HELP = "a folder with runs (default: results, else the working directory)"
+if TYPE_CHECKING:
+    _Point = tuple[float, float]  # a step, and a value
 
 
-def _add_run(commands: Any) -> None:
-    run = commands.add_parser("run", help="record any command, in any language")
-    run.add_argument("--base-dir", default="results/runs", metavar="DIR")
-    run.add_argument("--prefix", metavar="NAME", help="default: the script's name")
-    run.add_argument("--config", metavar="FILE", help="JSON or YAML to keep as config")
-    run.add_argument("words", nargs="+", metavar="CMD", help="after --")
-    run.set_defaults(command=_cmd_run)
+def _cmd_report(args: argparse.Namespace) -> int:
+    """Write one HTML page about the runs that were asked for."""
+    output = os.path.abspath(args.output)
+    if os.path.isdir(output):
+        raise ValueError(f"{args.output!r} is a folder; give -o the name of a file")
+    goal = None
+    if args.metric is not None:
+        goal = _Expression(args.metric)
+        if goal.function not in ("min", "max"):
+            how = f"write 'max({goal.key})' or 'min({goal.key})'"
+            raise ValueError(f"metric {goal.text!r} does not say what is best; {how}")
+    selection = _select_runs(_search_root(args.root), _filters_of(args))
+    for warning in selection.warnings:
+        _warn(warning)
+    page = _Page(selection, goal, args.over.split(","), os.path.dirname(output))
+    asked = [
+        f"{name} {value}"
+        for name, value in vars(args).items()
+        if name in _ASKED and value not in (None, False)
+    ]
+    data = _report(page, ", ".join(asked), args.embed).encode()
+    _write_file(output, data)
+    count = _format_count(len(page.runs), "run") or "no runs"
+    print(f"{_printable(args.output)}: {count}, {_format_size(len(data))}")
+    return 0
+
+
+_ASKED = ("where", "status", "since", "older", "contains", "tag", "has_outputs", "sort",
+          "top", "limit")  # fmt: skip
+
+
+def _report(page: _Page, asked: str, embed: bool) -> str:
+    """Return the page; `asked` tells the filters, `embed` puts images into it."""
+    import base64
+    import hashlib
+
+    top = page.section(_summary_html(page, asked)) + page.section(_table_html(page))
+    parallel = page.section(_parallel_html(page))
+    details = page.section(_details_html(page))
+    plots = page.section(_plots_html(page))  # they take what room is left
+    parts = [top, plots, parallel, page.section(_images_html(page, embed)), details]
+    parts.append(page.section(_left_out_html(page)))
+    policy = ["default-src 'none'", "base-uri 'none'", "form-action 'none'"]
+    policy.append("img-src 'self' file: data:")
+    for kind, source in (("style", _REPORT_STYLE), ("script", _REPORT_SCRIPT)):
+        digest = base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
+        policy.append(f"{kind}-src 'sha256-{digest}'")
+    return _REPORT_MARKUP.lstrip().format(
+        policy="; ".join(policy),
+        version=__version__,
+        title=page.text(os.path.basename(page.root)),
+        body="\n".join(parts),
+        curves=json.dumps(page.curves, separators=(",", ":")),
+        style=_REPORT_STYLE,
+        script=_REPORT_SCRIPT,
+    )
+
+
+class _Page:
+    """What the sections of a page share: the runs in their order, colours, text.
+
+    Every run is a row of the table. The first REPORT_RUNS, the best if there is a goal,
+    are drawn and told about as well. What the page lacks is said in `left_out`.
+    """
+
+    def __init__(
+        self, selection: _Selection, goal: _Expression | None, over: list[str],
+        folder: str,
+    ) -> None:
+        self.root = selection.root
+        self.folder = folder  # of the page, for its links
+        self.goal = goal
+        self.runs = selection.runs
+        self.room = REPORT_BYTES
+        self.left_out: list[str] = []
+        self.curves: list[JSON] = []  # of each plot, for the script
+        self.redacted: dict[str, str] = {}
+        if goal is not None:
+            if self.runs and all(self.best(run) is None for run in self.runs):
+                raise ValueError(f"no run has the metric {goal.key!r}")
+            ranked = _in_order(self.runs, goal.value, goal.function == "max")
+            self.runs = [run for equals in ranked for run in equals]
+        keys: dict[str, None] = {}
+        for script in sorted(selection.differing):
+            keys.update(dict.fromkeys(selection.differing[script]))
+        self.varying = [key for key in keys if any(key in run for run in self.runs)]
+        self.columns = self.fixed_columns(selection)
+        self.drawn = self.runs[:REPORT_RUNS]
+        self.over = [key for key in self.varying if _short(key) in over]
+        self.lines = _lines(self.drawn, self.varying, self.over)
+        self.line_of = {run.folder: line for line in self.lines for run in line.runs}
+        if selection.unseen:
+            self.left_out.append(f"{selection.unseen} runs beyond the limit.")
+        if len(self.drawn) < len(self.runs):
+            self.left_out.append(
+                f"Only the first {len(self.drawn)} of {len(self.runs)} runs, in the "
+                "order of the table, have curves, images and details."
+            )
+
+    def best(self, run: Run) -> float | None:
+        """Return the best value of a run; None where it has no finite one."""
+        if self.goal is None:
+            return None
+        return _finite(self.goal.value(run))
+
+    def fixed_columns(self, selection: _Selection) -> list[_Column]:
+        """Return the columns of `list`, without what depends on when it is asked."""
+        asked = []
+        if self.goal is not None:
+            asked.append(self.goal.text)
+        columns: list[_Column] = []
+        for column in _run_columns(self.runs, self.root, selection.differing, asked):
+            if column.heading == "age":
+                times = [str(run["started_utc"] or "")[:16] for run in self.runs]
+                column = _Column("started", [time.replace("T", " ") for time in times])
+            if column.heading == "time":
+                for place, run in enumerate(self.runs):
+                    if run["status"] == "running" or column.values[place] is None:
+                        column.texts[place] = ""
+                        column.values[place] = None
+            if not column.is_empty():
+                columns.append(column)
+        return columns
+
+    def section(self, lines: Iterable[str]) -> str:
+        """Return the text of a section, and take it from the room that is left."""
+        text = "\n".join(lines)
+        self.room -= len(text)
+        return text
+
+    def text(self, value: object, limit: int = 200) -> str:
+        """Return a value as text for the page: redacted, short, escaped."""
+        text = _text(value)
+        if isinstance(value, str):
+            text = value[:MAX_REDACTED]
+        if text not in self.redacted:
+            self.redacted[text] = _redactor.text(text)
+        text = self.redacted[text]
+        if len(text) > limit:
+            text = f"{text[: limit - 1]}…"
+        return _html(text)
+
+    def block(self, lines: Sequence[str], room: int) -> str:
+        """Return the last of some lines as they stand, as many as there is room for."""
+        kept: list[str] = []
+        for line in reversed(lines):
+            kept.insert(0, self.text(line.expandtabs(4), 400))
+            room -= len(kept[0])
+            if room < 0:
+                break
+        return "\n".join(kept)
+
+    def link(self, path: str) -> str:
+        """Return the address of a file as seen from the page."""
+        from urllib.parse import quote
+
+        with _ignoring(ValueError):  # it is on another drive
+            path = os.path.relpath(path, self.folder)
+        return quote(path.replace(os.sep, "/"), errors="surrogateescape")
+
+
+class _Line:
+    """Runs that are drawn as one: a run, or those that differ only in their seed."""
+
+    def __init__(self, number: int, runs: list[Run], keys: Sequence[str]) -> None:
+        self.number = number  # the place in the order of the table, from 0
+        self.runs = runs
+        self.colour = ""  # classes of the style sheet
+        first = runs[0]
+        words = []
+        for key in keys:
+            if key in first:
+                words.append(f"{key.rpartition('.')[2]}={_text(first[key])}")
+        if len(runs) > 1:
+            words.append(f"n={len(runs)}")
+        self.label = " ".join(words)
+
+    def swatch(self) -> str:
+        return f'<i class="swatch {self.colour}"></i>'
+
+
+def _lines(
+    runs: Sequence[Run], varying: Sequence[str], over: Sequence[str]
+) -> list[_Line]:
+    """Return the lines of the drawn runs, with their colours.
+
+    Few lines are told apart, in the order in which the runs were started, so that a new
+    run changes no other's colour. Of many the colour tells the rank.
+    """
+    members = [[run] for run in runs]
+    if over:
+        members = [group.runs for group in _fold_seeds(runs, map(_short, over))]
+    keys = [key for key in varying if key not in over]
+    lines = [_Line(number, group, keys) for number, group in enumerate(members)]
+    by_start = sorted(lines, key=lambda line: (line.runs[0].started, line.number))
+    for place, line in enumerate(by_start):
+        line.colour = f"c{place % REPORT_COLOURS} d{place // REPORT_COLOURS}"
+        if _are_many(lines):
+            line.colour = f"r{line.number * 8 // len(lines)}"
+    return lines
+
+
+def _are_many(lines: Sequence[_Line]) -> bool:
+    """Tell whether there are more lines than colours, dashed and dotted ones too."""
+    return len(lines) > 3 * REPORT_COLOURS
+
+
+def _finite(value: object) -> float | None:
+    """Return a number that can be drawn as float; None for anything else."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if -1e300 < value < 1e300:  # which no NaN is
+            return float(value)
+    return None
+
+
+def _short(key: str) -> str:
+    """Return "optimizer.lr" of "config.optimizer.lr"."""
+    return key.partition(".")[2]
+
+
+# --- The first screen, and the table.
+
+
+def _summary_html(page: _Page, asked: str) -> Iterator[str]:
+    """Yield what was selected, the states, the best run, and what differs."""
+    count = _format_count(len(page.runs), "run") or "No runs"
+    if asked:
+        asked = f": {page.text(asked, 400)}"
+    yield f'<p class="quiet">{count}{asked}</p>'
+    if not page.runs:
+        yield "<p>There is nothing to show.</p>"
+        return
+    yield '<div class="summary"><section><h2>States</h2><ul>'
+    states = [str(run["status"]) for run in page.runs]
+    for word in sorted(set(states), key=lambda word: (-states.count(word), word)):
+        yield f"<li><b>{states.count(word)}</b> {_state_html(page, word)}</li>"
+    yield "</ul></section><section><h2>Best run</h2>"
+    yield from _best_html(page)
+    yield "</section><section><h2>What differs</h2><dl>"
+    for key in page.varying[:REPORT_AXES]:
+        yield f"<dt>{page.text(_short(key), 60)}</dt><dd>{_values_html(page, key)}</dd>"
+    commits = {run["git_commit"] for run in page.runs} - {None}
+    yield f"<dt>commits</dt><dd>{len(commits)}</dd></dl></section></div>"
+
+
+def _state_html(page: _Page, word: str) -> str:
+    """Return a state by its word; the style sheet adds symbol and colour."""
+    known = word.partition(" ")[0]
+    if known not in ("success", "failed", "running", "lost"):
+        known = "other"
+    return f'<span class="state {known}">{page.text(word, 40)}</span>'
+
+
+def _best_html(page: _Page) -> Iterator[str]:
+    """Yield the best run, or how to say what best means."""
+    run = page.runs[0]
+    if page.goal is None:
+        yield "<p>Nothing is ranked: no metric was chosen.</p>"
+        yield "<p>Choose one with <code>--metric 'max(KEY)'</code> or min.</p>"
+        return
+    told = page.goal.text
+    step = run.summary[page.goal.key].get(f"{page.goal.function}_step")
+    if step is not None:
+        told += f" at step {_text(step)}"
+    yield f'<p class="value">{page.text(page.best(run))}</p>'
+    yield f'<p class="quiet">{page.text(told)}</p>'
+    yield f"<p>{_name_html(page, 0)}</p>"
+    yield f'<p class="quiet">{page.text(_Line(0, [run], page.varying).label)}</p>'
+
+
+def _name_html(page: _Page, place: int) -> str:
+    """Return the name of a run, with its colour and the way to its details."""
+    run = page.runs[place]
+    name = page.text(run.name, 120)
+    if place >= len(page.drawn):
+        return name
+    return f'{page.line_of[run.folder].swatch()}<a href="#run-{place}">{name}</a>'
+
+
+def _values_html(page: _Page, key: str) -> str:
+    """Return "16, 32, 64", or of many values "0.0001 to 0.3, 24 values"."""
+    values = {_text(run[key]): run[key] for run in page.runs if key in run}
+    ordered = _in_order(list(values), values.__getitem__, False)
+    texts = [page.text(equals[0], 40) for equals in ordered]
+    if len(texts) <= 5:
+        return ", ".join(texts)
+    return f"{texts[0]} to {texts[-1]}, {len(texts)} values"
+
+
+def _table_html(page: _Page) -> Iterator[str]:
+    """Yield the table of all runs, and hidden tools that the script makes work."""
+    if not page.runs:
+        return
+    yield '<section><h2>Runs</h2><p class="tools" hidden>'
+    yield '<input type="search" id="filter" placeholder="Filter" aria-label="Filter">'
+    yield '<button type="button" id="clear">Clear selection</button>'
+    yield '<span class="quiet" id="count" role="status"></span></p>'
+    yield '<section class="scroll" aria-label="All runs" tabindex="0">'
+    yield '<table class="runs"><thead><tr>'
+    for column in page.columns:
+        kind = ""
+        if not column.is_number:
+            kind = ' class="t"'
+        yield f'<th scope="col"{kind}>{page.text(column.heading, 60)}</th>'
+    yield "</tr></thead><tbody>"
+    for place, run in enumerate(page.runs):
+        mark = ""
+        if place < len(page.drawn):
+            mark = f' data-line="{page.line_of[run.folder].number}"'
+        cells = [_cell_html(page, column, place) for column in page.columns[1:]]
+        name = f'<th scope="row">{_name_html(page, place)}</th>'
+        yield f"<tr{mark}>{name}{''.join(cells)}</tr>"
+    yield "</tbody></table></section></section>"
+
+
+def _cell_html(page: _Page, column: _Column, place: int) -> str:
+    """Return a cell; one whose text is no number says what it is sorted by."""
+    text = column.texts[place]
+    shown = page.text(text, 120)
+    if column.heading == "status":
+        shown = _state_html(page, text)
+    if not column.is_number:
+        return f'<td class="t">{shown}</td>'
+    value = _finite(column.values[place])
+    if value is None or _number(text) is not None:
+        return f"<td>{shown}</td>"
+    return f'<td data-value="{value:.9g}">{shown}</td>'
+
+
+# --- The plots: one for each metric, the course of every line over the steps.
+
+
+def _plots_html(page: _Page) -> Iterator[str]:
+    """Yield a plot for each metric that was logged more than once."""
+    plots = _plots(page)
+    if not plots:
+        return
+    yield '<section><h2>Metrics over steps</h2><ul class="legend">'
+    if page.over:
+        keys = page.text(", ".join(map(_short, page.over)))
+        yield f'<li class="quiet">mean ± standard deviation over {keys}</li>'
+    if _are_many(page.lines):
+        ramp = "".join(f'<i class="swatch r{place}"></i>' for place in range(8))
+        yield f"<li>the table's first {ramp} its last drawn run</li>"
+    else:
+        for line in page.lines:
+            label = page.text(line.label or line.runs[0].name, 90)
+            yield f'<li data-line="{line.number}">{line.swatch()}{label}</li>'
+    yield '</ul><div class="plots">'
+    for plot in plots:
+        yield from _plot_html(page, plot)
+    yield "</div></section>"
+
+
+def _plots(page: _Page) -> list[_Plot]:
+    """Return the plots with their curves, that of the goal first."""
+    ends: dict[str, list[float]] = {}  # of each metric, where its curves begin and end
+    if page.goal is not None:
+        ends[page.goal.key] = []
+    curves = 0
+    for run in page.drawn:
+        for key, facts in run.summary.items():
+            is_curve = facts["count"] > 1 and _finite(facts["min"]) is not None
+            if is_curve and key not in _NO_METRICS:
+                found = ends.setdefault(key, [])
+                found += [0.0, facts["count"] - 1.0]
+                for name in ("first_step", "last_step", "min_step", "max_step"):
+                    found.append(_finite(facts[name]) or 0.0)
+                curves += 1
+    shown = [key for key in ends if ends[key]]
+    if len(shown) > REPORT_PLOTS:
+        told = f"Of {len(shown)} metrics the first {REPORT_PLOTS} have a plot."
+        page.left_out.append(told)
+    room = max(page.room, REPORT_CURVE_BYTES) // (REPORT_POINT_BYTES * max(curves, 1))
+    count = max(10, min(REPORT_POINTS, room))
+    plots = [_Plot(key, max(ends[key]), count) for key in shown[:REPORT_PLOTS]]
+    for line in page.lines:
+        series = [_all_series(run.folder) for run in line.runs]
+        for plot in plots:
+            having = [one[plot.key] for one in series if plot.key in one]
+            plot.add(line, [_course(values, steps) for values, steps in having])
+    if any(plot.is_thinned for plot in plots):
+        page.left_out.append(
+            f"Curves have at most {count} points: the lowest and the highest value of "
+            "each stretch of steps, the same stretches for all."
+        )
+    return [plot for plot in plots if plot.curves]
+
+
+def _course(values: Sequence[object], steps: Sequence[object]) -> list[_Point]:
+    """Return the finite points of a metric by step; of two at a step the later one."""
+    points: dict[float, float] = {}
+    for place, value in enumerate(values):
+        number = _finite(value)
+        step = _finite(steps[place])
+        if step is None:
+            step = float(place)
+        if number is not None:
+            points[step] = number
+    return sorted(points.items())
+
+
+class _Curve:
+    """What is drawn of a line in one plot; several runs also have a band."""
+
+    def __init__(self, line: _Line, points: list[_Point], spreads: list[float]) -> None:
+        self.line = line
+        self.points = points
+        self.spreads = spreads  # standard deviation at each point, or nothing
+
+
+class _Plot:
+    """The curves of one metric."""
+
+    def __init__(self, key: str, last: float, count: int) -> None:
+        self.key = key
+        self.stretches = count // 2
+        self.width = last / self.stretches or 1.0
+        self.is_thinned = False
+        self.curves: list[_Curve] = []
+
+    def add(self, line: _Line, courses: list[list[_Point]]) -> None:
+        """Add the curve of a line: the points of its run, or the mean of its runs."""
+        courses = [course for course in courses if course]
+        if len(line.runs) == 1 and courses:
+            points = self.thinned(courses[0])
+            self.is_thinned = self.is_thinned or len(points) < len(courses[0])
+            self.curves.append(_Curve(line, points, []))
+        elif courses:
+            self.add_mean(line, courses)
+
+    def thinned(self, course: list[_Point]) -> list[_Point]:
+        """Return the lowest and the highest point of each stretch, and both ends."""
+        if len(course) <= 2 * self.stretches:
+            return course
+        kept = {course[0], course[-1]}
+        for points in self.stretched(course).values():
+            kept.add(min(points, key=lambda point: point[1]))
+            kept.add(max(points, key=lambda point: point[1]))
+        return sorted(kept)
+
+    def stretched(self, course: list[_Point]) -> dict[float, list[_Point]]:
+        """Return the points in each stretch of steps, which are the same for all."""
+        found: dict[float, list[_Point]] = {}
+        for point in course:
+            number = point[0] // self.width
+            if not 0 <= number <= self.stretches:  # a step that nobody expected
+                number = -1
+            found.setdefault(number, []).append(point)
+        return found
+
+    def add_mean(self, line: _Line, courses: list[list[_Point]]) -> None:
+        """Add the mean of several runs in each stretch, where each counts once."""
+        together: dict[float, list[_Point]] = {}
+        for course in courses:
+            for number, points in self.stretched(course).items():
+                together.setdefault(number, []).append(_mean_point(points))
+        stretches = sorted(together.values())
+        spreads = [_Spread([value for _, value in points]) for points in stretches]
+        means = [_mean_point(points) for points in stretches]
+        self.curves.append(_Curve(line, means, [s.deviation or 0.0 for s in spreads]))
+
+
+def _mean_point(points: list[_Point]) -> _Point:
+    steps, values = zip(*points)
+    return sum(steps) / len(points), sum(values) / len(points)
+
+
+class _Axis:
+    """A stretch of numbers on paper: where a value lies, and where its marks are."""
+
+    def __init__(
+        self, low: float, high: float, is_log: bool = False, margin: float = 0.0
+    ) -> None:
+        self.is_log = is_log
+        low, high = self.scaled(low), self.scaled(high)
+        margin *= high - low
+        if low == high:
+            margin = abs(low) / 10 or 1.0
+        self.ends = [low - margin, high + margin]
+
+    def scaled(self, value: float) -> float:
+        import math
+
+        if self.is_log:
+            return math.log10(value)
+        return value
+
+    def place(self, value: float) -> float:
+        """Return where a value lies: 0 is the lower end, 1 the upper one."""
+        return (self.scaled(value) - self.ends[0]) / (self.ends[1] - self.ends[0])
+
+    def marks(self) -> list[float]:
+        """Return a few round numbers on the axis."""
+        import math
+
+        low, high = self.ends
+        if self.is_log and high - low >= 2:
+            every = 1 + int(high - low) // 6
+            decades = range(math.ceil(low), math.floor(high) + 1, every)
+            return [10.0**decade for decade in decades]
+        if self.is_log:
+            low, high = 10**low, 10**high
+        rough = (high - low) / 7
+        unit = 10.0 ** math.floor(math.log10(rough))
+        step = min(unit * digit for digit in (1, 2, 5, 10) if unit * digit >= rough)
+        first, last = math.ceil(low / step), math.floor(high / step)
+        return [number * step for number in range(first, last + 1)]
+
+
+def _plot_html(page: _Page, plot: _Plot) -> Iterator[str]:
+    """Yield the figure of a plot, and give the script its points."""
+    steps: list[float] = []
+    values: list[float] = []
+    for curve in plot.curves:
+        steps += [curve.points[0][0], curve.points[-1][0]]
+        values += [value for _, value in _outline(curve)]
+    across = _Axis(min(steps), max(steps))
+    axis = _Axis(min(values), max(values), margin=0.04)
+    positive = [value for value in values if value > 0]
+    logarithm = None
+    name = page.text(plot.key, 80)
+    many = ""
+    if _are_many(page.lines):
+        many = " many"
+    yield f'<figure class="plot{many}"><figcaption><h3>{name}</h3>'
+    if positive and max(positive) > 2 * min(positive):
+        logarithm = _Axis(min(positive), max(positive), True, 0.04)
+        yield '<button type="button" aria-pressed="false" hidden>log</button>'
+    about = f"{name} over steps, {_format_count(len(plot.curves), 'curve')}"
+    yield f'</figcaption><svg viewBox="0 0 640 300" role="img" aria-label="{about}">'
+    yield _marks_html(axis, "")
+    if logarithm is not None:
+        yield _marks_html(logarithm, " off")
+    for mark in across.marks():
+        x = 56 + 572 * across.place(mark)
+        yield f'<text class="x" x="{x:.0f}" y="289">{_format_mark(mark)}</text>'
+    yield '<svg class="area" x="56" y="8" width="572" height="262" '
+    yield 'viewBox="0 0 1144 524">'
+    for curve in reversed(plot.curves):
+        yield f'<g data-line="{curve.line.number}" class="{curve.line.colour}">'
+        if curve.spreads:
+            yield f'<path class="band" d="{_path(_outline(curve), across, axis)}"/>'
+        yield f'<path d="{_path(curve.points, across, axis)}"/></g>'
+    yield "</svg></svg></figure>"
+    page.curves.append({
+        "x": across.ends, "y": axis.ends, "log": logarithm and logarithm.ends,
+        "bits": 32 if many else 64,
+        "curves": [_exact(curve, "f" if many else "d") for curve in plot.curves],
+    })  # fmt: skip
+
+
+def _exact(curve: _Curve, kind: str) -> JSON:
+    """Return number, differences of steps, values and spreads of a curve.
+
+    Values are in base64, as little-endian numbers of this `kind`: half the bytes.
+    """
+    steps = [step for step, _ in curve.points]
+    rises = [b - a for a, b in zip([0.0, *steps], steps)]
+    short = [int(rise) if rise.is_integer() else rise for rise in rises]
+    values = _in_base64([value for _, value in curve.points], kind)
+    return [curve.line.number, short, values, _in_base64(curve.spreads, kind)]
+
+
+def _in_base64(numbers: Sequence[float], kind: str) -> str:
+    import array
+    import base64
+
+    packed = array.array(kind, numbers)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return base64.b64encode(packed.tobytes()).decode()
+
+
+def _outline(curve: _Curve) -> list[_Point]:
+    """Return the outline of a curve's band, or the curve where it has none."""
+    if not curve.spreads:
+        return curve.points
+    pairs = list(zip(curve.points, curve.spreads))
+    upper = [(step, mean + spread) for (step, mean), spread in pairs]
+    return upper + [(step, mean - spread) for (step, mean), spread in reversed(pairs)]
+
+
+def _marks_html(axis: _Axis, kind: str) -> str:
+    """Return the numbers of an axis, each with a line across the plot."""
+    parts = []
+    for mark in axis.marks():
+        y = round(270 - 262 * axis.place(mark))
+        text = f'<text x="50" y="{y + 4}">{_format_mark(mark)}</text>'
+        parts.append(f'<path d="M56 {y}h572"/>{text}')
+    return f'<g class="y{kind}">{"".join(parts)}</g>'
+
+
+def _format_mark(number: float) -> str:
+    """Return a round number for an axis: 0.25, 20000, 3e6, 1e-5."""
+    return re.sub(r"e([-+])0*", r"e\1", f"{number:.6g}").replace("e+", "e")
+
+
+def _path(points: Sequence[_Point], across: _Axis, axis: _Axis) -> str:
+    """Return the path through some points of a plot's area, in few bytes: M0 9l3-2."""
+    places = [(round(1144 * across.place(step)), round(524 - 524 * axis.place(value)))
+              for step, value in points]  # fmt: skip
+    x, y = places[0]
+    parts = []
+    for next_x, next_y in places[1:]:
+        parts.append(f"{next_x - x} {next_y - y}".replace(" -", "-"))
+        x, y = next_x, next_y
+    return f"M{places[0][0]} {places[0][1]}l{' '.join(parts) or '0 0'}"
+
+
+# --- Parallel coordinates: which values of the config go with which results.
+
+
+def _parallel_html(page: _Page) -> Iterator[str]:
+    """Yield a line for each drawn run through the values that varied."""
+    names = page.varying[:REPORT_AXES]
+    if page.goal is not None:
+        names.append(page.goal.text)
+    elif page.drawn:
+        names += list(page.drawn[0].summary)[:2]
+    scales = [_Scale(name, page.drawn) for name in names]
+    scales = [scale for scale in scales if scale.marks]
+    if len(scales) < 2 or len(page.drawn) < 3:
+        return
+    yield '<section><h2>What varied, run by run</h2><section class="scroll" '
+    yield 'aria-label="Parallel coordinates" tabindex="0"><svg class="parallel" '
+    yield 'viewBox="0 0 1000 320" role="img" aria-label="A line for each run">'
+    gap = 860 / (len(scales) - 1)
+    for run in reversed(page.drawn):
+        line = page.line_of[run.folder]
+        places = [
+            f"{50 + gap * number:.0f} {300 - 250 * scale.places[run.folder]:.0f}"
+            for number, scale in enumerate(scales)
+            if run.folder in scale.places
+        ]
+        if places:
+            yield f'<g data-line="{line.number}" class="{line.colour}">'
+            yield f'<path d="M{"L".join(places)}"/></g>'
+    for number, scale in enumerate(scales):
+        x = round(50 + gap * number)
+        yield f'<g class="upright"><path d="M{x} 50v250"/>'
+        yield f'<text class="name" x="{x}" y="26">{page.text(scale.name, 24)}</text>'
+        for label, height in scale.marks.items():
+            y = round(304 - 250 * height)
+            yield f'<text x="{x + 6}" y="{y}">{page.text(label, 18)}</text>'
+        yield "</g>"
+    yield "</svg></section></section>"
+
+
+class _Scale:
+    """One upright of the parallel coordinates, with the place of each run on it."""
+
+    def __init__(self, name: str, runs: Sequence[Run]) -> None:
+        self.name = name.replace("config.", "", 1)
+        self.places: dict[str, float] = {}  # by folder: 0 is the lower end, 1 the upper
+        self.marks: dict[str, float] = {}
+        expression = _Expression(name)
+        found = {run.folder: expression.value(run) for run in runs}
+        values = {path: value for path, value in found.items() if value is not None}
+        words = sorted({_text(value) for value in values.values()})
+        numbers = [n for n in map(_finite, values.values()) if n is not None]
+        if len(words) < 2:
+            return
+        if len(numbers) == len(values):
+            low, high = min(numbers), max(numbers)
+            axis = _Axis(low, high, is_log=low > 0 and high >= 50 * low)
+            self.places = {p: axis.place(n) for p, n in zip(values, numbers)}
+            marks = sorted(set(numbers))
+            if len(marks) > 6:
+                marks = axis.marks()
+            self.marks = {_format_mark(mark): axis.place(mark) for mark in marks}
+        elif len(words) <= REPORT_WORDS:
+            self.marks = {word: at / (len(words) - 1) for at, word in enumerate(words)}
+            self.places = {path: self.marks[_text(v)] for path, v in values.items()}
+
+
+# --- Images side by side, and the runs one by one.
+
+_IMAGE_KINDS = {
+    ".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".gif": "gif", ".webp": "webp",
+    ".svg": "svg+xml",
+}  # fmt: skip
+
+
+def _images_html(page: _Page, embed: bool) -> Iterator[str]:
+    """Yield the images of plots/ and samples/, a strip for each name without its step.
+
+    Those that are not inside the page are links, until somebody opens the strip.
+    """
+    strips: dict[str, list[tuple[Run, str]]] = {}
+    count = 0
+    for run in page.drawn:
+        for name in run.outputs:
+            kind = os.path.splitext(name)[1].lower()
+            if name.startswith(("plots/", "samples/")) and kind in _IMAGE_KINDS:
+                count += 1
+                if count <= REPORT_IMAGES:
+                    pattern = re.sub(r"\d+(?=\D*$)", "*", name)
+                    strips.setdefault(pattern, []).append((run, name))
+    if count > REPORT_IMAGES:
+        page.left_out.append(f"Of {count} images the first {REPORT_IMAGES} are shown.")
+    if not strips:
+        return
+    yield "<section><h2>Images</h2>"
+    room = REPORT_EMBED_BYTES
+    for pattern in sorted(strips):
+        shown = page.text(pattern, 120)
+        yield f'<details class="images"><summary>{shown}</summary><div class="strip">'
+        for run, name in strips[pattern]:
+            path = f"{run.folder}/{name}"
+            line = page.line_of[run.folder]
+            about = page.text(f"{run.name}, {os.path.basename(name)}")
+            image = ""
+            if embed:
+                image = _embedded(path, room)
+                room -= len(image)
+            yield f'<figure data-line="{line.number}"><a href="{page.link(path)}">'
+            yield f"{image}{line.swatch()}{about}</a></figure>"
+        yield "</div></details>"
+    yield "</section>"
+
+
+def _embedded(path: str, room: int) -> str:
+    """Return an image with its bytes; "" where it does not fit into the room."""
+    import base64
+
+    with _ignoring(OSError):
+        data = base64.b64encode(_read_bytes(path, max(room, 1) * 3 // 4)).decode()
+        kind = _IMAGE_KINDS[os.path.splitext(path)[1].lower()]
+        return f'<img src="data:image/{kind};base64,{data}" alt="">'
+    return ""
+
+
+def _details_html(page: _Page) -> Iterator[str]:
+    """Yield what is known of each drawn run, folded up."""
+    if not page.runs:
+        return
+    yield '<section id="runs"><h2>Run by run</h2>'
+    for number, run in enumerate(page.drawn):
+        room = REPORT_TEXT_BYTES // len(page.drawn)
+        line = page.line_of[run.folder]
+        yield f'<details class="run" data-line="{line.number}"><summary>{line.swatch()}'
+        yield f'<span class="name">{page.text(run.name, 120)}</span>'
+        yield f'<span class="label">{page.text(line.label, 90)}</span>'
+        yield _state_html(page, run["status"])
+        yield f'</summary><dl id="run-{number}">'
+        for title, lines in _run_facts(page, run):
+            text = page.block(lines, min(room, 4000))
+            room = max(room - len(text), 200)
+            if text:
+                yield f"<dt>{title}</dt><dd><pre>{text}</pre></dd>"
+        yield "<dt>files</dt><dd>"
+        for name in ("", "logs/stdout.log", "logs/stderr.log", "logs/output.log"):
+            path = f"{run.folder}/{name}"
+            if os.path.exists(path):
+                yield f'<a href="{page.link(path)}">{name or "folder"}</a>'
+        yield "</dd></dl></details>"
+        run.forget()
+    yield "</section>"
+
+
+def _run_facts(page: _Page, run: Run) -> Iterator[Paragraph]:
+    """Yield the paragraphs on one run."""
+    best = page.runs[0]
+    config = []
+    for key in page.varying:
+        then, now = _text(best.get(key)), _text(run.get(key))
+        if page.goal is not None and then != now:
+            config.append(f"{_short(key)}={now}, best: {then}")
+    metrics = []
+    for key, facts in list(run.summary.items())[:REPORT_PLOTS]:
+        last, low, high = (_text(facts.get(name)) for name in ("last", "min", "max"))
+        metrics.append(f"{key}: {last} (lowest {low}, highest {high})")
+    yield "ended", [_format_end(run.status)]
+    yield "why", _format_why(run)
+    yield "command", [_command_of(run)]
+    yield "code", [_format_code(_mapping(run.metadata, "git"))]
+    yield "started", [_format_start(run)]
+    yield "config", config
+    yield "metrics", metrics
+    yield "resources", _format_resources(_mapping(run.metadata, "resources"))
+    yield "used", [_format_input(entry) for entry in _read_inputs(run.folder)]
+    yield "used by", run.used_by
+    yield "notes", _format_notes(run)
+    yield "output", _last_output(run.path)
+
+
+def _left_out_html(page: _Page) -> Iterator[str]:
+    """Yield what the page does not show, and what could not be read."""
+    problems = [problem for run in page.drawn for problem in run.problems]
+    if problems:
+        count = _format_count(len(problems), "file")
+        page.left_out.append(f"{count} could not be read: {problems[0]}")
+    if page.left_out:
+        yield "<section><h2>What this page leaves out</h2><ul>"
+        for sentence in page.left_out:
+            yield f"<li>{page.text(sentence)}</li>"
+        yield "</ul></section>"
+
+
+# --- The page itself: markup, style and script.
+
+_REPORT_MARKUP = """
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta name="generator" content="run_utils {version}">
+<title>{title}: runs</title>
+<style>{style}</style>
+</head>
+<body>
+<main>
+<h1>{title}</h1>
+{body}
+</main>
+<div id="tip" hidden></div>
+<script type="application/json" id="curves">{curves}</script>
+<script>{script}</script>
+</body>
+</html>
+"""
+
+_REPORT_STYLE = """
+:root {
+  color-scheme: light dark;
+  --paper: #fff; --ink: #1b1f24; --quiet: #59636e; --rule: #e1e4e8; --wash: #f4f6f8;
+  --accent: #0b5cad; --good: #1a7337; --bad: #b3261e; --odd: #875000;
+  --c0: #0072b2; --c1: #d55e00; --c2: #009e73; --c3: #b65a93;
+  --c4: #c78500; --c5: #3f9fd8; --c6: #7a2048; --c7: #5f5f5f;
+  --r0: #16318a; --r1: #24509f; --r2: #3670ab; --r3: #4f90b2;
+  --r4: #6ca8b4; --r5: #8dbbb0; --r6: #adc6ab; --r7: #c8cfaf;
+}
+@media screen and (prefers-color-scheme: dark) {
+  :root {
+    --paper: #15181c; --ink: #e4e7eb; --quiet: #9aa4af; --rule: #2d333b;
+    --wash: #1d2126; --accent: #79b8ff; --good: #56c271; --bad: #ff8a80;
+    --odd: #e3b057;
+    --c0: #58a9e0; --c1: #f08040; --c2: #2fc39a; --c3: #e08fc0;
+    --c4: #eab54a; --c5: #9ad6f7; --c6: #cc5f93; --c7: #c9ccd1;
+    --r0: #ffe3a0; --r1: #f0c892; --r2: #d9b090; --r3: #bb9f97;
+    --r4: #9d909d; --r5: #80819d; --r6: #667094; --r7: #52618a;
+  }
+}
+* { box-sizing: border-box; }
+body {
+  margin: 0; background: var(--paper); color: var(--ink);
+  font: 15px/1.5 system-ui, "Segoe UI", "Helvetica Neue", Arial, sans-serif;
+  font-variant-numeric: tabular-nums; overflow-wrap: anywhere;
+}
+main { max-width: 1400px; margin: 0 auto; padding: 32px; }
+h1, h2, h3, p, ul, dl, dd, figure { margin: 0; padding: 0; }
+h1 { font-size: 28px; font-weight: 650; }
+h2 { margin-bottom: 10px; font-size: 17px; font-weight: 620; }
+h3 { font-size: 14px; font-weight: 600; }
+main > section { margin-top: 44px; }
+a { color: var(--accent); text-decoration: none; }
+a:hover { text-decoration: underline; }
+:focus-visible { outline: 2px solid var(--accent); }
+code, pre { margin: 0; font: 13px/1.5 ui-monospace, Menlo, Consolas, monospace; }
+pre { padding: 8px 12px; background: var(--wash); white-space: pre-wrap; }
+.quiet, dt, .label, thead { color: var(--quiet); }
+[hidden], .off, .unlisted { display: none; }
+
+.summary {
+  display: grid; grid-template-columns: minmax(150px, 1fr) 2fr 3fr; gap: 32px;
+  margin-top: 24px; padding-top: 20px; border-top: 1px solid var(--rule);
+}
+.summary h2 { margin: 0; color: var(--quiet); font-size: 13px; font-weight: 500; }
+.summary ul, .legend { list-style: none; }
+.summary b { display: inline-block; min-width: 2.2em; font-size: 17px; }
+.value { font-size: 34px; font-weight: 600; line-height: 1.25; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 18px; }
+dd { min-width: 0; }
+.state::before { display: inline-block; width: 1.2em; content: "\\2022"; }
+.success { color: var(--good); }
+.success::before { content: "\\2713"; }
+.failed { color: var(--bad); }
+.failed::before { content: "\\2717"; }
+.running { color: var(--accent); }
+.running::before { content: "\\25B8"; }
+.lost { color: var(--odd); }
+.lost::before { content: "?"; }
+
+.scroll { overflow: auto; max-height: 72vh; }
+.runs { width: 100%; border-collapse: collapse; font-size: 14px; }
+.runs th, .runs td {
+  max-width: 320px; padding: 4px 12px; overflow: hidden; text-overflow: ellipsis;
+  border-bottom: 1px solid var(--rule); font-weight: 400; text-align: right;
+  white-space: nowrap;
+}
+.runs .t, .runs tbody th { text-align: left; }
+.runs thead th { position: sticky; top: 0; background: var(--paper); font-size: 13px; }
+.runs tr.lit, .runs tbody tr:hover { background: var(--wash); }
+.tools { display: flex; gap: 14px; margin-bottom: 10px; }
+.tools[hidden] { display: none; }
+button, input[type="search"] {
+  padding: 2px 10px; border: 1px solid var(--rule); border-radius: 6px;
+  background: none; color: inherit; font: inherit; font-size: 13px;
+}
+th button { padding: 0; border: 0; }
+th button::after { display: inline-block; width: 1em; content: ""; }
+[aria-sort] button { color: var(--ink); font-weight: 600; }
+[aria-sort="ascending"] button::after { content: "\\2191"; }
+[aria-sort="descending"] button::after { content: "\\2193"; }
+[aria-pressed="true"] { border-color: var(--accent); color: var(--accent); }
+[type="checkbox"] { margin: 0 8px 0 0; accent-color: var(--accent); }
+
+.c0 { color: var(--c0); } .c1 { color: var(--c1); } .c2 { color: var(--c2); }
+.c3 { color: var(--c3); } .c4 { color: var(--c4); } .c5 { color: var(--c5); }
+.c6 { color: var(--c6); } .c7 { color: var(--c7); } .r0 { color: var(--r0); }
+.r1 { color: var(--r1); } .r2 { color: var(--r2); } .r3 { color: var(--r3); }
+.r4 { color: var(--r4); } .r5 { color: var(--r5); } .r6 { color: var(--r6); }
+.r7 { color: var(--r7); }
+.swatch {
+  display: inline-block; width: 18px; margin-right: 8px; vertical-align: 4px;
+  border-top: 3px solid;
+}
+.swatch.d1 { border-top-style: dashed; }
+.swatch.d2 { border-top-style: dotted; }
+.legend { margin-bottom: 14px; font-size: 13px; }
+.legend li { display: inline-block; margin-right: 20px; }
+.legend .swatch + .swatch { margin-left: -8px; }
+
+.plots { display: grid; gap: 26px; }
+.plots { grid-template-columns: repeat(auto-fill, minmax(min(100%, 520px), 1fr)); }
+figcaption { display: flex; justify-content: space-between; min-height: 26px; }
+svg { display: block; width: 100%; height: auto; }
+svg path { fill: none; stroke: var(--rule); }
+svg text { fill: var(--quiet); font-size: 12px; }
+.y text { text-anchor: end; }
+.x, .name { text-anchor: middle; }
+svg [data-line] {
+  stroke-width: 3; stroke-linejoin: round; stroke-linecap: round;
+}
+svg [data-line] path { stroke: currentColor; }
+.d1 path { stroke-dasharray: 14 9; }
+.d2 path { stroke-dasharray: 2 8; }
+.many [data-line] { stroke-width: 2; opacity: 0.75; }
+svg [data-line] .band { fill: currentColor; stroke: none; opacity: 0.16; }
+svg .dot { fill: currentColor; }
+.parallel { min-width: 700px; max-width: 1180px; }
+.parallel [data-line] { stroke-width: 1.6; opacity: 0.7; }
+svg .lit { stroke-width: 6; opacity: 1; }
+.parallel .lit { stroke-width: 4; }
+.faded, svg .faded { opacity: 0.1; }
+.upright text { stroke: var(--paper); stroke-width: 4px; paint-order: stroke; }
+.upright .name { fill: var(--ink); font-weight: 600; }
+#tip {
+  position: fixed; z-index: 2; max-width: 340px; padding: 8px 12px; font-size: 13px;
+  border: 1px solid var(--rule); background: var(--paper); white-space: pre-line;
+  pointer-events: none;
+}
+
+summary { padding: 5px 0; cursor: pointer; }
+.strip { display: flex; gap: 18px; overflow-x: auto; font-size: 13px; }
+.strip figure { flex: 0 0 auto; max-width: 320px; }
+.strip img { display: block; max-width: 100%; max-height: 260px; }
+.run { border-bottom: 1px solid var(--rule); }
+.run dl { padding: 8px 0 20px 18px; }
+.label { margin: 0 8px; font-size: 13px; }
+
+@media (max-width: 900px) {
+  main { padding: 18px; }
+  .summary { grid-template-columns: 1fr 1fr; }
+  .summary section:last-child { grid-column: 1 / -1; }
+}
+@media print {
+  .scroll { max-height: none; overflow: visible; }
+  button, input, .tools { display: none; }
+  figure { break-inside: avoid; }
+}
+"""
+
+_REPORT_SCRIPT = """
+"use strict";
+
+const table = document.querySelector(".runs");
+const rows = table ? [...table.tBodies[0].rows] : [];
+const tip = document.getElementById("tip");
+const itemsOf = groupItems();
+let litLine = null;
+
+if (table) {
+  document.querySelector(".tools").hidden = false;
+  document.getElementById("filter").addEventListener("input", update);
+  document.getElementById("clear").addEventListener("click", clearSelection);
+  [...table.tHead.rows[0].cells].forEach(makeSortable);
+  rows.forEach(makeSelectable);
+}
+const curves = JSON.parse(document.getElementById("curves").textContent);
+document.querySelectorAll(".plot").forEach(makePlot);
+for (const strip of document.querySelectorAll(".images")) {
+  strip.addEventListener("toggle", loadImages, { once: true });
+}
+window.addEventListener("beforeprint", openDetails);
+
+// Everything on the page that belongs to one line: row, curves, legend, images.
+function groupItems() {
+  const found = {};
+  for (const item of document.querySelectorAll("[data-line]")) {
+    (found[item.dataset.line] ||= []).push(item);
+  }
+  return found;
+}
+
+function light(line) {
+  for (const item of itemsOf[litLine] || []) item.classList.remove("lit");
+  for (const item of itemsOf[line] || []) item.classList.add("lit");
+  litLine = line;
+}
+
+function openDetails() {
+  for (const details of document.querySelectorAll("details")) details.open = true;
+}
+
+function loadImages(event) {
+  for (const link of event.target.querySelectorAll("a")) {
+    if (link.querySelector("img")) continue;
+    const image = document.createElement("img");
+    image.alt = "";
+    image.src = link.href;
+    link.prepend(image);
+  }
+}
+
+function makeSortable(head, column, heads) {
+  const button = document.createElement("button");
+  button.type = "button";
+  button.append(...head.childNodes);
+  head.append(button);
+  button.addEventListener("click", () => {
+    const order = head.ariaSort === "ascending" ? "descending" : "ascending";
+    for (const other of heads) other.removeAttribute("aria-sort");
+    head.setAttribute("aria-sort", order);
+    const keys = new Map(rows.map((row) => [row, sortKey(row.cells[column])]));
+    const sign = order === "ascending" ? 1 : -1;
+    rows.sort((a, b) => compareKeys(keys.get(a), keys.get(b), sign));
+    table.tBodies[0].append(...rows);
+  });
+}
+
+function sortKey(cell) {
+  return cell.dataset.value || cell.textContent.trim();
+}
+
+// Numbers come before texts, and an empty cell last, in both directions.
+function compareKeys(a, b, sign) {
+  if (!a || !b) return !a - !b;
+  if (!isNaN(a) && !isNaN(b)) return sign * (a - b);
+  return isNaN(a) - isNaN(b) || sign * a.localeCompare(b, "en");
+}
+
+function makeSelectable(row) {
+  const box = document.createElement("input");
+  box.type = "checkbox";
+  box.ariaLabel = "Select " + row.cells[0].textContent;
+  box.addEventListener("change", update);
+  row.cells[0].prepend(box);
+}
+
+function clearSelection() {
+  for (const row of rows) row.cells[0].firstChild.checked = false;
+  update();
+}
+
+// Show the rows that have all words of the filter, and the lines that rows show.
+function update() {
+  const words = document.getElementById("filter").value.toLowerCase().split(" ");
+  const shown = new Set();
+  const selected = new Set();
+  for (const row of rows) {
+    const text = row.textContent.toLowerCase();
+    row.hidden = !words.every((word) => text.includes(word));
+    if (row.hidden) continue;
+    shown.add(row.dataset.line);
+    if (row.cells[0].firstChild.checked) selected.add(row.dataset.line);
+  }
+  for (const [line, items] of Object.entries(itemsOf)) {
+    const isFaded = selected.size > 0 && !selected.has(line);
+    for (const item of items) {
+      if (item.tagName === "TR") continue;
+      item.classList.toggle("unlisted", !shown.has(line));
+      item.classList.toggle("faded", isFaded && item.tagName !== "DETAILS");
+    }
+  }
+  const count = rows.filter((row) => !row.hidden).length;
+  document.getElementById("count").textContent = count + " of " + rows.length + " runs";
+}
+
+function makePlot(figure, number) {
+  const plot = { ...curves[number], isLog: false, figure };
+  plot.curves = plot.curves.map((curve) => decode(curve, plot.bits));
+  const svg = figure.querySelector("svg");
+  plot.area = svg.querySelector(".area");
+  plot.groups = {};
+  for (const group of plot.area.children) plot.groups[group.dataset.line] = group;
+  svg.addEventListener("pointermove", (event) => showPoint(plot, svg, event));
+  svg.addEventListener("pointerleave", () => hidePoint(plot));
+  const button = figure.querySelector("button");
+  if (!button) return;
+  button.hidden = false;
+  button.addEventListener("click", () => {
+    plot.isLog = !plot.isLog;
+    button.setAttribute("aria-pressed", plot.isLog);
+    figure.querySelectorAll(".y").forEach((axis) => axis.classList.toggle("off"));
+    plot.curves.forEach((curve) => drawCurve(plot, curve));
+  });
+}
+
+// A curve has its line's number, steps, values, and the deviations of a mean.
+function decode([line, rises, values, spreads], bits) {
+  const kind = bits === 32 ? Float32Array : Float64Array;
+  const numbers = (text) =>
+    [...new kind(Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer)];
+  let step = 0;
+  const steps = rises.map((rise) => (step += rise));
+  return [line, steps, numbers(values), numbers(spreads)];
+}
+
+function drawCurve(plot, [number, steps, values, spreads]) {
+  const group = plot.groups[number];
+  const all = [...steps.keys()];
+  const line = all.map((i) => place(plot, steps[i], values[i]));
+  group.querySelector("path:not(.band)").setAttribute("d", pathOf(line));
+  if (spreads.length === 0) return;
+  const upper = all.map((i) => place(plot, steps[i], values[i] + spreads[i]));
+  const lower = all.map((i) => place(plot, steps[i], values[i] - spreads[i]));
+  group.querySelector(".band").setAttribute("d", pathOf(upper.concat(lower.reverse())));
+}
+
+function pathOf(places) {
+  const words = places.filter(Boolean).map(([x, y]) => x + " " + y);
+  return "M" + (words.join("L") || "0 0");
+}
+
+// Return where a point lies in the plot's area; on a logarithmic axis 0 has no place.
+function place(plot, step, value) {
+  if (plot.isLog && value <= 0) return null;
+  const [low, high] = plot.isLog ? plot.log : plot.y;
+  const height = ((plot.isLog ? Math.log10(value) : value) - low) / (high - low);
+  const x = (step - plot.x[0]) / (plot.x[1] - plot.x[0]);
+  return [1144 * x, 524 - 524 * height];
+}
+
+function showPoint(plot, svg, event) {
+  const box = svg.getBoundingClientRect();
+  const scale = 640 / box.width;
+  const x = 2 * ((event.clientX - box.left) * scale - 56);
+  const y = 2 * ((event.clientY - box.top) * scale - 8);
+  const found = nearestPoint(plot, x, y);
+  if (!found) return hidePoint(plot);
+  const { curve, at } = found;
+  moveDot(plot, curve[0], found.place);
+  light(String(curve[0]));
+  tip.textContent = describe(plot, curve, at);
+  tip.hidden = false;
+  tip.style.left = Math.min(event.clientX + 16, innerWidth - tip.offsetWidth) + "px";
+  tip.style.top = Math.min(event.clientY + 16, innerHeight - tip.offsetHeight) + "px";
+}
+
+function nearestPoint(plot, x, y) {
+  let found = null;
+  let least = 150;
+  for (const curve of plot.curves) {
+    if (plot.groups[curve[0]].matches(".unlisted, .faded")) continue;
+    curve[1].forEach((step, at) => {
+      const point = place(plot, step, curve[2][at]);
+      const distance = point ? Math.hypot(point[0] - x, point[1] - y) : Infinity;
+      if (distance >= least) return;
+      least = distance;
+      found = { curve, at, place: point };
+    });
+  }
+  return found;
+}
+
+function describe(plot, [line, steps, values, spreads], at) {
+  const details = document.querySelector(`.run[data-line="${line}"]`);
+  const name = details.querySelector(".name").textContent;
+  const label = details.querySelector(".label").textContent.trim();
+  const metric = plot.figure.querySelector("h3").textContent;
+  const isExact = plot.bits === 64 && spreads.length === 0;
+  const short = (number) => Number(number.toPrecision(isExact ? 17 : 7));
+  const spread = spreads.length ? " \\u00b1 " + short(spreads[at]) : "";
+  const who = spreads.length ? label : name + "\\n" + label;
+  const value = metric + " " + short(values[at]) + spread;
+  return who + "\\n" + value + "\\nstep " + Number(steps[at].toPrecision(12));
+}
+
+function moveDot(plot, line, [x, y]) {
+  hidePoint(plot);
+  plot.dot = document.createElementNS(plot.area.namespaceURI, "circle");
+  plot.dot.setAttribute("class", "dot");
+  plot.dot.setAttribute("r", 8);
+  plot.dot.setAttribute("cx", x);
+  plot.dot.setAttribute("cy", y);
+  plot.groups[line].append(plot.dot);
+}
+
+function hidePoint(plot) {
+  if (plot.dot) plot.dot.remove();
+  tip.hidden = true;
+  light(null);
+}
+"""
+
+
+# === Running a command ===
+# `run -- CMD`: the command has the signals, the terminal, the environment and the open
+# files that it would have without us, and its exit status is ours.
+
+FORWARDED_SIGNALS = (
+    "SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGALRM",
+    "SIGCONT", "SIGXCPU", "SIGVTALRM", "SIGPROF", "SIGIO", "SIGPWR", "SIGABRT",
+)  # fmt: skip
 
 
 def _cmd_run(args: argparse.Namespace) -> int:
     """Record a command; return its exit status, 128+n when signal n ended it."""
-    import shutil
-
     words: list[str] = args.words
-    if shutil.which(words[0]) is None:
-        raise ValueError(f"{words[0]!r} is not a program on PATH; nothing was recorded")
-    config = {**_read_options(args.config), **_flags(words)}
-    script = Path(next(filter(os.path.isfile, words[1:]), words[0])).stem
-    module = words[words.index("-m") + 1] if "-m" in words[1:-1] else script
-    recording = run_context(args.base_dir, args.prefix or module, config)
+    if words[:1] == ["--"]:
+        words = words[1:]
+    if not words:
+        raise ValueError("no command is given; write it after --")
+    limit = _seconds_of(args.timeout)
+    config = {**_config_file(args.config), **_command_options(words)}
+    recording = run_context(
+        args.base_dir, args.prefix, config, notes=args.note, tags=args.tag
+    )
     recording.argv = words
-    run = _run_on_terminal if all(map(os.isatty, (0, 1, 2))) else _run_attached
+    if _on_path(words[0], os.getcwd()) is None:
+        code, problem = _not_runnable(words[0])
+        print(f"{_prog()}: {problem}; nothing was recorded", file=sys.stderr)
+        return code
     with recording as run_dir:
-        code = run(words)
-        how = ("failed", "system_exit") if code else ("success", "normal")
-        recording.ending = _killed_by(-code) if code < 0 else _outcome(*how, code)
+        if recording.capture is None:
+            raise RuntimeError("the run has not begun")
+        command = _Command(words, recording.capture)
+        code = command.run(limit)
+        recording.ending = _Ending.of_command(code)
+        if command.problem is not None:
+            recording.ending.status = "failed"
+            recording.ending.problem = command.problem
+    if command.problem is not None:
+        print(f"{_prog()}: {command.problem}", file=sys.stderr)
     print(f"run_utils: recorded in {_printable(str(run_dir))}", file=sys.stderr)
-    return 128 - code if code < 0 else code
+    if command.is_late:
+        return 124  # as timeout(1)
+    if code < 0:
+        return 128 - code
+    return code
 
 
-def _read_options(name: str | None) -> dict[str, Any]:
+def _not_runnable(name: str) -> tuple[int, str]:
+    """Return the exit status of a shell for a program that it cannot run, and why."""
+    folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    if os.sep in name:
+        folders = [""]
+    if any(os.path.exists(os.path.join(folder, name)) for folder in folders):
+        return 126, f"{name!r} is not executable"
+    return 127, f"{name!r} is not a program on PATH"
+
+
+def _seconds_of(text: str | None) -> float | None:
+    """Return the seconds of a time limit such as "90", "90s", "30m", "2h" or "1d"."""
+    if text is None:
+        return None
+    parts = re.fullmatch(r"(\d+\.?\d*)([smhd]?)", text)
+    if parts is None:
+        raise ValueError(f"--timeout is {text!r}; give a time such as 90s, 30m or 2h")
+    return float(parts[1]) * {"m": 60, "h": 3600, "d": 86400}.get(parts[2], 1)
+
+
+def _config_file(name: str | None) -> Facts:
     """Return the mapping in a JSON file, or in a YAML file where there is PyYAML."""
     if name is None:
         return {}
     try:
-        text = _read_bytes(Path(name))
-        is_json = text.lstrip()[:1] == b"{"
-        value = json.loads(text) if is_json else _pyyaml().safe_load(text)
-    except ImportError:
-        raise ValueError(f"--config {name!r}: PyYAML is missing; give JSON") from None
-    except Exception as error:  # yaml.YAMLError cannot be named without PyYAML
+        text = _read_bytes(name).decode("utf-8")
+        read: Callable[[str], JSON] = _parse_yaml
+        if text.lstrip().startswith("{"):
+            read = json.loads
+        value = read(text)
+    except (OSError, ValueError) as error:
         raise ValueError(f"--config {name!r} cannot be read: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"--config {name!r} is not a mapping; give key: value lines")
     return value
 
 
-def _flags(words: Sequence[str]) -> dict[str, Any]:
+def _command_options(words: Sequence[str]) -> Facts:
     """Return the options of a command as a config.
 
-    >>> _flags(["train.py", "--lr", "0.1", "--fp16", "optim.beta=0.9"])
-    {'lr': 0.1, 'fp16': True, 'optim.beta': 0.9}
+    What comes before its script is for the interpreter or the launcher.
+
+    >>> _command_options(["./train", "--flag", "-v", "3", "--list", "a", "b", "x=0.9"])
+    {'flag': True, 'v': 3, 'list': ['a', 'b'], 'x': 0.9}
     """
-    config: dict[str, Any] = {}
-    waiting = ""
-    for word in words[1:]:
-        option = re.fullmatch(r"(--|\+\+?|)([A-Za-z_][\w.-]*)(?:=(.*))?", word, re.S)
+    config: dict[str, list[str]] = {}
+    name = None
+    for word in _arguments_of(words):
+        option = re.fullmatch(r"(--?|\+\+?|)([A-Za-z_][\w.-]*)(?:=(.*))?", word, re.S)
         if option and option[3] is not None:
-            config[option[2]], waiting = option[3], ""
-        elif option and option[1] == "--":
-            config[option[2]], waiting = "true", option[2]
-        elif waiting:
-            config[waiting], waiting = word, ""
-    for name, text in config.items():
-        if re.fullmatch(r"[-+]?\d{1,18}", text):
-            config[name] = int(text)
-        elif re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", text):
-            config[name] = float(text)
-        elif text.lower() in ("true", "false"):
-            config[name] = text.lower() == "true"
-    return config
+            config[option[2]] = [option[3]]
+            name = None
+        elif option and option[1].startswith("-"):
+            name = option[2]
+            config[name] = []
+        elif name is not None:
+            if config[name] and word.endswith(".py") and os.path.isfile(word):
+                name = None  # the script that a launcher starts
+            else:
+                config[name].append(word)
+    options: Facts = {}
+    for name, texts in config.items():
+        values = [_option_value(text) for text in texts]
+        options[name] = values
+        if not values:
+            options[name] = True
+        elif len(values) == 1:
+            options[name] = values[0]
+    return options
 
 
-def _run_attached(words: Sequence[str]) -> int:
-    """Run a command on our streams; return its status, -n when signal n ended it."""
-    import subprocess
-
-    children: list[subprocess.Popen[bytes]] = []
-    early: list[int] = []
-    typed: tuple[int, ...] = ()  # what the terminal sends to the command as well
-    with contextlib.suppress(OSError), open("/dev/tty", "rb") as terminal:
-        if os.tcgetpgrp(terminal.fileno()) == os.getpgrp():
-            typed = (signal.SIGINT, signal.SIGQUIT)
-
-    def forward(number: int, frame: object) -> None:
-        if not children:
-            early.append(number)
-        elif number not in typed:
-            children[0].send_signal(number)
-
-    with _handling(FORWARDED_SIGNALS, forward):
-        children.append(subprocess.Popen(words))
-        for number in early:
-            children[0].send_signal(number)
-        return children[0].wait()
+def _arguments_of(words: Sequence[str]) -> Sequence[str]:
+    """Return the words after the script or module of a command."""
+    site = _Site.here(list(words))
+    for number, word in enumerate(words):
+        if number and word in ("-m", "-c"):
+            return words[number + 2 :]
+        if os.path.join(site.cwd or os.sep, word) == site.script:
+            return words[number + 1 :]
+    return words[1:]
 
 
-def _run_on_terminal(words: Sequence[str]) -> int:
-    """Run a command on a pseudo-terminal of the same size; copy it to the log."""
-    import fcntl
-    import pty
-    import termios
+def _option_value(text: str) -> JSON:
+    """Return a number, a boolean or a text."""
+    if re.fullmatch(r"[-+]?\d{1,18}", text):
+        return int(text)
+    if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", text):
+        return float(text)
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    return text
 
-    inner: list[int] = []  # our end of the pseudo-terminal
-    early: list[int] = []
 
-    def resize(*_: object) -> None:
-        for descriptor in inner:
-            size = fcntl.ioctl(0, termios.TIOCGWINSZ, bytes(8))
-            fcntl.ioctl(descriptor, termios.TIOCSWINSZ, size)
+class _Command:
+    """A command that runs, the signals for it, and what it shows on a terminal.
 
-    def forward(number: int, frame: object) -> None:
-        if not inner:
-            early.append(number)
-        for descriptor in inner:
-            os.killpg(os.tcgetpgrp(descriptor), number)
+    With a terminal for stdin, stdout and stderr, it gets another one of the same kind,
+    and we are in between. In the background, or when one of the three is no terminal,
+    only its stdout and stderr are others. Those that are logs are left alone.
+    """
 
-    def read(descriptor: int) -> bytes:
-        shown, marker = os.read(descriptor, FORWARD_BYTES), b""
-        if not inner:
-            marker, shown = shown[:1], shown[1:]  # the first output tells us `inner`
-            inner.append(descriptor)
-            resize()
-            while early:
-                forward(early.pop(), None)
-        if isinstance(sys.stdout, _Tee):
-            sys.stdout.copy(shown)
-        return shown or marker
+    def __init__(self, words: list[str], capture: _Capture) -> None:
+        self.words = words
+        self.capture = capture
+        self.pid = 0  # of the command, once it has been started
+        self.code: int | None = None  # how it has ended, -n: by signal n
+        self.problem: str | None = None
+        self.is_late = False  # it has passed its time limit
+        self.early: list[int] = []  # signals that came before it was started
+        self.terminal: _Terminal | None = None  # ours, when we are in between
+        self.channels: list[_Channel] = []
+        self.typed = b""  # what the command has not taken yet
 
-    shell = ["/bin/sh", "-c", 'printf "\\0"; exec "$@"', "sh"]
-    with _handling([signal.SIGWINCH], resize), _handling(FORWARDED_SIGNALS, forward):
-        return _exit_of(pty.spawn([*shell, *words], read))
+    def run(self, limit: float | None) -> int:
+        """Run the command; return its exit status, -n when signal n has ended it."""
+        wake, waker = os.pipe()
+        _posix.set_blocking(waker, False)
+        try:
+            with _handling(self._handle, waker) as of_children:
+                if all(map(os.isatty, (0, 1, 2))) and _is_foreground():
+                    self.terminal = _Terminal()
+                    self.channels = [_Channel(1, self.terminal.master)]
+                    inner = self.terminal.inner
+                    self._start({0: inner, 1: inner, 2: inner}, of_children)
+                else:
+                    self._start(self._outputs(), of_children)
+                self._serve(wake, limit)
+        finally:
+            if self.terminal is not None:
+                self.terminal.restore()
+            for channel in self.channels:
+                channel.close(self.capture)
+            for descriptor in (wake, waker):
+                os.close(descriptor)
+        if self.code is None:
+            raise RuntimeError("the command has not ended")
+        return self.code
+
+    def _outputs(self) -> dict[int, int]:
+        """Return what the command gets as stdout or stderr where that is no log."""
+        own: dict[int, int] = {}
+        places: dict[object, int] = {}
+        for stream in self.capture.streams:
+            if stream.is_direct:
+                continue
+            if stream.place not in places:
+                if os.isatty(stream.descriptor):
+                    reader, places[stream.place] = _posix.openpty()
+                    _pass_as_it_is(places[stream.place], stream.descriptor)
+                else:
+                    reader, places[stream.place] = os.pipe()
+                self.channels.append(_Channel(stream.descriptor, reader))
+            own[stream.descriptor] = places[stream.place]
+        return own
+
+    def _start(self, own: Mapping[int, int], of_children: Any) -> None:
+        """Start the command with some descriptors, and each signal as we had got it."""
+        path = _on_path(self.words[0], os.getcwd()) or self.words[0]
+        failure, tell = os.pipe()
+        mask = _mask(_signals.SIG_BLOCK, signal.valid_signals())
+        self.pid = _posix.fork()
+        if self.pid == 0:
+            try:
+                for number in signal.valid_signals():
+                    if callable(signal.getsignal(number)):
+                        signal.signal(number, signal.SIG_DFL)
+                for number in (_signals.SIGPIPE, _signals.SIGXFSZ):
+                    signal.signal(number, signal.SIG_DFL)  # Python ignores them
+                signal.signal(_signals.SIGCHLD, of_children)
+                if self.terminal is not None:
+                    self.terminal.become_controlling()
+                for descriptor, source in own.items():
+                    os.dup2(source, descriptor)
+                _mask(_signals.SIG_SETMASK, mask)
+                _execute(path, self.words)
+            except OSError as error:
+                os.write(tell, str(error.errno).encode())
+            finally:
+                os._exit(127)
+        for descriptor in {tell, *own.values()}:
+            os.close(descriptor)
+        _mask(_signals.SIG_SETMASK, mask)
+        _mask(_signals.SIG_UNBLOCK, [_signals.SIGCHLD])
+        while self.early:
+            self._signal(self.early.pop(0))
+        told = os.read(failure, 16)
+        os.close(failure)
+        if told:
+            self.problem = f"{path!r} cannot be run: {os.strerror(int(told))}"
+            self._has_ended(0)
+            self.code = 126
+            if int(told) in (errno.ENOENT, errno.ENOTDIR):  # its #! line names none
+                self.code = 127
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        """Send a signal on, unless the terminal has sent it to the command as well."""
+        if number in (_signals.SIGCHLD, _signals.SIGWINCH):
+            return  # they only wake us
+        if self.pid == 0:
+            self.early.append(number)
+            return
+        is_typed = number in (signal.SIGINT, _signals.SIGQUIT) and _is_foreground()
+        if self.terminal is not None or not is_typed:
+            self._signal(number)
+
+    def _signal(self, number: int) -> None:
+        """Send a signal to the command while it is there."""
+        if self.code is not None:
+            return
+        with _ignoring(ProcessLookupError):
+            if self.terminal is not None:
+                _posix.killpg(self.pid, number)  # which is a group of its own
+            else:
+                os.kill(self.pid, number)
+
+    def _serve(self, wake: int, limit: float | None) -> None:
+        """Show what the command prints and let it read what is typed, until it ends."""
+        deadline = float("inf")
+        if limit is not None:
+            deadline = time.monotonic() + limit
+        while True:
+            is_over = self._has_ended(_posix.WNOHANG)
+            readers: list[int] = [wake, *(channel.reader for channel in self.channels)]
+            writers = []
+            pause = 0.0
+            if not is_over:
+                pause = max(0.0, min(1.0, deadline - time.monotonic()))
+                if self.terminal is not None and self.terminal.follow():
+                    if self.typed:
+                        writers.append(self.terminal.master)
+                    else:
+                        readers.append(0)
+            ready, takers, _ = select.select(readers, writers, [], pause)
+            if wake in ready:
+                os.read(wake, 512)
+            if self.terminal is not None and 0 in ready:
+                self._read_typed(self.terminal)
+            if takers:
+                with _ignoring(OSError):
+                    self.typed = self.typed[os.write(takers[0], self.typed) :]
+            for channel in list(self.channels):
+                if channel.reader in ready and not channel.show(self.capture):
+                    self.channels.remove(channel)
+                    if self.terminal is not None:
+                        self.terminal.is_gone = True  # the command has closed it
+            if is_over and set(ready) <= {wake}:
+                return
+            if time.monotonic() >= deadline:
+                deadline = time.monotonic() + KILL_SECONDS
+                self._end(limit)
+
+    def _has_ended(self, how: int) -> bool:
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, how)
+            if pid:
+                self.code = _exit_code(status)
+        return self.code is not None
+
+    def _end(self, limit: float | None) -> None:
+        """Ask a command that is late to end, with all it has started; then kill it."""
+        number = signal.SIGTERM
+        if self.is_late:
+            number = _signals.SIGKILL
+        self.is_late = True
+        self.problem = f"stopped after its time limit of {limit:g} s"
+        for pid in _descendants(self.pid):
+            with _ignoring(OSError):
+                os.kill(pid, number)
+
+    def _read_typed(self, terminal: _Terminal) -> None:
+        """Read what is typed; Ctrl-Z stops us both where it would stop the command.
+
+        The kernel does not: the command is the first process of its terminal.
+        """
+        data = b""
+        with _ignoring(OSError):
+            data = os.read(0, 1024)
+        if not data:
+            terminal.is_gone = True
+        stop = terminal.stop_byte(self.pid)
+        if not stop or stop not in data:
+            self.typed += data
+            return
+        before, _, rest = data.partition(stop)
+        self.typed += before + rest
+        self._signal(_signals.SIGSTOP)
+        terminal.restore()
+        _posix.killpg(_posix.getpgrp(), _signals.SIGTSTP)  # until `fg` or `bg`
+        self._signal(_signals.SIGCONT)
+
+
+class _Channel:
+    """What a command prints, on its way to our stdout or stderr and to the log."""
+
+    def __init__(self, target: int, reader: int) -> None:
+        self.target = target
+        self.reader = reader
+        self.name = {1: "stdout", 2: "stderr"}[target]
+        self.text = _TerminalText()
+        self.is_terminal = os.isatty(reader)
+
+    def show(self, capture: _Capture) -> bool:
+        """Show and log what there is to read; return False at its end."""
+        data = b""
+        with _ignoring(OSError):  # EIO: nobody has the other side any more
+            data = os.read(self.reader, FORWARD_BYTES)
+        if not data:
+            self.close(capture)
+            return False
+        _write_patiently(self.target, data)
+        if self.is_terminal:
+            data = self.text.add(data)
+        capture.copy(self.name, data)
+        return True
+
+    def close(self, capture: _Capture) -> None:
+        os.close(self.reader)
+        capture.copy(self.name, self.text.end())
+
+
+class _TerminalText:
+    """Makes lines for a log of what a terminal is told.
+
+    "\\r\\n" becomes "\\n". Of a line that is written over and over, as a progress bar
+    is, the last state is kept, and one every HEARTBEAT_SECONDS.
+    """
+
+    def __init__(self) -> None:
+        self.line = b""  # the last one, as it is now
+        self.logged = b""  # what the log has of it
+        self.due = 0.0  # when to log a line that is written over and over
+
+    def add(self, data: bytes) -> bytes:
+        """Return what is to be appended to the log."""
+        result = b""
+        *lines, self.line = re.sub(rb"\r+\n", b"\n", self.line + data).split(b"\n")
+        for line in lines:
+            result += self._rest(line) + b"\n"
+            self.logged = b""
+        if b"\r" not in self.line or time.monotonic() > self.due:
+            result += self.end()
+        if self.logged == self.line:
+            self.logged = self.line[-4096:]
+        self.line = self.line[-4096:]
+        return result
+
+    def end(self) -> bytes:
+        """Return the last line as it is now, as far as the log lacks it."""
+        self.due = time.monotonic() + HEARTBEAT_SECONDS
+        rest = self._rest(self.line)
+        self.logged = self.line.rstrip(b"\r")
+        return rest
+
+    def _rest(self, line: bytes) -> bytes:
+        """Return what the log lacks of a line: after a "\\r" it is begun anew."""
+        if line.startswith(self.logged) and b"\r" not in line[len(self.logged) :]:
+            return line[len(self.logged) :].replace(b"\r", b"")
+        seen = [part for part in line.split(b"\r") if part][-1:]
+        if self.logged:
+            seen.insert(0, b"\n")
+        return b"".join(seen)
+
+
+class _Terminal:
+    """The terminal that we are on, and the one that the command gets instead."""
+
+    def __init__(self) -> None:
+        self.termios: Any = __import__("termios")
+        self.saved = self.termios.tcgetattr(0)
+        self.master, self.inner = _posix.openpty()
+        _posix.set_blocking(self.master, False)
+        self.termios.tcsetattr(self.inner, self.termios.TCSANOW, self.saved)
+        self.is_raw = False  # what is typed comes to us as it is
+        self.is_gone = False
+        _copy_size(0, self.master)
+
+    def become_controlling(self) -> None:
+        """In the command: begin a session whose terminal is the inner one."""
+        fcntl: Any = __import__("fcntl")
+        _posix.setsid()
+        fcntl.ioctl(self.inner, self.termios.TIOCSCTTY, 0)
+
+    def follow(self) -> bool:
+        """Tell whether what is typed is for us: while we are in the foreground."""
+        with _ignoring(OSError, self.termios.error):
+            if not self.is_gone and _is_foreground():
+                _copy_size(0, self.master)
+                if not self.is_raw:
+                    tty: Any = __import__("tty")
+                    tty.setraw(0, self.termios.TCSADRAIN)
+                    self.is_raw = True
+                return True
+        return False
+
+    def restore(self) -> None:
+        """Make our terminal what it was."""
+        with _ignoring(OSError, self.termios.error):
+            if self.is_raw and _is_foreground():
+                self.termios.tcsetattr(0, self.termios.TCSADRAIN, self.saved)
+        self.is_raw = False
+
+    def stop_byte(self, pid: int) -> bytes:
+        """Return what is typed to stop the command; nothing if that is up to it.
+
+        A shell that runs inside stops its own jobs.
+        """
+        with _ignoring(OSError, self.termios.error):
+            attributes = self.termios.tcgetattr(self.master)
+            is_ours = _posix.tcgetpgrp(self.master) == pid
+            if is_ours and attributes[3] & self.termios.ISIG:
+                stop: bytes = attributes[6][self.termios.VSUSP]
+                return stop.strip(b"\0")
+        return b""
+
+
+def _pass_as_it_is(terminal: int, outer: int) -> None:
+    """Let a terminal have our size and leave the line ends to ours."""
+    termios: Any = __import__("termios")
+    attributes = termios.tcgetattr(terminal)
+    attributes[1] &= ~termios.OPOST
+    termios.tcsetattr(terminal, termios.TCSANOW, attributes)
+    _copy_size(outer, terminal)
+
+
+def _copy_size(outer: int, inner: int) -> None:
+    """Give a terminal the size of another; if that is new, its programs are told."""
+    fcntl: Any = __import__("fcntl")
+    termios: Any = __import__("termios")
+    size = fcntl.ioctl(outer, termios.TIOCGWINSZ, bytes(8))
+    fcntl.ioctl(inner, termios.TIOCSWINSZ, size)
+
+
+def _is_foreground() -> bool:
+    """Tell whether our process group is the one that the terminal works for."""
+    with _ignoring(OSError):  # no terminal
+        terminal = os.open("/dev/tty", os.O_RDONLY | _CLOSE_ON_EXEC)
+        try:
+            return bool(_posix.tcgetpgrp(terminal) == _posix.getpgrp())
+        finally:
+            os.close(terminal)
+    return False
+
+
+def _execute(path: str, words: list[str]) -> None:
+    """Become the program; a script without a #! line is for the shell, as elsewhere."""
+    try:
+        os.execv(path, words)
+    except OSError as error:
+        if error.errno != errno.ENOEXEC:
+            raise
+        os.execv("/bin/sh", ["sh", path, *words[1:]])
+
+
+def _descendants(pid: int) -> list[int]:
+    """Return a process and all that it and its children have started (Linux)."""
+    found = [pid]
+    for parent in found:
+        with _ignoring(OSError):
+            for thread in os.listdir(f"/proc/{parent}/task"):
+                children = _read_proc(f"/proc/{parent}/task/{thread}/children")
+                found += map(int, children.split())
+    return found
+
+
+def _mask(how: int, numbers: Iterable[int]) -> set[int]:
+    """Change which signals wait until they are wanted; return which did before."""
+    before: set[int] = _signals.pthread_sigmask(how, numbers)
+    return before
 
 
 @contextlib.contextmanager
-def _handling(numbers: Iterable[int], handler: Any) -> Iterator[None]:
-    """Handle signals that are not ignored, and put back what was there."""
-    with contextlib.ExitStack() as stack:
-        for number in numbers:
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                stack.callback(signal.signal, number, signal.signal(number, handler))
-        yield
+def _handling(handler: Callable[..., None], waker: int) -> Iterator[Any]:
+    """Handle the signals for a command; yield what ours of children was before.
+
+    One that we got ignored, as by nohup, stays ignored. SIGCHLD must not be: the
+    kernel would forget how the command has ended.
+    """
+    numbers: set[int] = {_signals.SIGWINCH}
+    numbers.update(getattr(signal, n) for n in FORWARDED_SIGNALS if hasattr(signal, n))
+    if hasattr(signal, "SIGRTMIN"):
+        numbers.update(range(_signals.SIGRTMIN, _signals.SIGRTMAX + 1))
+    for number in list(numbers):
+        if signal.getsignal(number) in (signal.SIG_IGN, None):
+            numbers.remove(number)
+    numbers.add(_signals.SIGCHLD)
+    before = {number: signal.signal(number, handler) for number in numbers}
+    wakeup = signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
+    try:
+        yield before[_signals.SIGCHLD]
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        for number, handled in before.items():
+            signal.signal(number, handled)
 
 
-def _add_inspect(commands: Any) -> None:
-    inspect = commands.add_parser("inspect", help="show one run on one screen")
-    inspect.add_argument("run", metavar="RUN", help=RUN_HELP)
-    inspect.add_argument("--json", action="store_true", help="for programs")
-    inspect.set_defaults(command=_cmd_inspect)
+# === Command line ===
+# What the commands are is one table, at the end. Exit status 0: yes, same, done;
+# 1: no, different; 2: trouble, and one sentence on stderr says which.
+
+if TYPE_CHECKING:
+    Argument = tuple[str, str]  # as a usage line writes it, and its help
+    Command = tuple[str, str, Callable[[argparse.Namespace], int], list[Argument]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line with `argv` (default: sys.argv[1:]); return its status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        args = _parse(words)
+        status = int(args.function(args))
+        print(end="", flush=True)
+        return status
+    except BrokenPipeError:  # `| head`: what is still buffered goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError, _Unknown) as error:
+        _say(f"{_prog()}: {error}")
+        return 2
+
+
+def _say(text: str) -> None:
+    """Print one line on stderr."""
+    print(_printable(text), file=sys.stderr)
+
+
+def _prog() -> str:
+    """Return what was typed to come here: "python3 -m pkg.run_utils"."""
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    if spec is None:
+        words: list[str] = getattr(sys, "argv", None) or ["run_utils"]
+        return os.path.basename(words[0])
+    module = str(spec.name).removesuffix(".__main__")
+    return f"{os.path.basename(sys.executable)} -m {module}"
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
+    """Return the arguments of the command that `words` name, with its `function`.
+
+    Only the parser of that command is built.
+    """
+    import argparse
+
+    for name, about, function, arguments in _COMMANDS:
+        if words[:1] == [name]:
+            # Without a width each argument would import shutil, for 5 ms.
+            width = _terminal_width() or 80
+            parser = argparse.ArgumentParser(
+                prog=f"{_prog()} {name}", description=about, allow_abbrev=False,
+                formatter_class=functools.partial(argparse.HelpFormatter, width=width),
+            )  # fmt: skip
+            for usage, text in arguments:
+                _add_argument(parser, usage, text)
+            parser.set_defaults(function=function)
+            if name == "note":  # tags may stand between the runs and the text
+                return parser.parse_intermixed_args(words[1:])
+            return parser.parse_args(words[1:])
+    parser = argparse.ArgumentParser(prog=_prog(), description="Record experiments.")
+    version = f"run_utils {__version__}"
+    parser.add_argument("--version", action="version", version=version)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, about, _, _ in _COMMANDS:
+        commands.add_parser(name, help=about)
+    return parser.parse_args(words)
+
+
+def _add_argument(parser: argparse.ArgumentParser, usage: str, text: str) -> None:
+    """Add an argument that is written as in a usage line.
+
+    RUN, [ROOT] and WORDS... are taken by their place, "-- CMD" is all that is left.
+    --flag takes no value, --into DIR one, --tag TAG... one each time, N is a whole
+    number, FILE=a.html has a default. Of --json | --csv only one can be given.
+    """
+    *names, value = usage.split()
+    if "|" in names:
+        formats = parser.add_mutually_exclusive_group()
+        for name in usage.split(" | "):
+            formats.add_argument(
+                name, dest="format", action="store_const", const=name[2:],
+                help=f"as {name[2:]}",
+            )  # fmt: skip
+        return
+    if value.startswith("-"):
+        parser.add_argument(*names, value, action="store_true", help=text)
+        return
+    metavar, _, default = value.partition("=")
+    how: Facts = {"help": text, "metavar": metavar.strip("[.]")}
+    if names == ["--"]:
+        names, how["nargs"] = ["words"], "..."
+    elif not names:
+        names = [how["metavar"].lower()]
+        if metavar.startswith("["):
+            how["nargs"] = "?"
+        elif metavar.endswith("..."):
+            how["nargs"] = "+"
+    elif metavar.endswith("..."):
+        how.update(action="append", default=[])
+    elif default:
+        how.update(default=default, help=f"{text} (default: {default})")
+    if metavar == "N":
+        how["type"] = int
+    parser.add_argument(*names, **how)
 
 
 def _cmd_inspect(args: argparse.Namespace) -> int:
-    """Print what ran, how it ended, what it left, and what differs from now."""
-    run = Run(_find_run(args.run))
-    lineage = _Lineage(_results_root(run.path.parent), run.path)
-    users = [there for (here, there) in lineage.edges if here == run.path]
-    facts = {
-        "run_dir": str(run.path), "status": run.status, "attempts": run.attempts,
-        "config": run.config, "metadata": run.metadata, "metrics": _series(run),
-        "outputs": run.outputs, "used_by": sorted({path.name for path in users}),
-        "notes": run.notes, "tags": run["tags"], "problems": run.problems,
-        "now": _differences_from_now(run.metadata),
-    }
+    """Show what ran, how it ended, what it left, and what differs from now."""
+    run_dir = _find_run(args.run)
     if args.json:
-        print(_format_json(facts), end="")
-        return 0
-    for name, lines in _format_inspect(run, facts):
-        for number, line in enumerate(lines):
-            print(f"{'' if number else name:<10}{_printable(line)}".rstrip())
+        print(_format_json(_inspected(Run(run_dir))), end="")
+    elif args.follow:
+        _follow(run_dir)
+    else:
+        _print_paragraphs(_run_paragraphs(Run(run_dir)))
     return 0
 
 
-def _find_run(text: str) -> Path:
-    """Return the run that a path, a part of a name, or "latest" means."""
-    path = Path(text)
-    if path.exists() or path.is_symlink():
-        found = _run_of(path.absolute())
-        if found is None:
-            raise ValueError(f"{text!r} is not in a run directory; give one, or a name")
-        return Path(os.path.realpath(found))
-    root = _root(None)
-    paths = _walk_runs(root)
-    if text == "latest":
-        runs = [path for path in paths[:100] if _looks_like_run(path)][:1]
-    else:
-        runs = [path for path in paths if text in os.path.basename(path)]
-        runs = [path for path in runs if os.path.basename(path) == text] or runs
-    if not runs:
-        raise ValueError(f"no run {text!r} below {str(root)!r}")
-    if len(runs) > 1:
-        names = ", ".join(map(os.path.basename, runs[:3]))
-        many = f"{len(runs)} names ({names}, ...)"
-        raise ValueError(f"{text!r} is a part of {many}; say more")
-    return Path(runs[0])
+def _follow(run_dir: Path) -> None:
+    """Show a run while it is running, and how it ended.
+
+    A terminal shows the newest state; elsewhere the lines that changed are printed.
+    """
+    shown: list[str] = []
+    while True:
+        begun = time.monotonic()
+        run = Run(run_dir)
+        paragraphs = [*_live_paragraphs(run), ("output", _last_output(run.path)[-8:])]
+        lines = list(_paragraph_lines(paragraphs))
+        if sys.stdout.isatty():
+            shown = []
+            print("\x1b[H\x1b[2J", end="")  # to the top left, and clear
+        for line in lines:
+            if line not in shown:
+                print(line, flush=True)
+        if run["status"] != "running":
+            return
+        shown = lines
+        took = time.monotonic() - begun
+        time.sleep(max(FOLLOW_SECONDS, 5 * took))
 
 
-def _root(text: str | None) -> Path:
-    """Return the folder to look for runs in, as an absolute path without links."""
-    root = text or ("results" if os.path.isdir("results") else os.curdir)
-    if not os.path.isdir(root):
-        raise ValueError(f"{root!r} is not a folder; give one that holds runs")
-    return Path(os.path.realpath(root))
-
-
-def _add_list(commands: Any) -> None:
-    parser = commands.add_parser("list", help="list runs, newest first")
-    parser.add_argument("root", nargs="?", metavar="ROOT", help=ROOT_HELP)
-    parser.add_argument("--where", metavar="EXPR", help="'lr<1e-3 and acc>0.9'")
-    parser.add_argument("--status", metavar="WORD", help="running, success, lost, ...")
-    parser.add_argument("--since", metavar="TIME", help="12h, 7d, 2026-01-31")
-    parser.add_argument("--contains", metavar="TEXT", help="a part of the path")
-    parser.add_argument("--tag", metavar="TAG", help="one that is in force")
-    parser.add_argument("--has-outputs", action="store_true", help="not the empty ones")
-    parser.add_argument("--sort", metavar="KEY", help="by a value; =-KEY: reversed")
-    parser.add_argument(
-        "-n", "--limit", type=int, metavar="N",
-        help=f"at most N, 0 for all (default: {MAX_ROWS} in a table, else all)",
+def _filters_of(args: argparse.Namespace) -> _Filters:
+    """Return the filters, the order and the limit that a command was given."""
+    return _Filters(
+        where=args.where, status=args.status, since=args.since, older=args.older,
+        contains=args.contains, tag=args.tag, has_outputs=args.has_outputs,
+        sort=args.sort, top=args.top, limit=args.limit,
     )  # fmt: skip
-    parser.add_argument("--by-script", action="store_true", help="one table a script")
-    formats = parser.add_mutually_exclusive_group()
-    form = {"dest": "format", "action": "store_const"}
-    for name in ("json", "csv", "md"):
-        formats.add_argument(f"--{name}", const=name, **form)
-    parser.set_defaults(command=_cmd_list)
 
 
 def _cmd_list(args: argparse.Namespace) -> int:
-    """Print one row for each run that was asked for."""
-    root = _root(args.root)
-    limit = MAX_ROWS if args.limit is None and not args.format else args.limit
-    runs, unseen = _select_runs(
-        root, args.where, args.status, args.since, args.contains, args.tag,
-        args.has_outputs, args.sort, limit or None,
-    )  # fmt: skip
-    if args.format:
-        runs = _with_lineage(runs, root)
-    if args.format == "json":
-        print(_format_json([_row(run, root) for run in runs]), end="")
-    elif args.format == "csv":
-        _print_csv([_row(run, root) for run in runs])
+    """Print a row for each run that was asked for, or for each group of them."""
+    root = _search_root(args.root)
+    if args.limit is None and args.format is None:
+        args.limit = MAX_ROWS
+    if args.over is not None:
+        groups, selection = _select_groups(root, _filters_of(args), args.over)
     else:
-        _print_tables(runs, root, args.format == "md", args.by_script)
-    if not runs and not args.format:
-        print(f"no such runs below {str(root)!r}", file=sys.stderr)
-    if unseen and not args.format:
-        print(f"{unseen} older runs are not shown; -n 0 shows all")
-    problems = [problem for run in runs for problem in run.problems]
-    if problems:
-        count = _format_count(len(problems), "file")
-        print(f"{count} cannot be read: {_printable(problems[0])}", file=sys.stderr)
+        selection = _select_runs(root, _filters_of(args))
+    shown = [key.strip() for text in args.show for key in text.split(",")]
+    for key in shown:
+        selection.warnings += _unknown_key(_Expression(key), selection.runs)
+    for warning in selection.warnings:
+        _say(warning)
+    asked = [*selection.asked, *shown]
+    if args.over is not None:
+        rows = [_group_row(group, asked) for group in groups]
+    elif args.format in ("json", "csv"):
+        rows = [_run_row(run, root, shown) for run in selection.runs]
+    if args.format == "commands":
+        for run in selection.runs:
+            print(_pasteable(run))
+    elif args.format == "json":
+        print(_format_json(rows), end="")
+    elif args.format == "csv":
+        _print_csv(rows)
+    else:
+        if args.over is not None:
+            columns = _group_columns(rows, selection.differing, asked)
+            _print_columns(columns, args.format)
+        else:
+            _print_runs(selection, asked, args)
+    if args.format is None:
+        _say_what_is_unseen(selection, args)
     return 0
 
 
-def _differences_from_now(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """Return what of machine and code is not as it was: "then -> now"."""
-    git = _mapping(metadata, "git")
-    root = str(git.get("root") or "")
-    now = {
-        "commit": (git.get("commit_short"), _git_head(root) if root else None),
-        "python": (_mapping(metadata, "python").get("version"), sys.version),
-        "hostname": (metadata.get("hostname"), _hostname()),
-        "platform": (_mapping(metadata, "platform").get("platform"), _platform_name()),
-    }
-    short = {name: [str(v).split(" ")[0] for v in pair] for name, pair in now.items()}
-    return {k: " -> ".join(v) for k, v in short.items() if v[0] != v[1] and all(now[k])}
+def _print_runs(
+    selection: _Selection, asked: list[str], args: argparse.Namespace
+) -> None:
+    """Print the table of the selected runs, or one for each script."""
+    groups: dict[str, list[Run]] = {}
+    for run in selection.runs:
+        groups.setdefault(run["script_name"], []).append(run)
+    if not args.by_script:
+        groups = {"": selection.runs}
+    for script, runs in sorted(groups.items()):
+        if script:
+            print(_printable(f"{script}: {_format_count(len(runs), 'run')}"))
+        columns = _run_columns(
+            runs, selection.root, selection.differing, asked, args.format == "md"
+        )
+        _print_columns(columns, args.format)
 
 
-def _add_diff(commands: Any) -> None:
-    about = "show what differs between two runs, or between one and here and now"
-    diff = commands.add_parser("diff", help=about)
-    diff.add_argument("a", metavar="RUN", help=RUN_HELP)
-    diff.add_argument("b", metavar="RUN", nargs="?", help="default: here and now")
-    diff.add_argument("--json", action="store_true", help="for programs")
-    diff.set_defaults(command=_cmd_diff)
+def _say_what_is_unseen(selection: _Selection, args: argparse.Namespace) -> None:
+    """Print what a table does not show: older runs, and files that are damaged."""
+    if not selection.runs:
+        _say(f"no such runs below {selection.root!r}")
+    if selection.unseen and args.top is None:
+        kind = "older"
+        if args.sort is not None:
+            kind = "more"
+        print(f"{selection.unseen} {kind} runs are not shown; -n 0 shows all")
+    problems = [problem for run in selection.runs for problem in run.problems]
+    if problems:
+        _say(f"{_format_count(len(problems), 'file')} cannot be read: {problems[0]}")
+
+
+def _pasteable(run: Run) -> str:
+    """Return the line for a shell that runs the command of a run where it ran."""
+    folder = run.metadata.get("working_dir")
+    if isinstance(folder, str) and folder:
+        return f"cd {_shell_word(folder)} && {_command_of(run)}"
+    return _command_of(run)
 
 
 def _cmd_diff(args: argparse.Namespace) -> int:
-    """Print the differences; return 0 when there are none, else 1."""
-    a = Run(_find_run(args.a))
-    b = Run(_find_run(args.b)) if args.b else None
-    sides = _comparable_run(a), _comparable_run(b) if b else _comparable_now(a)
-    found = _differences(*sides)
+    """Print what differs; return 0 when nothing does, else 1."""
+    then = Run(_find_run(args.run))
+    now = None
+    if args.other is not None:
+        now = Run(_find_run(args.other))
+    found = _comparison(then, now)
     if args.json:
         print(_format_json(found), end="")
-        return 1 if found else 0
-    for section, pairs in found.items():
-        lines = [line for key in pairs for line in _format_change(key, *pairs[key])]
-        if "commit_full" in pairs:
-            lines += _format_commits(a, pairs["commit_full"])
-        for number, line in enumerate(lines):
-            print(f"{'' if number else section:<10}{_printable(line)}".rstrip())
-    return 1 if found else 0
-
-
-def _comparable_run(run: Run) -> dict[str, Any]:
-    """Return what `diff` compares of a run, in its order."""
-    patches: dict[str, str] = {}
-    for path in sorted(run.path.glob("git*.patch")):
-        with contextlib.suppress(OSError):
-            patches[path.name] = _read_bytes(path).decode("utf-8", "replace")
-    if _mapping(run.metadata, "git").get("is_dirty") and not patches:
-        patches["uncommitted changes"] = f"not kept by {run.path.name}"
-    metrics = {k: v for k, v in run.metrics.items() if k not in _NO_METRICS}
-    of_run = {"config": run.config, "determinism": _seeds(run)}
-    facts = _comparable({**run.metadata, **of_run}, patches)
-    return {**facts, "metrics": metrics}
-
-
-def _seeds(run: Run) -> dict[str, Any]:
-    """Return the seeds and flags that a run had in the end."""
-    files = run.metadata, run.status
-    return {k: v for file in files for k, v in _mapping(file, "determinism").items()}
-
-
-def _comparable_now(run: Run) -> dict[str, Any]:
-    """Return the same of here and now; it has no config, metrics or seeds."""
-    root = _mapping(run.metadata, "git").get("root")
-    directory = str(root if os.path.isdir(str(root)) else _working_dir() or "/")
-    metadata = _immediate_metadata([], directory, None)
-    excluded = [str(_results_root(run.path.parent)), str(run.path)]
-    metadata["git"], _ = _git(_GitTree(directory, excluded))
-    metadata["cuda"] = {**metadata["cuda"], **_cuda()[0]}
-    metadata["container"], _ = _container()
-    metadata["determinism"] = _seeds(run)
-    metadata["pip_freeze"], _ = _packages(sys.executable, sys.path)
-    facts = _comparable(metadata)
-    del facts["config"]
-    return facts
-
-
-def _add_lineage(commands: Any) -> None:
-    about = "show which runs a run used, and which used it"
-    lineage = commands.add_parser("lineage", help=about)
-    lineage.add_argument("run", metavar="RUN", help=RUN_HELP)
-    formats = lineage.add_mutually_exclusive_group()
-    form = {"dest": "format", "action": "store_const"}
-    for name in ("dot", "mermaid", "json"):
-        formats.add_argument(f"--{name}", const=name, **form)
-    lineage.set_defaults(command=_cmd_lineage)
+    else:
+        _print_paragraphs(_diff_paragraphs(then, found))
+    return int(bool(found))
 
 
 def _cmd_lineage(args: argparse.Namespace) -> int:
     """Print the runs that a run used and those that used it, to any depth."""
     start = _find_run(args.run)
     lineage = _Lineage(_results_root(start.parent))
-    ways = {users: list(lineage.walk(start, users)) for users in (False, True)}
+    used, users = (list(lineage.walk(start, way)) for way in (False, True))
     if args.format:
-        related = {start, *(run for way in ways.values() for _, run, _ in way)}
-        edges = [(*pair, _format_paths(paths)) for pair, paths in
-                 lineage.edges.items() if related.issuperset(pair)]  # fmt: skip
-        print("\n".join(_format_graph(args.format, sorted(related), edges)))
+        related = {start, *(run for _, run, _ in used + users)}
+        edges = [
+            (*pair, _format_paths(paths))
+            for pair, paths in lineage.edges.items()
+            if related.issuperset(pair)
+        ]
+        for line in _format_graph(args.format, sorted(related), edges):
+            print(line)
         return 0
-    print(_printable(f"{start.name} ({_text(_status_now(start).get('status'))})"))
-    for users, title in ((False, "used"), (True, "used by")):
-        for number, (depth, run, path) in enumerate(ways[users]):
-            known = _is_run(run)
-            status = _status_now(run).get("status") if known else "not there now"
-            line = "  " * depth + f"{run.name} ({_text(status)}): {path}"
-            print(f"{'' if number else title:<8}{_printable(line)}")
+    print(_printable(_run_and_status(start)))
+    for title, way in (("used", used), ("used by", users)):
+        for depth, run, path in way:
+            line = f"{'  ' * depth}{_run_and_status(run)}: {path}"
+            print(f"{title:<8}{_printable(line)}")
+            title = ""
     return 0
 
 
-def _add_note(commands: Any) -> None:
-    note = commands.add_parser("note", help="append a note or tags to a run")
-    note.add_argument("run", metavar="RUN", help=RUN_HELP)
-    note.add_argument("text", metavar="TEXT", nargs="?", default="")
-    many: Any = {"action": "append", "default": [], "metavar": "TAG"}
-    note.add_argument("--tag", help="such as canonical or superseded", **many)
-    note.add_argument("--untag", help="a tag to take away", **many)
-    note.set_defaults(command=_cmd_note)
+def _run_and_status(run: Path) -> str:
+    """Return "train-20260131-142501 (success)"."""
+    if not _is_run(run):
+        return f"{run.name} (not there now)"
+    return f"{run.name} ({_text(_status_now(run).get('status'))})"
 
 
 def _cmd_note(args: argparse.Namespace) -> int:
-    """Append one line to the run's notes.jsonl, and a "note" line to the index."""
-    if not (args.text or args.tag or args.untag):
-        raise ValueError('nothing to note; give a text, or --tag canonical')
-    run_dir = _find_run(args.run)
-    _append_note(run_dir, args.text, args.tag, args.untag)
-    with _tolerating("the index"):
-        more = {"text": args.text, "tags": args.tag, "untag": args.untag}
-        _append_index(_index_row(run_dir), "note", None, **more)
+    """Append one line to the notes.jsonl of each run, and one to the index.
+
+    The last word is the text. Beside tags there may be none: then it is a run.
+    """
+    *words, text = args.words
+    if not words:
+        words, text = [text], ""
+    runs = [_find_run(word) for word in words]
+    if text and (args.tag or args.untag):
+        with _ignoring(ValueError):
+            runs.append(_find_run(text))
+            text = ""
+    if not (text or args.tag or args.untag):
+        raise ValueError("nothing to note; give a text, or --tag canonical")
+    for run_dir in runs:
+        record = _Record.at(run_dir)
+        record.append_note(text, args.tag, args.untag)
+        with _tolerating("the index"):
+            record.tell_index("note", text=text, tags=args.tag, untag=args.untag)
+        print(_printable(f"noted in {run_dir}"))
     return 0
 
 
-def _add_reindex(commands: Any) -> None:
-    about = "rebuild the index from the directories"
-    reindex = commands.add_parser("reindex", help=about)
-    reindex.add_argument("root", nargs="?", metavar="ROOT", help=ROOT_HELP)
-    reindex.add_argument("--dry-run", action="store_true", help="only say what changes")
-    reindex.set_defaults(command=_cmd_reindex)
+def _cmd_prune(args: argparse.Namespace) -> int:
+    """Say which runs would go; move or delete them when that is asked for."""
+    found, selection = _prunable_runs(_search_root(args.root), _filters_of(args))
+    for warning in selection.warnings:
+        _say(warning)
+    if args.json:
+        print(_format_json([prunable.to_json() for prunable in found]), end="")
+    is_meant = args.yes or args.purge
+    sizes = []
+    for prunable in found:
+        what = prunable.refusal
+        if what is None:
+            what = "would go"
+            sizes.append(prunable.size)
+            if is_meant:
+                place = _prune(selection.root, prunable, args.purge)
+                what = f"is now {place or 'deleted'}"
+        if not args.json:
+            run = prunable.run
+            name = os.path.relpath(run.path, selection.root)
+            about = f"{run['status']}, {_format_seconds(_age(run))} old"
+            size = _format_size(prunable.size)
+            print(_printable(f"{name} ({about}, {size}): {what}"))
+    if sizes and not (is_meant or args.json):
+        about = f"{_format_count(len(sizes), 'run')}, {_format_size(sum(sizes))}"
+        print(f"{about}: --yes moves to {TRASH_FOLDER}, --purge deletes")
+    return 0
+
+
+def _cmd_audit(args: argparse.Namespace) -> int:
+    """Say where a secret is, and never which; return 1 when there is one."""
+    root = _search_root(args.root)
+    _redactor.learn(dict(os.environ))  # what is secret here and now is searched too
+    audit = _Audit(root)
+    audit.search(_with_progress([*_walk_runs(root), f"{root}/index"], "searching"))
+    if args.json:
+        facts = {"found": audit.found, "files": audit.searched}
+        facts.update(binary=audit.binary, not_searched=audit.unread)
+        print(_format_json(facts), end="")
+    else:
+        for place in audit.found:
+            where = f"line {place['line']}"
+            if place["line"] is None:
+                where = "in a binary file"
+            print(_printable(f"{place['file']}: {where}"))
+        for name, why in audit.unread.items():
+            print(_printable(f"{name}: not searched: {why}"))
+        places = _format_count(len(audit.found) or "no", "place", "with a secret")
+        files = _format_count(audit.searched or "no", "file", "searched")
+        print(f"{places}; {files}")
+        if audit.found:
+            print("revoke what is valid; then remove it, or the file, by hand")
+    if audit.unread and not audit.found:
+        return 2
+    return int(bool(audit.found))
 
 
 def _cmd_reindex(args: argparse.Namespace) -> int:
     """Replace the index by one line for each run; keep what is appended meanwhile."""
-    root = _root(args.root)
-    path = root / INDEX_FILE
-    before = {str(row.get("path")) for row in _read_lines(path, MAX_INDEX)}
-    size = os.path.getsize(path) if path.exists() else 0
+    root = Path(_search_root(args.root))
+    size = 0
+    with _ignoring(FileNotFoundError):
+        size = os.path.getsize(root / INDEX_FILE)
+    known = _read_lines(root / INDEX_FILE, tail=MAX_INDEX)
+    before = {str(row.get("path")) for row in known}
     rows = _rebuilt_index(root)
     now = {row["path"] for row in rows}
-    change = f"{len(now - before)} added, {len(before - now)} removed"
-    print(f"{len(rows)} runs: {change}" + ", if it were done" * args.dry_run)
-    if not args.dry_run:
-        _replace_index(path, size, rows)
+    line = f"{_format_count(len(rows) or 'no', 'run')}: "
+    line += f"{len(now - before)} added, {len(before - now)} removed"
+    if args.dry_run:
+        line += ", if it were done"
+    else:
+        _replace_index(root, size, rows)
+    print(line)
     return 0
 
 
-def _add_audit(commands: Any) -> None:
-    about = "search runs, also of the ancestors, for secrets; exit status 1: there are"
-    audit = commands.add_parser("audit", help=about)
-    audit.add_argument("root", nargs="?", metavar="ROOT", help=ROOT_HELP)
-    audit.add_argument("--json", action="store_true", help="as JSON")
-    audit.set_defaults(command=_cmd_audit)
+def _rebuilt_index(root: Path) -> list[Facts]:
+    """Return one "backfill" line for each run below `root`, the oldest first."""
+    rows = []
+    for path in _with_progress(_walk_runs(root)[::-1], "reading runs"):
+        run = Run(path)
+        row = _index_row(_Record(run.path, 1, root))
+        row.update(event="backfill", timestamp_utc=run.status.get("timestamp_utc"))
+        row.update(pid=run.status.get("pid"), git_commit_short=run["git_commit"])
+        for key in ("status", "exit_reason", "hostname", "user", "script_name"):
+            row[key] = run[key]
+        rows.append(row)
+    return rows
 
 
-def _cmd_audit(args: argparse.Namespace) -> int:
-    """Say where a secret is, and never which."""
-    root = _root(args.root)
-    _redact(dict(os.environ))  # what is secret here and now is searched as well
-    audit = _Audit(root)
-    for run in _walk_runs(root):
-        audit.search(_files_below(run))
-    audit.search([root / INDEX_FILE] if (root / INDEX_FILE).is_file() else [])
+def _replace_index(root: Path, size: int, rows: Iterable[Facts]) -> None:
+    """Put rows in the place of the first `size` bytes; what runs append stays."""
+    folder, name = os.path.split(INDEX_FILE)
+    lines = [_format_json(_redactor.data(row), indent=None) for row in rows]
+    with _Folder(root).opened(folder, create=True) as place:
+        with io.FileIO(place.open(name, os.O_RDWR | os.O_CREAT), "r+") as old:
+            place.write(name, "".join(lines).encode("ascii"))
+            old.seek(size)
+            late = old.readall()  # of runs that started or ended meanwhile
+        with io.FileIO(place.open_for_lines(name), "a") as new:
+            new.write(late)
+
+
+def _cmd_env(args: argparse.Namespace) -> int:
+    """Show what `capture_metadata` would record here and now; leave nothing behind."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="run_utils-env-") as folder:
+        facts = _read_json(capture_metadata(folder)) or {}
     if args.json:
-        facts = {"found": audit.found, "files": len(audit.read)}
-        print(_format_json({**facts, "not_searched": audit.unread}), end="")
+        print(_format_json(facts), end="")
     else:
-        print("\n".join(map(_printable, audit.report())))
-    return 1 if audit.found else 2 if audit.unread else 0
+        for line in _format_yaml(facts).splitlines():
+            print(_printable(line))
+    return 0
 
 
-class _Audit:
-    """Secrets in files, by file and place; what they are is never told."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.found: list[dict[str, str]] = []
-        self.read: dict[Path, bool] = {}  # a file, and whether it is binary
-        self.unread: dict[str, str] = {}  # a file, and why
-
-    def search(self, paths: Sequence[Path]) -> None:
-        """Search files, twice where a secret is found, which the others may hold."""
-        known = len(_known_secrets)
-        found = [(path, self.places(path)) for path in paths]
-        if len(_known_secrets) > known:
-            found = [(path, self.places(path)) for path in paths]
-        for path, places in found:
-            self.found += [{"file": self.name(path), "place": at} for at in places]
-
-    def name(self, path: Path) -> str:
-        return _redact_text(os.path.relpath(path, self.root))
-
-    def places(self, path: Path) -> list[str]:
-        """Return where in a file secrets are."""
-        try:
-            data = _read_bytes(path)
-        except OSError as error:
-            self.unread[self.name(path)] = error.strerror or str(error)
-            return []
-        self.read[path] = b"\0" in data[:8192]
-        if self.read[path]:
-            return ["somewhere in a binary file"] * (_replace_known(data) != data)
-        return _secret_places(path.suffix, data.decode("utf-8", "surrogateescape"))
-
-    def report(self) -> list[str]:
-        lines = [f"{entry['file']}: {entry['place']}" for entry in self.found]
-        lines += [f"{file}: not searched: {why}" for file, why in self.unread.items()]
-        places = _format_count(len(self.found) or "no", "place", "with a secret")
-        files = _format_count(len(self.read) or "no", "file", "searched")
-        binary = sum(self.read.values())
-        more = f", {binary} binary: only for the secrets of the others" * bool(binary)
-        lines.append(f"{places}; {files}{more}")
-        todo = "revoke each that is valid; then remove it, or the file, by hand"
-        return [*lines, todo] if self.found else lines
-
-
-def _files_below(run: str) -> list[Path]:
-    """Return the regular files of a run; links lead out of it."""
-    paths = []
-    for folder, folders, names in os.walk(run):
-        folders.sort()
-        paths += [Path(folder, name) for name in sorted(names)]
-    return [path for path in paths if path.is_file() and not path.is_symlink()]
-
-
-def _secret_places(suffix: str, text: str) -> list[str]:
-    """Return the keys of JSON or YAML, else the lines, where a text has secrets."""
-    if suffix in (".json", ".yaml", ".yml") and len(text) <= MAX_CONFIG:
-        with contextlib.suppress(Exception):  # it is torn: searched as text
-            value = json.loads(text) if suffix == ".json" else _parse_yaml(text)
-            return [f"key {key}" for key in dict.fromkeys(_secret_keys(value, ""))]
-    if suffix != ".jsonl" and not _holds_secret(text):
-        return []
-    places, in_hunk = [], False
-    for number, line in enumerate(text.split("\n"), 1):
-        in_hunk = line == "GIT binary patch" or (in_hunk and line != "")
-        keys = list(_secret_keys(_parsed(line), "")) if suffix == ".jsonl" else []
-        places += [f"line {number}, key {key}" for key in keys]
-        if not keys and not in_hunk and _holds_secret(line):
-            places.append(f"line {number}")
-    return places
-
-
-def _parsed(line: str) -> Any:
-    with contextlib.suppress(ValueError, RecursionError):
-        return json.loads(line)
-    return None
-
-
-def _secret_keys(value: Any, key: str, name: str = "") -> Iterator[str]:
-    """Yield the dotted keys of plain data under which a secret is."""
-    if isinstance(value, dict):
-        for inner, item in value.items():
-            shown = _redact_text(str(inner))
-            if shown != str(inner):
-                yield f"{key}.{shown}".lstrip(".")
-            yield from _secret_keys(item, f"{key}.{shown}".lstrip("."), str(inner))
-    elif isinstance(value, list) and (name != "argv" or _redact_argv(value) == value):
-        for item in value:
-            yield from _secret_keys(item, key, name)
-    elif isinstance(value, list):
-        yield key
-    elif isinstance(value, str):
-        short = len(value) <= MAX_REDACTED  # what is longer would be cut
-        if _redact(value, name) != value if short else _holds_secret(value):
-            yield key
-
-
-def _holds_secret(text: str) -> bool:
-    return _redact_whole(text) != text
-
+_RUN: Argument = (
+    "RUN", "a path, anything in a run or copied from it, a part of a name, or latest",
+)  # fmt: skip
+_ROOT: Argument = (
+    "[ROOT]", "a folder with runs (default: results, else the current folder)",
+)  # fmt: skip
+_JSON: Argument = ("--json", "for programs")
+_FILTERS: list[Argument] = [
+    ("--where EXPR", "'lr<1e-3 and max(acc)>0.9'"),
+    ("--status WORD", "running, success, failed, lost, or a word of your own"),
+    ("--since TIME", "started after 12h, 7d, 2026-01-31"),
+    ("--older TIME", "started before"),
+    ("--contains TEXT", "a part of the path"),
+    ("--tag TAG", "one that is in force"),
+    ("--has-outputs", "what left a file"),
+    ("--sort KEY", "by a value; --sort=-KEY: the largest first"),
+    ("--top N", "the first N that have this value"),
+    ("-n --limit N", "at most N, 0 for all"),
+]
+_COMMANDS: list[Command] = [
+    ("run", "record any command, in any language; exit with its status", _cmd_run, [
+        ("--base-dir DIR=results/runs", "where the run is made"),
+        ("--prefix NAME", "of the run; default: the script's name"),
+        ("--config FILE", "JSON or YAML to keep as config"),
+        ("--note TEXT", "what this run is about"),
+        ("--tag TAG...", "such as canonical"),
+        ("--timeout TIME", "stop it after 90s, 30m, 2h"),
+        ("-- CMD", "the command"),
+    ]),
+    ("inspect", "show one run on one screen", _cmd_inspect, [
+        _RUN, ("--follow", "go on while it runs"), _JSON,
+    ]),
+    ("list", "list runs, newest first", _cmd_list, [
+        _ROOT, *_FILTERS,
+        ("--show KEY...", "a value to show, or several: lr,max(acc)"),
+        ("--over KEY", "fold runs that differ only in this (seed): mean and spread"),
+        ("--by-script", "a table for each script"),
+        ("--json | --csv | --md | --commands", ""),
+    ]),
+    ("diff", "show what differs between two runs, or one and now", _cmd_diff, [
+        _RUN, ("[OTHER]", "another run; default: here and now"), _JSON,
+    ]),
+    ("lineage", "show which runs a run used, and which used it", _cmd_lineage, [
+        _RUN, ("--dot | --mermaid | --json", ""),
+    ]),
+    ("note", "append a note or tags to runs", _cmd_note, [
+        ("WORDS...", "runs, and at last the text"),
+        ("--tag TAG...", "such as canonical or superseded"),
+        ("--untag TAG...", "one to take away"),
+    ]),
+    ("reproduce", "build the tree a run ran in; say how to run it", _cmd_reproduce, [
+        _RUN,
+        ("--into DIR", "a new folder for the tree"),
+        ("--exec", "run it, and compare"),
+        ("--venv", "install the packages into the new tree"),
+        ("--set SETTING...", "key=value: change or supply a word of the command"),
+        ("--tolerance X", "of metrics, relative"),
+        _JSON,
+    ]),
+    ("verify", "check that a run can be done again; read-only", _cmd_verify, [
+        _RUN, _JSON,
+    ]),
+    ("report", "write one HTML page about runs", _cmd_report, [
+        _ROOT, *_FILTERS,
+        ("-o --output FILE=report.html", "where to write it"),
+        ("--metric KEY", "which run is best: 'max(acc)', 'min(loss)'"),
+        ("--over KEY=seed", "draw runs that differ only in this as one band"),
+        ("--embed", "put the images into the page"),
+    ]),
+    ("prune", "say which runs would go, or let them go", _cmd_prune, [
+        _ROOT, *_FILTERS,
+        ("--yes", "move them to ROOT/.trash"), ("--purge", "delete them"), _JSON,
+    ]),
+    ("audit", "search runs for secrets; status 1: there are", _cmd_audit, [
+        _ROOT, _JSON,
+    ]),
+    ("reindex", "rebuild the index from the directories", _cmd_reindex, [
+        _ROOT, ("--dry-run", "only say what would change"),
+    ]),
+    ("env", "show what would be recorded here, for a bug report", _cmd_env, [_JSON]),
+]  # fmt: skip
 
 if __name__ == "__main__":
     raise SystemExit(main())

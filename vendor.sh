@@ -2,8 +2,7 @@
 # SPDX-License-Identifier: MIT
 # SPDX-FileCopyrightText: 2026 the run_utils authors
 set -eu
-LC_ALL=C
-export LC_ALL
+export LC_ALL=C
 
 usage() {
     cat <<'USAGE'
@@ -15,9 +14,25 @@ Writes PACKAGE_DIR/run_utils/__init__.py, __main__.py and LICENSE, and touches
 nothing else. A file that was edited, is newer or did not come from here stays.
 
   --check   write nothing; status 0: current, 1: not, 2: wrong usage
-  --force   replace such files too, and keep each as FILE.bak-1, .bak-2, ...
+  --force   replace such files too; what was there is kept outside of the project,
+            in ${XDG_STATE_HOME:-~/.local/state}/run_utils/
   --help    show this text
 USAGE
+}
+
+# In a copy these lines stand below the licence: its project's tools pass it over.
+notices() {
+    cat <<'NOTICES'
+# A copy, which vendor.sh brings up to date. Formatters and linters leave it alone:
+# fmt: off
+# isort: skip_file
+# ruff: noqa: PGH004, RUF105
+# ruff: noqa
+# flake8: noqa
+# pylint: skip-file
+# mypy: ignore-errors
+# autoflake: skip_file
+NOTICES
 }
 
 # The line of run_utils.py that says what a copy was made from. In a copy None is
@@ -37,20 +52,20 @@ main() {
     [ "${1-}" != -- ] || shift
     [ $# -gt 0 ] || misused "PACKAGE_DIR is missing"
     [ $# -eq 1 ] || misused "one PACKAGE_DIR is wanted, not $#"
-    [ -d "$1" ] || misused "no such directory: '$1'"
+    [ -d "$1" ] || misused "no such directory: '$1'; give the folder of your package, \
+or make a new one with mkdir -p"
 
     locate_source
     locate_copy "$1"
     before=$(describe_copy)
     problem=$(find_problem)
-    case $mode in
-        check) check ;;
-        update) [ -z "$problem" ] || die "$problem; --force goes on, with a backup" ;;
-    esac
+    [ "$mode" != check ] || check
+    [ "$mode" = force ] || [ -z "$problem" ] ||
+        die "$problem; --force goes on, with a backup"
     write_changed LICENSE
     write_changed __main__.py
     write_changed __init__.py # last: the stamp vouches for all three
-    say "$(format_step)"
+    format_step
 }
 
 check() {
@@ -58,14 +73,12 @@ check() {
     for name in LICENSE __main__.py; do
         [ "$before" = none ] || [ -e "$copy/$name" ] || die "$copy/$name is missing"
     done
-    say "$(format_step)"
+    format_step
     [ "$before" = "$version $id" ] || exit 1
     exit 0
 }
 
-# === Source and copy ===
 # Paths never pass through $(...), which would eat a newline at their end.
-
 locate_source() {
     script=$0
     case $script in /* | ./*) ;; *) script=./$script ;; esac
@@ -75,8 +88,9 @@ locate_source() {
     done
     here=${script%/*}
     source=$here/run_utils.py
-    [ -f "$source" ] || die "run_utils.py is not beside vendor.sh"
-    [ -f "$here/LICENSE" ] || die "LICENSE is not beside vendor.sh"
+    for name in run_utils.py LICENSE; do
+        [ -f "$here/$name" ] || die "$name is not beside vendor.sh"
+    done
     [ "$(grep -c "$STAMP" "$source")" = 1 ] ||
         die "run_utils.py must have exactly one line that starts with '__vendored__ ='"
     version=$(sed -n 's/^__version__[^=]*= "\([^"]*\)".*/\1/p' "$source")
@@ -96,12 +110,9 @@ locate_copy() {
 
 # Print "VERSION BLOB" of a stamped copy, "none" without a copy, else "unknown".
 describe_copy() {
-    if [ ! -e "$copy/__init__.py" ]; then
-        echo none
-    else
-        stamp=$(sed -n "s/$STAMPED/\1/p" "$copy/__init__.py")
-        echo "${stamp:-unknown}"
-    fi
+    [ -e "$copy/__init__.py" ] || { echo none && return; }
+    stamp=$(sed -n "s/$STAMPED/\1/p" "$copy/__init__.py")
+    echo "${stamp:-unknown}"
 }
 
 # Say in one sentence what writing would destroy, or print nothing.
@@ -114,48 +125,53 @@ find_problem() {
         echo "$copy/__init__.py was edited after ${before%% *} was copied"
     elif [ "$before" != none ] && is_newer "${before%% *}" "$version"; then
         echo "$copy/__init__.py is ${before%% *}, newer than $version"
-    elif [ -e "$copy/__main__.py" ] && ! is_current __main__.py; then
+    elif [ -e "$copy/__main__.py" ] && ! is_current __main__.py &&
+        ! program | cmp -s - "$copy/__main__.py"; then # which version 1 wrote
         echo "$copy/__main__.py was not written by vendor.sh"
     elif [ -e "$copy/LICENSE" ] && ! is_current LICENSE; then
         echo "$copy/LICENSE was not written by vendor.sh"
     fi
 }
 
-# With None back in its stamp, an untouched copy is its source again, byte for byte.
-is_edited() {
-    [ "$(blob_id stamped "$copy/__init__.py" None)" != "${before#* }" ]
+# Without notices and stamp, an untouched copy is its source again, byte for byte.
+is_edited() { [ "$(blob_id stamped "$copy/__init__.py" None :)" != "${before#* }" ]; }
+
+is_current() { content_of "$1" | cmp -s - "$copy/$1"; }
+
+is_newer() {
+    awk -v a="$1" -v b="$2" 'BEGIN {
+        split(a, x, "."); split(b, y, ".")
+        for (i = 1; i <= 3; i++) if (x[i] + 0 != y[i] + 0) exit (x[i] + 0 < y[i] + 0)
+        exit 1
+    }'
 }
 
 format_step() {
-    if [ "$before" = "$version $id" ]; then
-        echo "$version is current"
-    elif [ "${before%% *}" = "$version" ]; then # a commit between two releases
-        echo "$version $(short "${before#* }") -> $version $(short "$id")"
-    else
-        echo "${before%% *} -> $version"
-    fi
+    case $before in
+        "$version $id") say "$version is current" ;;
+        "$version "*) say "$(short "$before") -> $(short "$version $id")" ;; # unreleased
+        *) say "${before%% *} -> $version" ;;
+    esac
 }
 
-# === Files ===
+short() { printf '%s %.7s' "${1%% *}" "${1#* }"; }
 
 # Print what a file of the copy is to hold.
 content_of() {
     case $1 in
-        __init__.py) stamped "$source" "\"$version $id\"" ;;
+        __init__.py) stamped "$source" "\"$version $id\"" notices ;;
+        __main__.py) head -n 2 <"$source" && notices && program ;;
         LICENSE) cat "$here/LICENSE" ;;
-        __main__.py)
-            cat <<'PYTHON'
-from . import main
-
-raise SystemExit(main())
-PYTHON
-            ;;
     esac
 }
 
-# Print FILE with VALUE in its stamp. By head and tail, not sed: all other bytes stay,
+program() { printf 'from . import main\n\nraise SystemExit(main())\n'; }
+
+# Print FILE with VALUE in its stamp, and what NOTICES prints in the place of the
+# comments below its first two lines. By head and tail, not sed: all other bytes stay,
 # a missing newline at the end too.
 stamped() {
+    code=$(awk 'NR > 2 && !/^#/ { print NR; exit }' "$1")
     line=$(grep -n "$STAMP" "$1" | head -n 1)
     number=${line%%:*}
     text=${line#*:}
@@ -164,13 +180,8 @@ stamped() {
         \"*) rest=${rest#\"} && rest=${rest#*\"} ;;
         *) rest=${rest#None} ;;
     esac
-    head -n $((number - 1)) <"$1" &&
-        printf '%s= %s%s\n' "${text%%= *}" "$2" "$rest" &&
-        tail -n +$((number + 1)) <"$1"
-}
-
-is_current() {
-    content_of "$1" | cmp -s - "$copy/$1"
+    head -n 2 <"$1" && "$3" && head -n $((number - 1)) <"$1" | tail -n +"$code" &&
+        printf '%s= %s%s\n' "${text%%= *}" "$2" "$rest" && tail -n +$((number + 1)) <"$1"
 }
 
 write_changed() {
@@ -185,17 +196,17 @@ write_changed() {
     mv -f "$temporary" "$target" 2>/dev/null || die "cannot replace $target"
 }
 
+# Keep a file where neither git nor packaging finds it.
 back_up() {
+    folder=${XDG_STATE_HOME:-${HOME-}/.local/state}/run_utils
+    mkdir -p "$folder" 2>/dev/null || die "cannot create $folder, for a backup"
     number=1
-    while [ -e "$1.bak-$number" ] || [ -L "$1.bak-$number" ]; do
-        number=$((number + 1))
-    done
+    while [ -e "$folder/${1##*/}.$number" ]; do number=$((number + 1)); done
+    backup=$folder/${1##*/}.$number
     # noclobber: of two that write the same backup at once, one fails here
-    (set -C && cat "$1" >"$1.bak-$number") 2>/dev/null || die "cannot back up $1"
-    say "kept ${1##*/} as ${1##*/}.bak-$number"
+    (set -C && cat "$1" >"$backup") 2>/dev/null || die "cannot back up $1"
+    say "kept ${1##*/} as $backup"
 }
-
-# === Words and numbers ===
 
 # Hash what a command prints as `git hash-object` does, which may not be there.
 blob_id() {
@@ -204,30 +215,15 @@ blob_id() {
     printf '%s' "${sum%% *}"
 }
 
-sha1() {
-    if command -v sha1sum >/dev/null; then sha1sum; else shasum 2>/dev/null || :; fi
-}
-
-short() { printf '%.7s' "$1"; }
-
-is_newer() {
-    awk -v a="$1" -v b="$2" 'BEGIN {
-        split(a, x, "."); split(b, y, ".")
-        for (i = 1; i <= 3; i++) if (x[i] + 0 != y[i] + 0) exit (x[i] + 0 < y[i] + 0)
-        exit 1
-    }'
-}
+sha1() { if command -v sha1sum >/dev/null; then sha1sum; else shasum 2>/dev/null || :; fi; }
 
 say() { printf '%s\n' "$1"; }
 
+misused() { die "$1; see vendor.sh --help" 2; }
+
 die() {
     printf 'vendor.sh: %s\n' "$1" >&2
-    exit 1
-}
-
-misused() {
-    printf 'vendor.sh: %s; see vendor.sh --help\n' "$1" >&2
-    exit 2
+    exit "${2-1}"
 }
 
 main "$@"

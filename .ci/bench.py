@@ -4,9 +4,10 @@
 """Measure what recording costs: python3 .ci/bench.py [--quick] [--strict] [NAME ...]
 
 Each scenario is measured in turns with a floor, the least that its work can cost on
-this machine, so that a busy moment strikes both. All programs run in a bare environment
-with a warm byte code cache, in a git repository of their own. With --strict the exit
-status is 1 when the ratio of the medians is above its limit.
+this machine, so that a busy moment strikes both. The programs run with the Python that
+runs this one, which should have PyYAML and about 100 packages as its users have, in a
+git repository of 2,000 files with one changed; the byte code cache is warm. With
+--strict the exit status is 1 when a ratio of medians is above its limit.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 import venv
@@ -43,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--strict", action="store_true", help="hold the limits")
     args = parser.parse_args(argv)
     exceeded = 0
+    print(describe_environment())
     print(HEADER)
     with tempfile.TemporaryDirectory(prefix="run_utils-bench-") as folder:
         place = Place(Path(folder))
@@ -52,6 +55,17 @@ def main(argv: list[str] | None = None) -> int:
                 rounds = -(-scenario.rounds // (3 if args.quick else 1))
                 exceeded += not show(scenario, place, rounds)
     return 1 if args.strict and exceeded else 0
+
+
+def describe_environment() -> str:
+    """Say in how real an environment is measured."""
+    from importlib.metadata import distributions
+    from importlib.util import find_spec
+
+    count = sum(1 for _ in distributions())
+    yaml = "with" if find_spec("yaml") else "without"
+    version = "{}.{}.{}".format(*sys.version_info[:3])
+    return f"Python {version} {yaml} PyYAML, {count} packages, {os.cpu_count()} cores"
 
 
 def show(scenario: Scenario, place: Place, rounds: int) -> bool:
@@ -82,7 +96,7 @@ def summarize(times: list[float]) -> str:
     return f"{median(times):.4g} ({min(times):.4g})" if times else "-"
 
 
-# === The place: a git repository with run_utils.py, and a bare Python ===
+# === The place: a git repository of 2,000 files with run_utils.py ===
 
 
 class Place:
@@ -96,15 +110,30 @@ class Place:
             "HOME": str(folder),
             "LC_ALL": "C.UTF-8",
         }
+        self.python = sys.executable
         venv.create(folder / "venv", symlinks=os.name != "nt")
-        self.python = str(folder / "venv" / "bin" / "python")
+        self.bare_python = str(folder / "venv" / "bin" / "python")
         shutil.copy(RUN_UTILS, self.folder)
         for name, code in PROGRAMS.items():
             (self.folder / name).write_text(code, encoding="utf-8")
-        for words in ("init -q", "add .", "commit -q -m bench"):
-            identity = ["-c", "user.name=bench", "-c", "user.email=bench@localhost"]
+        for number in range(2000):
+            file = self.folder / "src" / str(number % 40) / f"module{number}.py"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(f"def function_{number}():\n    return {number}\n", "utf-8")
+        remote = folder / "remote.git"
+        self.run("git", "init", "-q", "--bare", str(remote))
+        identity = ["-c", "user.name=bench", "-c", "user.email=bench@localhost"]
+        steps = ["init -q", "add .", "commit -q -m bench"]
+        steps += [f"remote add origin {remote}", "push -q -u origin HEAD"]
+        for words in steps:
             self.run("git", *identity, *words.split())
+        self.change()
         self.run(self.python, "-c", "import run_utils")  # writes its byte code
+
+    def change(self) -> None:
+        """Leave one file of the repository changed."""
+        file = self.folder / "src" / "0" / "module0.py"
+        file.write_text("def function_0():\n    return None\n", "utf-8")
 
     def run(self, *argv: str, out: str = os.devnull) -> None:
         """Run a program to its end; it may leave nothing but its exit status."""
@@ -126,10 +155,22 @@ class Place:
         self.run(self.python, *argv)
         return (time.monotonic_ns() - begin) / 1e6
 
-    def make_runs(self, count: int) -> str:
+    def time_many(self, count: int, *argv: str) -> float:
+        """Return the milliseconds that so many at once take."""
+        options: Any = {"cwd": self.folder, "env": self.env}
+        for name in ("stdin", "stdout", "stderr"):
+            options[name] = subprocess.DEVNULL
+        begin = time.monotonic_ns()
+        children = [subprocess.Popen([self.python, *argv], **options)
+                    for _ in range(count)]  # fmt: skip
+        if any(child.wait(300) for child in children):
+            raise ValueError("one of them failed")
+        return (time.monotonic_ns() - begin) / 1e6
+
+    def make_runs(self, count: int, rows: int = 20) -> str:
         """Write so many runs, as real ones are, with their index; return the first."""
         if not (self.folder / f"tree-{count}").exists():
-            self.run(self.python, "make_runs.py", str(count))
+            self.run(self.python, "make_runs.py", str(count), str(rows))
         return f"tree-{count}/exp0/train-20251009-085320"
 
     def ask(self, *argv: str, out: str = os.devnull) -> list[list[float]]:
@@ -182,9 +223,104 @@ def measure_entry(place: Place, rounds: int) -> Times:
     return floor, ours
 
 
-def measure_exit(place: Place, rounds: int) -> Times:
-    """Time __exit__ when everything slow has been captured."""
-    return [], [place.ask("exit.py")[0][0] for _ in range(rounds)]
+def measure_first_line_bare(place: Place, rounds: int) -> Times:
+    """Do the same with a Python that has nothing installed."""
+    place.python, kept = place.bare_python, place.python
+    try:
+        place.run(place.python, "-c", "import run_utils")
+        return measure_first_line(place, rounds)
+    finally:
+        place.python = kept
+
+
+def measure_empty(place: Place, rounds: int) -> Times:
+    """Compare the whole process of an empty block with a Python that does nothing.
+
+    A run of the same folder has been recorded before.
+    """
+    place.time("empty.py")
+    floor, ours = [], []
+    for _ in range(rounds):
+        floor.append(place.time("-c", "pass"))
+        ours.append(place.time("empty.py"))
+    return floor, ours
+
+
+def measure_first_run(place: Place, rounds: int) -> Times:
+    """Compare the first run of a folder with a second one and 1.2 pip freeze."""
+    floor, ours = [], []
+    for _ in range(rounds):
+        shutil.rmtree(place.folder / "results", ignore_errors=True)
+        ours.append(place.time("empty.py"))
+        second = place.time("empty.py")
+        freeze = place.time("-m", "pip", "--disable-pip-version-check", "freeze")
+        floor.append(second + 1.2 * freeze)
+    return floor, ours
+
+
+def measure_disk(place: Place, rounds: int) -> Times:
+    """Count the kB of a clean, pushed run: no floor, the limit is in kB."""
+    place.run("git", "checkout", "-q", ".")
+    shutil.rmtree(place.folder / "results", ignore_errors=True)
+    place.run(place.python, "empty.py")
+    place.change()
+    files = [p for p in (place.folder / "results").rglob("*") if p.is_file()]
+    own = [p for p in files if "index" not in p.parts]
+    return [], [sum(p.stat().st_size for p in own) / 1000]
+
+
+def measure_variables(place: Place, rounds: int) -> Times:
+    """Compare entry and exit with 12,000 environment variables and with 50."""
+    few = {f"VARIABLE_{n}": "some value" for n in range(50)}
+    many = {f"VARIABLE_{n}": "some value" for n in range(12_000)}
+    kept = place.env
+    floor, ours = [], []
+    try:
+        for _ in range(rounds):
+            place.env = {**kept, **few}
+            floor.append(place.ask("entry_only.py")[0][0])
+            place.env = {**kept, **many}
+            ours.append(place.ask("entry_only.py")[0][0])
+    finally:
+        place.env = kept
+    return floor, ours
+
+
+def measure_redaction(place: Place, rounds: int) -> Times:
+    """Time the redaction of 20 MB of code, which the standard library lends."""
+    return [], [place.ask("redaction.py")[0][0] for _ in range(rounds)]
+
+
+def measure_summary(place: Place, rounds: int) -> Times:
+    """Time the summary of 1,000,000 rows of metrics."""
+    return [], [place.ask("summary.py")[0][0] for _ in range(rounds)]
+
+
+def measure_idle(place: Place, rounds: int) -> Times:
+    """Tell the memory of an idle recorder in MB (no floor)."""
+    return [], [place.ask("idle.py")[0][0] for _ in range(rounds)]
+
+
+def measure_many(place: Place, rounds: int) -> Times:
+    """Compare 64 runs at once with 64 Pythons at once that do nothing."""
+    floor, ours = [], []
+    for _ in range(rounds):
+        floor.append(place.time_many(64, "-c", "pass"))
+        ours.append(place.time_many(64, "empty.py"))
+    return floor, ours
+
+
+def measure_report(place: Place, rounds: int) -> Times:
+    """Time the report of 1,000 runs with 10 metrics of 1,000 rows."""
+    place.make_runs(1_000, rows=1_000)
+    times = []
+    for _ in range(rounds):
+        words = ("report", "tree-1000", "-o", "report.html", "--metric", "min(loss)")
+        times.append(place.time("-m", "run_utils", *words))
+        size = (place.folder / "report.html").stat().st_size
+        if size > 2_000_000:
+            raise ValueError(f"the report has {size} bytes")
+    return [], times
 
 
 def measure_lines(place: Place, rounds: int) -> Times:
@@ -229,6 +365,12 @@ def measure_list(place: Place, rounds: int) -> Times:
     return compare(place, rounds, "list", "tree-10000")
 
 
+def measure_sorted_list(place: Place, rounds: int) -> Times:
+    """Compare `list` over 10,000 runs by a metric's maximum with a Python."""
+    place.make_runs(10_000)
+    return compare(place, rounds, "list", "tree-10000", "--sort=-max(loss)")
+
+
 def measure_inspect(place: Place, rounds: int) -> Times:
     """Compare `inspect` of the oldest of 10,000 runs with a Python."""
     run = place.make_runs(10_000)
@@ -264,18 +406,28 @@ def compare(place: Place, rounds: int, *words: str) -> Times:
 
 
 SCENARIOS = (
-    Scenario("import", 4, 30, measure_import),
-    Scenario("first-line", 5, 30, measure_first_line),
+    Scenario("import", 3.5, 30, measure_import),
+    Scenario("first line", 4, 30, measure_first_line),
+    Scenario("first line, bare Python", 4, 15, measure_first_line_bare),
     Scenario("entry", 2, 30, measure_entry),
-    Scenario("exit", 10, 6, measure_exit),
-    Scenario("million-lines", 1.2, 6, measure_lines),
+    Scenario("empty block, second run", 8, 21, measure_empty),
+    Scenario("empty block, first run", 1, 6, measure_first_run),
+    Scenario("64 runs at once", 8, 3, measure_many),
+    Scenario("disk of a clean run (kB)", 30, 1, measure_disk),
+    Scenario("12,000 variables, entry", 3, 9, measure_variables),
+    Scenario("idle recorder (MB)", 16, 3, measure_idle),
+    Scenario("million lines", 1.2, 6, measure_lines),
     Scenario("log_metrics", 1.5, 30, measure_metrics),
+    Scenario("redaction of 20 MB", 1000, 3, measure_redaction),
     Scenario("another rank", 50, 10, measure_rank),
     Scenario("list of 10,000", 10, 15, measure_list),
+    Scenario("the same by max(loss)", 10, 15, measure_sorted_list),
     Scenario("inspect", 6, 15, measure_inspect),
     Scenario("diff", 6, 15, measure_diff),
     Scenario("first list of 10,000", 3000, 3, measure_first_list),
     Scenario("list of 100,000", 3000, 3, measure_long_list),
+    Scenario("summary of 1,000,000 rows", 2000, 3, measure_summary),
+    Scenario("report of 1,000 runs", 10_000, 1, measure_report),
 )
 
 
@@ -328,7 +480,7 @@ print(moments[0])
     "make_runs.py": """\
 import json, os, sys, time
 
-count, here = int(sys.argv[1]), os.getcwd()
+count, rows, here = int(sys.argv[1]), int(sys.argv[2]), os.getcwd()
 root = f"tree-{sys.argv[1]}"
 os.makedirs(f"{root}/index")
 index = open(f"{root}/index/runs_index.jsonl", "w")
@@ -348,9 +500,15 @@ for n in range(count):
     times = {"started_utc": utc, "timestamp_utc": utc, "duration_seconds": 60.5}
     config = {"command": "x", "lr": n % 10 / 100, "seed": n, "model": {"name": "q"}}
     facts = {**metadata, "timestamp_utc": utc, "config": config}
-    lines = [{"step": k, "time": 1.0, "loss": 1 / (k + 1)} for k in range(20)]
+    lines = [{"step": k, "time": 1.0, "loss": 1 / (k + 1 + n % 7)} for k in range(rows)]
+    if rows > 20:
+        for line in lines:
+            line.update({f"metric{m}": (n * m + line["step"]) % 97 for m in range(9)})
     texts = {"status.json": json.dumps({**status, **times}, indent=2)}
     texts["metadata.json"] = json.dumps(facts, indent=2)
+    losses = [line["loss"] for line in lines]
+    key = {"last": losses[-1], "last_step": rows - 1, "min": min(losses)}
+    key.update(min_step=rows - 1, max=max(losses), max_step=0, count=rows)
     texts["metrics/metrics.jsonl"] = "".join(json.dumps(x) + "\\n" for x in lines)
     for path, text in texts.items():
         with open(f"{run}/{path}", "w") as file:
@@ -364,7 +522,69 @@ for n in range(count):
     del row["inputs"]
     index.write(json.dumps({**row, "event": "end", "status": "success"}) + "\\n")
 """,
-    ".gitignore": "answer.json\nout.txt\nresults/\nfloor/\n__pycache__/\n",
+    ".gitignore": "answer.json\nout.txt\nresults/\nfloor*\n__pycache__/\ntree-*\n"
+    "report.html\nmany/\n",
+    "empty.py": """\
+from run_utils import run_context
+with run_context("results", config_args={"lr": 0.1}):
+    pass
+""",
+    "entry_only.py": """\
+import time
+from run_utils import run_context
+context = run_context("results", config_args={"lr": 0.1})
+begin = time.perf_counter()
+context.__enter__()
+entered = (time.perf_counter() - begin) * 1000
+context.__exit__(None, None, None)
+with open("answer.json", "w", encoding="utf-8") as file:
+    file.write(f"[[{entered}]]")
+""",
+    "redaction.py": """\
+import json, os, sys, time
+from pathlib import Path
+import run_utils
+files = []
+for path in sorted(Path(os.__file__).parent.glob("**/*.py")):
+    if sum(map(len, files)) < 20_000_000:
+        files.append(path.read_bytes())
+size = sum(map(len, files))
+begin = time.perf_counter()
+for data in files:
+    run_utils._redactor.code(data, b"module.py")
+took = (time.perf_counter() - begin) * 1000
+Path("answer.json").write_text(json.dumps([[took * 20_000_000 / size]]))
+""",
+    "summary.py": """\
+import json, os, time
+from pathlib import Path
+import run_utils
+os.makedirs("many/metrics", exist_ok=True)
+with open("many/metrics/metrics.jsonl", "w") as file:
+    for step in range(1_000_000):
+        file.write(f'{{"step": {step}, "time": 1.5, "loss": {step % 997}.5}}\\n')
+begin = time.perf_counter()
+summary = run_utils._summarize_metrics(Path("many"))
+took = (time.perf_counter() - begin) * 1000
+assert "loss" in json.dumps(summary)
+Path("answer.json").write_text(json.dumps([[took]]))
+""",
+    "idle.py": """\
+import json, os, re, time
+from pathlib import Path
+from run_utils import run_context
+with run_context("results") as run_dir:
+    time.sleep(4)  # the captures are over
+    sizes = [0]
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if b"--recorder" in entry.read_bytes():
+                text = (entry.parent / "smaps_rollup").read_text()
+                sizes.append(int(re.search(r"Pss: +(\\d+)", text)[1]) / 1000)
+        except OSError:
+            pass
+Path("answer.json").write_text(json.dumps([[max(sizes)]]))
+""",
     # As short as a user's: nothing but run_utils is imported before the first line.
     "first_line.py": """\
 import time

@@ -1,7 +1,10 @@
 #!/usr/bin/env python3
 # SPDX-FileCopyrightText: 2026 the run_utils authors
 # SPDX-License-Identifier: MIT
-"""Ranks of torchrun, accelerate, mpirun and srun share a run; 200 races for it."""
+"""Ranks of torchrun, accelerate, mpirun and srun share a run; many race for it.
+
+RUN_UTILS_RACES is the number of random launches that have one key (default 60).
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import run_utils  # noqa: E402
 from test_run_utils import CountingRunner  # noqa: E402
 
 TRAIN = """
@@ -50,6 +52,20 @@ with run_context("results/exp", "exp", resume=os.environ.get("RESUME")) as run_d
     if "hang" in sys.argv and restarts == "0":
         time.sleep(60)
 """
+RACE = """
+import sys
+import run_utils
+run_utils.RANK_WAIT_SECONDS = 30
+with run_utils.run_context("results/exp", "exp", capture_output=False) as run_dir:
+    print(sys.argv[1], run_dir, flush=True)
+    sys.stdin.read()
+"""
+
+
+def read(path: Path) -> dict[str, Any]:
+    value = json.loads(path.read_text("ascii"))
+    assert isinstance(value, dict)
+    return value
 
 
 class Case(unittest.TestCase):
@@ -64,23 +80,19 @@ class Case(unittest.TestCase):
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(drop)}
         self.env.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
 
-    def popen(self, *words: str, **more: str) -> subprocess.Popen[str]:
+    def start(self, *words: str, **more: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            words,
-            cwd=self.tmp,
-            env={**self.env, **more},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            encoding="utf-8",
+            words, cwd=self.tmp, env={**self.env, **more}, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",
             errors="replace",
-        )
+        )  # fmt: skip
         self.addCleanup(process.communicate)
         self.addCleanup(process.kill)
         return process
 
     def launch(self, *words: str, code: int | None = 0, **more: str) -> str:
-        process = self.popen(*words, **more)
+        """Run a command to its end and return its output."""
+        process = self.start(*words, **more)
         output = process.communicate(timeout=100)[0]
         if code is not None:
             self.assertEqual(process.returncode, code, output)
@@ -92,15 +104,17 @@ class Case(unittest.TestCase):
     def check_one_run(self, output: str, world: int = 4) -> Path:
         """All ranks had one path; one record, one start and one end; logs of each."""
         (run_dir,) = self.run_dirs()
-        self.assertEqual(self.read(run_dir / "status.json")["status"], "success")
-        metadata = self.read(run_dir / "metadata.json")
+        self.assertEqual(read(run_dir / "status.json")["status"], "success")
+        metadata = read(run_dir / "metadata.json")
         self.assertEqual(metadata["launcher"]["world_size"], world)
         index = (self.tmp / "results/index/runs_index.jsonl").read_text("ascii")
         events = [json.loads(line)["event"] for line in index.splitlines()]
         self.assertEqual(events, ["start", "end"])
         for rank in range(world):
-            prefix = f"rank{rank}." if rank else "[so]*"
-            logs = run_dir.glob(f"logs/{prefix}*.log" if rank else f"logs/{prefix}.log")
+            pattern = "[so]*.log"  # stdout.log, stderr.log or output.log
+            if rank:
+                pattern = f"rank{rank}.*.log"
+            logs = run_dir.glob(f"logs/{pattern}")
             text = "".join(path.read_text("utf-8") for path in logs)
             self.assertIn(f"rank {rank} {run_dir}\n", text, output)
         return run_dir
@@ -108,24 +122,25 @@ class Case(unittest.TestCase):
     def check_failure(self, rank: int, why: str) -> dict[str, Any]:
         """The one run names the rank; its recorders may still be at work."""
         (run_dir,) = self.run_dirs()
-        for _ in range(500):
-            status = self.read(run_dir / "status.json")
-            if status.get("failed_rank") == rank:
-                break
-            time.sleep(0.02)
+        status = self.wait_for_failed_rank(run_dir / "status.json")
         self.assertEqual(status.get("failed_rank"), rank, status)
         self.assertEqual((status["status"], status["exit_reason"]), ("failed", why))
         self.assertTrue((run_dir / f"logs/rank{rank}.status.json").is_file())
         return status
 
-    def read(self, path: Path) -> dict[str, Any]:
-        value = json.loads(path.read_text("ascii"))
-        assert isinstance(value, dict)
-        return value
+    def wait_for_failed_rank(self, path: Path) -> dict[str, Any]:
+        for _ in range(500):
+            status = read(path)
+            if "failed_rank" in status:
+                break
+            time.sleep(0.02)
+        return status
 
 
 class Torchrun(Case):
     """torchrun with gloo: one run, the cause of a failure, and restarted attempts."""
+
+    restarting = ("--max-restarts", "2", "--nproc-per-node", "2", "train.py", "0")
 
     def setUp(self) -> None:
         super().setUp()
@@ -135,74 +150,49 @@ class Torchrun(Case):
     def torchrun(self, *words: str) -> tuple[str, ...]:
         return (sys.executable, "-m", "torch.distributed.run", *words)
 
-    def test_four_ranks_share_a_run(self) -> None:
-        words = self.torchrun("--nproc-per-node", "4", "train.py", "0", "torch")
-        self.check_one_run(self.launch(*words))
+    def four(self, *words: str) -> tuple[str, ...]:
+        return self.torchrun("--nproc-per-node", "4", "train.py", "0", *words)
 
-    def test_two_agents_whose_ranks_come_within_twenty_seconds_share_a_run(
-        self,
-    ) -> None:
+    def test_two_agents_whose_ranks_come_at_different_times_share_a_run(self) -> None:
         options = ["--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port"]
         options += ["29617", "--nproc-per-node", "2", "--node-rank"]
-        agents = [
-            self.popen(*self.torchrun(*options, node, "train.py", "20", "torch"))
-            for node in "01"
-        ]
-        self.check_one_run("".join(a.communicate(timeout=100)[0] for a in agents))
+        words = ("train.py", "5", "torch")
+        agents = [self.start(*self.torchrun(*options, node, *words)) for node in "01"]
+        outputs = [agent.communicate(timeout=100)[0] for agent in agents]
+        self.check_one_run("".join(outputs))
 
     def test_the_rank_that_raises_is_named(self) -> None:
-        words = self.torchrun(
-            "--nproc-per-node", "4", "train.py", "0", "fail=2", "hang"
-        )
-        self.launch(*words, code=1)
+        self.launch(*self.four("fail=2", "hang"), code=1)
         status = self.check_failure(2, "exception")
         self.assertEqual(status["exception"]["message"], "bad batch")
         self.assertEqual(status["ranks"]["0"]["signal"], "SIGTERM")
 
     def test_the_rank_that_is_killed_is_named(self) -> None:
-        words = self.torchrun(
-            "--nproc-per-node", "4", "train.py", "0", "kill=3", "torch"
-        )
-        self.launch(*words, code=1)
+        self.launch(*self.four("kill=3", "torch"), code=1)
         self.assertEqual(self.check_failure(3, "killed")["signal"], "SIGKILL")
 
     def test_a_restart_is_a_run_of_its_own_that_says_so(self) -> None:
-        words = ("--max-restarts", "2", "--nproc-per-node", "2", "train.py", "0")
-        self.launch(*self.torchrun(*words, "fail=1", "hang"))
-        launchers = [
-            self.read(p / "metadata.json")["launcher"] for p in self.run_dirs()
-        ]
-        self.assertEqual([facts["restarts"] for facts in launchers], [[0, 0], [0, 1]])
+        self.launch(*self.torchrun(*self.restarting, "fail=1", "hang"))
+        found = [read(path / "metadata.json")["launcher"] for path in self.run_dirs()]
+        self.assertEqual([facts["restarts"] for facts in found], [[0, 0], [0, 1]])
 
     def test_resume_auto_makes_a_restart_an_attempt(self) -> None:
-        words = ("--max-restarts", "2", "--nproc-per-node", "2", "train.py", "0")
-        self.launch(*self.torchrun(*words, "fail=1", "hang"), RESUME="auto")
+        self.launch(*self.torchrun(*self.restarting, "fail=1", "hang"), RESUME="auto")
         (run_dir,) = self.run_dirs()
-        status = self.read(run_dir / "status.json")
+        status = read(run_dir / "status.json")
         self.assertEqual((status["status"], status["attempt"]), ("success", 2))
-        for _ in range(500):
-            first = self.read(run_dir / "attempts/1/status.json")
-            if "failed_rank" in first:
-                break
-            time.sleep(0.02)
-        self.assertEqual(first["failed_rank"], 1)
+        first = self.wait_for_failed_rank(run_dir / "attempts/1/status.json")
+        self.assertEqual(first.get("failed_rank"), 1, first)
         self.assertEqual(first["exception"]["message"], "bad batch")
 
     def test_accelerate_shares_a_run(self) -> None:
         if importlib.util.find_spec("accelerate") is None:
             self.skipTest("accelerate is not installed")
-        module = "accelerate.commands.accelerate_cli"
-        options = (
-            "launch",
-            "--multi_gpu",
-            "--num_processes",
-            "4",
-            "--num_machines",
-            "1",
-        )
-        more = ("--mixed_precision", "no", "--dynamo_backend", "no")
-        words = ("-m", module, *options, *more, "train.py", "0", "torch")
-        self.check_one_run(self.launch(sys.executable, *words))
+        words = ["-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu"]
+        words += ["--num_processes", "4", "--num_machines", "1"]
+        words += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+        output = self.launch(sys.executable, *words, "train.py", "0", "torch")
+        self.check_one_run(output)
 
 
 class Mpirun(Case):
@@ -237,13 +227,14 @@ class Srun(Case):
         missing = [name for name in programs if shutil.which(name) is None]
         if missing or os.geteuid() != 0:
             self.skipTest(f"not installed: {', '.join(missing) or 'root rights'}")
-        self.start_slurm()
+        self.place = self.tmp / "slurm"
+        self.place.mkdir()
+        self.write_settings()
+        self.start_daemons()
 
-    def start_slurm(self) -> None:
+    def write_settings(self) -> None:
         host = os.uname().nodename
         port = random.randrange(20000, 30000)
-        place = self.tmp / "slurm"
-        place.mkdir()
         settings = {
             "ClusterName": "check",
             "SlurmctldHost": f"{host}(127.0.0.1)",
@@ -251,12 +242,12 @@ class Srun(Case):
             "SlurmctldPort": port,
             "SlurmdPort": port + 1,
             "AuthType": "auth/munge",
-            "AuthInfo": f"socket={place}/munge.socket",
+            "AuthInfo": f"socket={self.place}/munge.socket",
             "CredType": "cred/munge",
-            "StateSaveLocation": place,
-            "SlurmdSpoolDir": place / "spool",
-            "SlurmctldPidFile": place / "slurmctld.pid",
-            "SlurmdPidFile": place / "slurmd.pid",
+            "StateSaveLocation": self.place,
+            "SlurmdSpoolDir": self.place / "spool",
+            "SlurmctldPidFile": self.place / "slurmctld.pid",
+            "SlurmdPidFile": self.place / "slurmd.pid",
             "ProctrackType": "proctrack/linuxproc",
             "TaskPlugin": "task/none",
             "SelectType": "select/cons_tres",
@@ -265,75 +256,66 @@ class Srun(Case):
             "NodeName": f"{host} NodeAddr=127.0.0.1 CPUs={os.cpu_count()}",
             "PartitionName": "all Nodes=ALL Default=YES OverSubscribe=FORCE",
         }
-        lines = [f"{name}={value}" for name, value in settings.items()]
-        (place / "slurm.conf").write_text("\n".join(lines) + "\n", "utf-8")
-        self.env["SLURM_CONF"] = str(place / "slurm.conf")
-        key = place / "munge.key"
+        text = "".join(f"{name}={value}\n" for name, value in settings.items())
+        (self.place / "slurm.conf").write_text(text, "utf-8")
+        self.env["SLURM_CONF"] = str(self.place / "slurm.conf")
+
+    def start_daemons(self) -> None:
+        key = self.place / "munge.key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o400)
-        files = [
-            f"--{n}={place}/munge.{n.split('-')[0]}" for n in ("pid-file", "seed-file")
-        ]
-        files += [f"--key-file={key}", f"--socket={place}/munge.socket"]
-        files += [f"--log-file={place}/munge.log"]
-        self.daemon("munged", "--foreground", "--force", *files)
+        munge = [f"--key-file={key}", f"--socket={self.place}/munge.socket"]
+        munge += [f"--pid-file={self.place}/munge.pid"]
+        munge += [f"--seed-file={self.place}/munge.seed"]
+        munge += [f"--log-file={self.place}/munge.log"]
+        self.daemon("munged", "--foreground", "--force", *munge)
         self.daemon("slurmctld", "-D", "-c")
-        self.daemon("slurmd", "-D", "-c", "-N", host)
+        self.daemon("slurmd", "-D", "-c", "-N", os.uname().nodename)
         for _ in range(150):
             state = self.launch("sinfo", "-h", "-o", "%T", code=None)
             if "idle" in state:
                 return
             time.sleep(0.1)
-        logs = "".join(path.read_text("utf-8") for path in place.glob("*.out"))
+        logs = "".join(path.read_text("utf-8") for path in self.place.glob("*.out"))
         self.skipTest(f"SLURM did not start here: {state} {logs[-400:]}")
 
     def daemon(self, *words: str) -> None:
-        with open(self.tmp / "slurm" / f"{words[0]}.out", "wb") as log:
-            streams: Any = {"stdout": log, "stderr": log, "stdin": subprocess.DEVNULL}
-            process = subprocess.Popen(words, env=self.env, **streams)
+        with open(self.place / f"{words[0]}.out", "wb") as log:
+            process = subprocess.Popen(
+                words, env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
         self.addCleanup(process.wait)
         self.addCleanup(process.terminate)
 
     def test_a_step_shares_a_run_and_a_script_is_one(self) -> None:
         words = ("srun", "-n", "4", "--overcommit", sys.executable, "train.py", "0.5")
         run_dir = self.check_one_run(self.launch(*words))
-        with self.subTest("steps and a script of one job"):
-            shutil.rmtree(self.tmp / "results")
-            script = self.tmp / "job.sh"
-            python = f"{sys.executable} train.py 0"
-            script.write_text(
-                f"#!/bin/sh\n{python}\nsrun -n2 -O {python}\nsrun -n2 -O {python}\n",
-                "utf-8",
-            )
-            options = ("--wait", "-n", "4", "--overcommit", "-o", "job.out")
-            self.launch("sbatch", *options, "job.sh")
-            worlds = [
-                self.read(path / "metadata.json")["launcher"].get("world_size")
-                for path in self.run_dirs()
-            ]
-            self.assertEqual(worlds, [None, 2, 2], (self.tmp / "job.out").read_text())
         self.assertTrue(run_dir.name.startswith("exp-"))
+        shutil.rmtree(self.tmp / "results")
+        python = f"{sys.executable} train.py 0"
+        step = f"srun -n2 -O {python}"
+        script = f"#!/bin/sh\n{python}\n{step}\n{step}\n"
+        (self.tmp / "job.sh").write_text(script, "utf-8")
+        options = ("--wait", "-n", "4", "--overcommit", "-o", "job.out")
+        self.launch("sbatch", *options, "job.sh")
+        found = [read(path / "metadata.json")["launcher"] for path in self.run_dirs()]
+        worlds = [facts.get("world_size") for facts in found]
+        self.assertEqual(worlds, [None, 2, 2], (self.tmp / "job.out").read_text())
 
 
 class Races(Case):
-    """200 random launches with one key: no rank joins a run of another launch."""
+    """Random launches with one key: no rank joins a run of another launch."""
 
     def test_no_rank_joins_the_run_of_another_launch(self) -> None:
         generator = random.Random(6)
-        (self.tmp / "race.py").write_text(
-            "import sys, time\nfrom run_utils import *\nimport run_utils\n"
-            "run_utils.RANK_WAIT_SECONDS = 30\n"
-            "if int(sys.argv[1]) % 2:  # as on another host\n"
-            "    run_utils._Launch._published_here = lambda self: None\n"
-            "with run_context('results/exp', 'exp', capture_output=False) as run_dir:\n"
-            "    print(sys.argv[1], run_dir, flush=True)\n"
-            "    sys.stdin.read()\n",
-            "utf-8",
-        )
+        (self.tmp / "race.py").write_text(RACE, "utf-8")
+        count = int(os.environ.get("RUN_UTILS_RACES", "60"))
         runs: set[str] = set()
-        for number in range(200):
+        for number in range(count):
             crashes = generator.random() < 0.4
-            ranks = [0, 1] if not crashes else [generator.choice((0, 0, 1))]
+            ranks = [0, 1]
+            if crashes:
+                ranks = [generator.choice((0, 0, 1))]
             generator.shuffle(ranks)
             processes = []
             for rank in ranks:
@@ -349,24 +331,20 @@ class Races(Case):
             self.assertEqual(told[0][1], told[1][1])
             self.assertNotIn(told[0][1], runs)
             runs.add(told[0][1])
-        self.assertGreater(len(runs), 80)
+        self.assertGreater(len(runs), 0.4 * count)
 
     def start_rank(self, number: int, rank: int) -> subprocess.Popen[str]:
         facts = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
         facts.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
         process = subprocess.Popen(
-            [sys.executable, "-S", "race.py", str(number)],
-            cwd=self.tmp,
-            env={**self.env, **facts},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            [sys.executable, "-S", "race.py", str(number)], cwd=self.tmp,
+            env={**self.env, **facts}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             encoding="utf-8",
-        )
+        )  # fmt: skip
         self.addCleanup(process.communicate)
         self.addCleanup(process.kill)
         return process
 
 
 if __name__ == "__main__":
-    assert run_utils.__version__
     unittest.main(argv=sys.argv[:1], testRunner=CountingRunner)
