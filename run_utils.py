@@ -1675,7 +1675,7 @@ class _Record:
 
     @staticmethod
     def create(
-        base_dir: Path, name: str, subdirs: Sequence[str], is_watched: bool
+        base_dir: Path, name: str, subdirs: Sequence[str], is_watched: bool = False
     ) -> _Record:
         """Create `base_dir/name`, or the first free of name-2, name-3, ...
 
@@ -1703,7 +1703,7 @@ class _Record:
 
     @staticmethod
     def reopen(
-        path: Path, base_dir: Path, subdirs: Sequence[str], is_watched: bool
+        path: Path, base_dir: Path, subdirs: Sequence[str], is_watched: bool = False
     ) -> _Record:
         """Use exactly this directory; a record that is there moves to attempts/<n>/."""
         try:
@@ -2280,12 +2280,13 @@ class _Launch:
         deadline = time.monotonic() + RANK_WAIT_SECONDS
         try:
             while time.monotonic() < deadline:
-                names = place.names()
-                if reply in names:
-                    answer = _read_json(place.path / reply) or {}
-                    return Path(answer["run_dir"]), answer["attempt"]
-                if request not in names:  # at first, and when somebody tidied up
-                    place.write(request, b"")
+                with _ignoring(FileNotFoundError):  # somebody tidies up just now
+                    names = place.names()
+                    if reply in names:
+                        answer = _read_json(place.path / reply) or {}
+                        return Path(answer["run_dir"]), answer["attempt"]
+                    if request not in names:  # at first, and when it was tidied up
+                        place.write(request, b"")
                 time.sleep(RANK_POLL_SECONDS)
         except OSError as error:
             if _is_foreign(error):
@@ -2329,13 +2330,18 @@ class _Meeting:
 
     def answer_all(self) -> bool:
         """Answer every new request; return False once all ranks have come."""
-        names = self.place.names()
+        names = None
+        with _ignoring(FileNotFoundError):
+            names = self.place.names()
+        if names is None:  # another launch tidies up just now
+            return True
         answer = json.dumps(self.facts["answer"]).encode("ascii")
         for name in names:
             is_request = re.fullmatch(r"[0-9]+-[0-9a-f]{16}", name)
             if is_request and name not in self.answered:
-                self.place.write(f"{name}.json", answer)
-                self.answered.append(name)
+                with _ignoring(FileNotFoundError):
+                    self.place.write(f"{name}.json", answer)
+                    self.answered.append(name)
         # A rank removes its request when it has read the answer.
         gone = [name for name in self.answered if name not in names]
         joined = {name.partition("-")[0] for name in gone}
@@ -3839,12 +3845,13 @@ class _Forward:
 def _pause(silence: float) -> float:
     """Return how long to wait for output after so many seconds without.
 
-    From a second on all that waits in a process wakes at the same moment.
+    After a long silence it is two seconds, and the forwards of both streams wake at
+    the same moment: once a second is as often as an idle recorder may wake.
     """
     pause = max(0.005, silence / 8)
-    if pause < 1.0:
+    if pause < 2.0:
         return pause
-    return 1.0 - time.monotonic() % 1.0
+    return 2.0 - time.monotonic() % 2.0
 
 
 def _write_patiently(descriptor: int, data: bytes) -> bool:
@@ -6537,12 +6544,12 @@ class _Plan:
             source = os.path.join(self.root, _word(entry.get("path")))
             place = os.path.join(tree, _word(entry.get("path")))
             folder = os.path.realpath(os.path.dirname(place))
+            is_inside = f"{folder}/".startswith(os.path.realpath(tree) + "/")
             digest = entry.get("sha256")
-            if digest and _sha256(source) == digest and os.path.isdir(folder):
-                if f"{folder}/".startswith(os.path.realpath(tree) + "/"):
-                    shutil.copy(source, place)
-                    continue
-            texts.append(f"{entry.get('path')}: {entry.get('reason')}")
+            if is_inside and os.path.isdir(folder) and digest == _sha256(source):
+                shutil.copy(source, place)
+            else:
+                texts.append(f"{entry.get('path')}: {entry.get('reason')}")
         more = int(_number(self.patch.get("left_out_count")) or 0) - len(left_out)
         if more > 0:
             texts.append(f"{more} more that were left out")
@@ -6657,8 +6664,7 @@ class _Plan:
                 details.append(f"and {len(finding.details) - 10} more")
             lines.append("\n     ".join([text, *details]))
         if target is not None and self.level() < 2:
-            levels = [f.level for f in self.findings if f.about == "environment"]
-            if any(levels):
+            if any(each.about == "environment" for each in self.findings if each.level):
                 lines += map(shlex.join, self.environment_commands(target))
             words, place = self.command(target)
             lines.append(f"cd {shlex.quote(place)} && {shlex.join(words)}")
@@ -6723,10 +6729,10 @@ def _input_now(entry: Facts, run_dir: str) -> tuple[str, str | None]:
         if info.st_size != size:
             return place, f"has {info.st_size} bytes, not {size}"
         producer = _read_json(f"{_run_of(place)}/metadata.json") or {}
-        for output in _those(producer.get("outputs"), dict):
-            if output.get("path") == entry["path"]:
-                if output.get("sha256") == _sha256(place):
-                    return place, None  # only its time is another
+        outputs = _those(producer.get("outputs"), dict)
+        known = {output.get("path"): output.get("sha256") for output in outputs}
+        if known.get(entry["path"]) == _sha256(place):
+            return place, None  # only its time is another
         return place, "has changed"
     return places[-1], "is gone"
 
@@ -6792,8 +6798,7 @@ def _run_again(plan: _Plan, target: str, tolerance: float, is_quiet: bool) -> Fa
     if is_quiet:  # its log has it
         output = subprocess.DEVNULL
     print(end="", flush=True)
-    options: Any = {"cwd": place, "env": env, "stdout": output}
-    done = subprocess.run(words, **options)  # nosec
+    done = subprocess.run(words, cwd=place, env=env, stdout=output, check=False)  # nosec
     for root in (target, os.path.dirname(plan.run_dir)):
         for path in _walk_runs(root):
             again = Run(path, row=False)
@@ -13160,7 +13165,7 @@ def _cmd_run(args: argparse.Namespace) -> int:
         return code
     with recording as run_dir:
         if recording.capture is None:
-            raise RuntimeError("the run has not begun")
+            raise RuntimeError("the run was not entered")
         command = _Command(words, recording.capture)
         code = command.run(limit)
         recording.ending = _Ending.of_command(code)
@@ -13311,9 +13316,7 @@ class _Command:
                 channel.close(self.capture)
             for descriptor in (wake, waker):
                 os.close(descriptor)
-        if self.code is None:
-            raise RuntimeError("the command has not ended")
-        return self.code
+        return self.code or 0
 
     def _outputs(self) -> dict[int, int]:
         """Return what the command gets as stdout or stderr where that is no log."""
@@ -13336,7 +13339,7 @@ class _Command:
         """Start the command with some descriptors, and each signal as we had got it."""
         path = _on_path(self.words[0], os.getcwd()) or self.words[0]
         failure, tell = os.pipe()
-        mask = _mask(_signals.SIG_BLOCK, signal.valid_signals())
+        mask = _signals.pthread_sigmask(_signals.SIG_BLOCK, signal.valid_signals())
         self.pid = _posix.fork()
         if self.pid == 0:
             try:
@@ -13350,7 +13353,7 @@ class _Command:
                     self.terminal.become_controlling()
                 for descriptor, source in own.items():
                     os.dup2(source, descriptor)
-                _mask(_signals.SIG_SETMASK, mask)
+                _signals.pthread_sigmask(_signals.SIG_SETMASK, mask)
                 _execute(path, self.words)
             except OSError as error:
                 os.write(tell, str(error.errno).encode())
@@ -13358,8 +13361,8 @@ class _Command:
                 os._exit(127)
         for descriptor in {tell, *own.values()}:
             os.close(descriptor)
-        _mask(_signals.SIG_SETMASK, mask)
-        _mask(_signals.SIG_UNBLOCK, [_signals.SIGCHLD])
+        _signals.pthread_sigmask(_signals.SIG_SETMASK, mask)
+        _signals.pthread_sigmask(_signals.SIG_UNBLOCK, [_signals.SIGCHLD])
         while self.early:
             self._signal(self.early.pop(0))
         told = os.read(failure, 16)
@@ -13412,7 +13415,7 @@ class _Command:
             ready, takers, _ = select.select(readers, writers, [], pause)
             if wake in ready:
                 os.read(wake, 512)
-            if self.terminal is not None and 0 in ready:
+            if 0 in ready and self.terminal is not None:
                 self._read_typed(self.terminal)
             if takers:
                 with _ignoring(OSError):
@@ -13639,12 +13642,6 @@ def _descendants(pid: int) -> list[int]:
                 children = _read_proc(f"/proc/{parent}/task/{thread}/children")
                 found += map(int, children.split())
     return found
-
-
-def _mask(how: int, numbers: Iterable[int]) -> set[int]:
-    """Change which signals wait until they are wanted; return which did before."""
-    before: set[int] = _signals.pthread_sigmask(how, numbers)
-    return before
 
 
 @contextlib.contextmanager
