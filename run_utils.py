@@ -6798,7 +6798,8 @@ def _run_again(plan: _Plan, target: str, tolerance: float, is_quiet: bool) -> Fa
     if is_quiet:  # its log has it
         output = subprocess.DEVNULL
     print(end="", flush=True)
-    done = subprocess.run(words, cwd=place, env=env, stdout=output, check=False)  # nosec
+    options: Any = {"cwd": place, "env": env, "stdout": output}
+    done = subprocess.run(words, **options)  # nosec
     for root in (target, os.path.dirname(plan.run_dir)):
         for path in _walk_runs(root):
             again = Run(path, row=False)
