@@ -5178,13 +5178,8 @@ def _git(site: _Site, tree: _Repository | None = None) -> Facts:
     It is dirty when a tracked file or a repository inside differs from the commit, or
     a file is neither tracked nor ignored; what was written after entry does not count.
     """
-    facts: Facts = dict.fromkeys(_GIT_FACTS)
     tree = tree or _Repository.of(site)
-    try:
-        tree.describe(facts)
-    except _Unknown as reason:
-        raise _Unknown(str(reason), facts, reason.is_expected) from None
-    return facts
+    return tree.facts()
 
 
 def _git_patch(site: _Site, record: _Record, tree: _Repository | None = None) -> Facts:
@@ -5246,12 +5241,7 @@ def _package(name: str, tree: _Repository, record: _Record, seen: set[str]) -> F
 
     `seen` are the roots of which there is a patch already.
     """
-    facts: Facts = {**dict.fromkeys(_GIT_FACTS), "problem": None}
-    try:
-        tree.describe(facts)
-    except _Unknown as reason:
-        if not reason.is_expected:
-            facts["problem"] = str(reason)
+    facts = tree.known_facts()
     if tree.root not in seen:
         seen.add(tree.root)
         patch = _Patch()
@@ -5384,8 +5374,28 @@ class _Repository:
                     tree.entered = clock_of_disk
         return tree
 
-    def describe(self, facts: Facts) -> None:
-        """Fill in what there is to say, the quickest to find out first."""
+    def facts(self) -> Facts:
+        """Return what there is to say, or raise _Unknown with what is known of it."""
+        facts: Facts = dict.fromkeys(_GIT_FACTS)
+        try:
+            self._describe(facts)
+        except _Unknown as reason:
+            reason.facts = facts
+            raise
+        return facts
+
+    def known_facts(self) -> Facts:
+        """Return what there is to say, and the `problem` if that is not all."""
+        try:
+            return {**self.facts(), "problem": None}
+        except _Unknown as reason:
+            problem = None
+            if not reason.is_expected:
+                problem = str(reason)
+            return {**reason.facts, "problem": problem}
+
+    def _describe(self, facts: Facts) -> None:
+        """Fill in the facts, the quickest to find out first."""
         self.open()
         facts["root"] = self.root
         facts["is_shallow"] = self.is_shallow
@@ -5393,36 +5403,33 @@ class _Repository:
         facts["commit_short"] = self.short or None
         facts["remote_origin_url"] = self.config.get("remote.origin.url")
         facts["branch"] = self.status.branch
-        early = [change for change in self.changes if not change.is_late]
-        late = [_shown(change.name) for change in self.changes if change.is_late]
-        changed = [_shown(change.name) for change in early if change.is_tracked]
-        untracked = [_shown(change.name) for change in early if not change.is_tracked]
-        untracked += [_shown(name) for name in self.status.repositories]
-        facts["changed"] = changed[:MAX_LISTED]
-        facts["untracked"] = untracked[:MAX_LISTED]
-        facts["untracked_count"] = len(untracked)
-        facts["changed_after_entry"] = late[:MAX_LISTED]
-        inner = [tree.describe_inner() for tree in self.inner]
+        names: dict[str, list[str]] = {"changed": [], "untracked": [], "late": []}
+        for change in self.changes:
+            kind = "untracked"
+            if change.is_late:
+                kind = "late"
+            elif change.is_tracked:
+                kind = "changed"
+            names[kind].append(_shown(change.name))
+        names["untracked"] += [_shown(name) for name in self.status.repositories]
+        facts["changed"] = names["changed"][:MAX_LISTED]
+        facts["untracked"] = names["untracked"][:MAX_LISTED]
+        facts["untracked_count"] = len(names["untracked"])
+        facts["changed_after_entry"] = names["late"][:MAX_LISTED]
+        inner = []
+        for tree in self.inner:
+            known = tree.known_facts()
+            if known["is_dirty"] is False and tree.recorded is not None:
+                known["is_dirty"] = tree.head != tree.recorded
+            path = _shown(tree.prefix[:-1])
+            inner.append({"path": path, "recorded": tree.recorded, **known})
         facts["submodules"] = inner
         has_moved = self.status.has_moved or any(each["is_dirty"] for each in inner)
-        facts["is_dirty"] = bool(changed or untracked or has_moved)
+        facts["is_dirty"] = bool(names["changed"] or names["untracked"] or has_moved)
         if self.head:
-            unpushed = self.history.unpushed
-            facts["unpushed"] = len(unpushed)
-            facts["unpushed_commits"] = unpushed[:MAX_LISTED]
+            facts["unpushed"] = len(self.history.unpushed)
+            facts["unpushed_commits"] = self.history.unpushed[:MAX_LISTED]
         facts["base"] = self.base
-
-    def describe_inner(self) -> Facts:
-        """Return what there is to say of a submodule or a repository lying inside."""
-        facts: Facts = {"path": _shown(self.prefix[:-1]), "recorded": self.recorded}
-        facts.update(dict.fromkeys(_GIT_FACTS), problem=None)
-        try:
-            self.describe(facts)
-        except _Unknown as reason:
-            facts["problem"] = str(reason)
-        if facts["is_dirty"] is False and self.recorded is not None:
-            facts["is_dirty"] = self.head != self.recorded
-        return facts
 
     def git(self, *words: str, **how: Any) -> bytes:
         """Return what git prints; raise _Unknown, at once when git hung before."""
@@ -5561,7 +5568,7 @@ class _Repository:
         if not self.head:
             return None
         wanted = self.wanted
-        with _ignoring(_Unknown):  # describe() says why
+        with _ignoring(_Unknown):  # facts() says why
             if wanted is not None and wanted != self.head:
                 remote = self._remote_of(wanted)
                 if remote is not None:
@@ -5602,20 +5609,17 @@ class _Repository:
                 if url.startswith("."):
                     url = os.path.normpath(os.path.join(self.root, url))
                 remotes.append({"remote": match[1], "url": url})
-        ranks = {"origin": 1, self._followed: 0}
+        followed = self.config.get(f"branch.{self.status.branch}.remote")
+        ranks = {"origin": 1, followed: 0}
         remotes.sort(key=lambda each: ranks.get(each["remote"], 2))
         return remotes
 
     @property
-    def _followed(self) -> str | None:
-        """The name of the remote that this branch follows."""
-        return self.config.get(f"branch.{self.status.branch}.remote")
-
-    @property
     def _is_pushed(self) -> bool:
         """Whether the branch that this one follows has all its commits."""
+        followed = self.config.get(f"branch.{self.status.branch}.remote")
         names = [each["remote"] for each in self._remotes[:1]]
-        return self.status.is_behind and names == [self._followed]
+        return self.status.is_behind and names == [followed]
 
     def _remote_of(self, commit: str) -> Facts | None:
         """Return the remote that has a commit, if several do the likeliest one."""
@@ -6461,14 +6465,14 @@ class _Plan:
         _collect(now, "python", lambda: _python_of_command(site))
         _collect(now, "pip_freeze", _Packages(site, _Unwritten(self.run)).lines)
         _collect(now, "cuda", _cuda)
-        then, here = [
-            {
-                "python": _word(_mapping(facts, "python").get("version")).split(" ")[0],
-                "GPUs": _mapping(facts, "cuda").get("device_count") or 0,
-                **(_comparable_packages(facts.get("pip_freeze")) or {}),
-            }
-            for facts in (self.metadata, now)
-        ]
+        sides = []
+        for facts in (self.metadata, now):
+            version = _word(_mapping(facts, "python").get("version")).split(" ")[0]
+            side: Facts = {"python": version}
+            side["GPUs"] = _mapping(facts, "cuda").get("device_count") or 0
+            side.update(_comparable_packages(facts.get("pip_freeze")) or {})
+            sides.append(side)
+        then, here = sides
         rows = []
         for name, old in then.items():
             new = here.get(name)
@@ -6798,8 +6802,7 @@ def _run_again(plan: _Plan, target: str, tolerance: float, is_quiet: bool) -> Fa
     if is_quiet:  # its log has it
         output = subprocess.DEVNULL
     print(end="", flush=True)
-    options: Any = {"cwd": place, "env": env, "stdout": output}
-    done = subprocess.run(words, **options)  # nosec
+    done = subprocess.run(words, cwd=place, env=env, stdout=output, check=False)  # nosec
     for root in (target, os.path.dirname(plan.run_dir)):
         for path in _walk_runs(root):
             again = Run(path, row=False)
@@ -7703,7 +7706,7 @@ def _logins_of_urls(text: str) -> Iterator[_Find]:
             if password is None:
                 if len(user) > 30 or _is_like_token(user):
                     yield (*match.span(1), _SURE)
-            elif not _compiled(_NO_PASSWORD).fullmatch(password):
+            elif not _compiled(_NO_SECRET_PART).fullmatch(password):
                 yield (match.start(1), match.end(2), _NONE)
                 yield (*match.span(2), _SURE)
 
@@ -7797,7 +7800,7 @@ _USERINFO = (
     rf"\b(?!{_WEB})[a-zA-Z][\w+.-]{{1,20}}://{_USER}"
     r"(?::((?:(?!://)[^\s\"'<>]){1,500}))?@"
 )
-_NO_PASSWORD = r"\d{1,5}(/.*)?|.*[][{}<>].*|\$\w+|%s"
+_NO_SECRET_PART = r"\d{1,5}(/.*)?|.*[][{}<>].*|\$\w+|%s"
 
 # A rule is a string that a text must have and a pattern. The last group of the pattern
 # is the secret, or all of it; a group `name` has the name under which it stands.
@@ -7812,7 +7815,7 @@ _PLACE_RULES = (  # in facts and in code
     ("asic ", r"asic[ \t]+([\w+/=-]{16,512})"),
     ("oken ", r"uthorization\W{1,6}f?\W?[tT]oken[ \t]+([\w.~+/=-]{16,512})"),
     ("login ", r"login[ \t]+(?:--?[\w-]+[ \t]+){0,3}([\w+/=.-]{20,200})"),
-    ("-u", r"-u(?:ser)?[ \t=]+\\?[\"']?[\w.@-]{1,60}:([^\s\"'\\`]{8,200})"),
+    ("-u", r"-u(?:s[e]r)?[ \t=]+\\?[\"']?[\w.@-]{1,60}:([^\s\"'\\`]{8,200})"),
     ("hook", r"/(?:services|workflows|webhooks?)/([\w/-]{24,})"),
     ("/t/", r"://[\w.:@%-]{1,99}(?:/[\w.-]{1,60}){0,3}/t/([\w-]{9,200})/"),
 )
@@ -9500,23 +9503,27 @@ class _tolerating:
 def _is_foreign(error: BaseException) -> bool:
     """Tell whether an exception is the program's own, raised inside our code.
 
-    Only a signal handler of the program can do that. An OSError that has no errno was
-    not raised by the system; of anything else the traceback tells.
+    Only a signal handler of the program can do that, which the traceback tells. An
+    OSError without errno was not raised by the system: it comes from a handler too,
+    unless the standard library has raised it.
     """
-    if isinstance(error, OSError) and error.errno is None:
-        return not isinstance(error, io.UnsupportedOperation)
     trace = error.__traceback__
     ours = _is_foreign.__code__.co_filename
+    file = ours
     handlers = None
     while trace is not None:
         code = trace.tb_frame.f_code
-        if code.co_filename != ours:
+        file = code.co_filename
+        if file != ours:
             if handlers is None:
                 handlers = _signal_handlers()
             if code in handlers:
                 return True
         trace = trace.tb_next
-    return False
+    if not isinstance(error, OSError) or error.errno is not None or file == ours:
+        return False
+    is_standard = file.startswith(os.path.dirname(os.__file__) + os.sep)
+    return not is_standard or "-packages" in file
 
 
 def _signal_handlers() -> set[object]:
@@ -13627,11 +13634,11 @@ def _is_foreground() -> bool:
 def _execute(path: str, words: list[str]) -> None:
     """Become the program; a script without a #! line is for the shell, as elsewhere."""
     try:
-        os.execv(path, words)
+        os.execv(path, words)  # nosec
     except OSError as error:
         if error.errno != errno.ENOEXEC:
             raise
-        os.execv("/bin/sh", ["sh", path, *words[1:]])
+        os.execv("/bin/sh", ["sh", path, *words[1:]])  # nosec
 
 
 def _descendants(pid: int) -> list[int]:

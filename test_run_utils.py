@@ -4057,7 +4057,7 @@ class WhereThePatchStarts(CodeCase):
         found = [captured.git[key] for key in ("unpushed", "is_dirty", "branch")]
         self.assertEqual(found, [0, False, "main"])
         self.assertEqual(captured.patch["file"], None)
-        self.assertEqual(os.listdir(captured.folder), ["status.json"])
+        self.assertEqual(os.listdir(captured.folder), [])
 
     def test_unpushed_commits_and_changes_are_one_patch(self) -> None:
         self.pushed_repo(files={"gone": b"1\n", "both": b"1\n", "back": b"1\n"})
