@@ -6802,7 +6802,8 @@ def _run_again(plan: _Plan, target: str, tolerance: float, is_quiet: bool) -> Fa
     if is_quiet:  # its log has it
         output = subprocess.DEVNULL
     print(end="", flush=True)
-    done = subprocess.run(words, cwd=place, env=env, stdout=output, check=False)  # nosec
+    options: Any = {"cwd": place, "env": env, "stdout": output}
+    done = subprocess.run(words, **options)  # nosec
     for root in (target, os.path.dirname(plan.run_dir)):
         for path in _walk_runs(root):
             again = Run(path, row=False)
@@ -7706,7 +7707,7 @@ def _logins_of_urls(text: str) -> Iterator[_Find]:
             if password is None:
                 if len(user) > 30 or _is_like_token(user):
                     yield (*match.span(1), _SURE)
-            elif not _compiled(_NO_SECRET_PART).fullmatch(password):
+            elif not _compiled(_NO_USERINFO).fullmatch(password):
                 yield (match.start(1), match.end(2), _NONE)
                 yield (*match.span(2), _SURE)
 
@@ -7800,7 +7801,7 @@ _USERINFO = (
     rf"\b(?!{_WEB})[a-zA-Z][\w+.-]{{1,20}}://{_USER}"
     r"(?::((?:(?!://)[^\s\"'<>]){1,500}))?@"
 )
-_NO_SECRET_PART = r"\d{1,5}(/.*)?|.*[][{}<>].*|\$\w+|%s"
+_NO_USERINFO = r"\d{1,5}(/.*)?|.*[][{}<>].*|\$\w+|%s"
 
 # A rule is a string that a text must have and a pattern. The last group of the pattern
 # is the secret, or all of it; a group `name` has the name under which it stands.
