@@ -681,9 +681,13 @@ class Run(dict):  # type: ignore[type-arg]
     def summary(self) -> dict[str, Facts]:
         """For each metric last, min, max, first, their steps, and the count."""
         found = {}
+        nothing = _MetricSummary().to_json()  # for what a damaged file lacks
         for key, facts in self.raw_summary.items():
             if isinstance(facts, dict):
-                found[key] = {name: _as_float(value) for name, value in facts.items()}
+                known = {name: _as_float(value) for name, value in facts.items()}
+                found[key] = {**nothing, **known}
+                if type(found[key]["count"]) is not int:
+                    found[key]["count"] = 0
         return found
 
     @property

@@ -274,6 +274,7 @@ class TheReadme(RunCase):
 class SettingsOfTheProgram(RunCase):
     """A setting that the program assigns before entry holds in the recorder too."""
 
+    @unittest.skipUnless(GIT, "git is not installed")
     def test_a_limit_of_the_patch_is_told_to_the_recorder(self) -> None:
         body = """
         import run_utils
