@@ -113,7 +113,7 @@ PROPORTIONAL_SECONDS = 0.02  # and no longer if counting takes so long
 # Output
 FORWARD_BYTES = 65_536  # how much output is forwarded at a time
 LOOK_SECONDS = 1.0  # how often a writer sees whether the recorder is alive
-DRAIN_SECONDS = 0.4  # how long a full disk waits for what is still to be shown
+DRAIN_SECONDS = 0.8  # how long a full disk waits for what is still to be shown
 LAST_OUTPUT_LINES = 20  # of the log, in the status.json of a killed run
 MAX_MESSAGE = 4096  # characters of an exception's message
 MAX_TRACEBACK = 40_000  # characters
