@@ -6173,7 +6173,7 @@ def _compared_by_git(changes: Sequence[_Change], seconds: float) -> bytes:
         _write_file(f"{scratch}/.git/info/attributes", attributes.encode())
         for change in changes:
             old_data = change.old_data
-            if old_data is None:
+            if old_data is None and change.old[1]:
                 old_data = b"\0" + change.old[1]
                 hidden[change.object_id(old_data)] = change.old[1]
             _put(os.fsencode(f"{scratch}/a/"), change, change.old[0], old_data)

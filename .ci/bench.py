@@ -163,8 +163,9 @@ class Place:
         begin = time.monotonic_ns()
         children = [subprocess.Popen([self.python, *argv], **options)
                     for _ in range(count)]  # fmt: skip
-        if any(child.wait(300) for child in children):
-            raise ValueError("one of them failed")
+        failed = [child for child in children if child.wait(300)]
+        if failed:
+            raise ValueError(f"{len(failed)} of them failed")
         return (time.monotonic_ns() - begin) / 1e6
 
     def make_runs(self, count: int, rows: int = 20) -> str:
