@@ -3036,7 +3036,7 @@ class _RecorderProcess:
         self.sampling = _started_thread(self._sample)
         self.due = {self._touch: 0.0, self._look_after_process: 0.0}
         if self.meeting is not None:
-            self.due[self.meeting.tick] = 0.0
+            self.due[self._answer_ranks] = 0.0
         connection = self.connection.fileno()
         self.poller.register(connection, _polls.POLLIN)
         if self.pidfd is not None:
@@ -3054,6 +3054,14 @@ class _RecorderProcess:
                     with _tolerating("the recorder"):
                         self.due[task] = time.monotonic() + task()
         self._complete()
+
+    def _answer_ranks(self) -> float:
+        """Answer the ranks that come late; a run whose process has died takes none."""
+        if self.meeting is None or self.is_over:
+            return _NEVER
+        if self.pidfd is not None and _is_ready(self.pidfd, _polls.POLLIN, 0.0):
+            return RANK_POLL_SECONDS
+        return self.meeting.tick()
 
     def _listen(self) -> None:
         """Do what the experiment asks for."""
@@ -6172,8 +6180,10 @@ def _compared_by_git(changes: Sequence[_Change], seconds: float) -> bytes:
         _write_file(f"{scratch}/.git/config", (config + changes[0].hash_name).encode())
         _write_file(f"{scratch}/.git/info/attributes", attributes.encode())
         for change in changes:
-            old_data = change.old_data
-            if old_data is None and change.old[1]:
+            old_data = b""
+            if change.old_data is not None:
+                old_data = change.old_data
+            elif change.old[1]:
                 old_data = b"\0" + change.old[1]
                 hidden[change.object_id(old_data)] = change.old[1]
             _put(os.fsencode(f"{scratch}/a/"), change, change.old[0], old_data)

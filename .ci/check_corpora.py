@@ -16,6 +16,7 @@ import argparse
 import collections
 import gzip
 import json
+import os
 import shlex
 import sys
 import tempfile
@@ -104,9 +105,8 @@ def check_configs(path: Path) -> tuple[int, int]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Redaction on the corpora.")
-    parser.add_argument(
-        "--corpora", type=Path, default=ROOT.parent / "shared" / "corpora"
-    )
+    place = os.environ.get("RUN_UTILS_CORPORA", ROOT.parent / "shared" / "corpora")
+    parser.add_argument("--corpora", type=Path, default=place)
     corpora = parser.parse_args().corpora
     passed = failed = skipped = 0
     for name, check in (
