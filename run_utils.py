@@ -2271,8 +2271,10 @@ class _Launch:
             "until": time.monotonic() + RANK_WAIT_SECONDS,
             "launcher": self.launcher,
             "answered": [],
+            "joined": [],
         })  # fmt: skip
         with _tolerating("the other ranks"):
+            meeting.remove_old_marks()
             meeting.answer_all()
         return meeting
 
@@ -2288,6 +2290,7 @@ class _Launch:
                     names = place.names()
                     if reply in names:
                         answer = _read_json(place.path / reply) or {}
+                        place.write(f"{request}.joined", b"")
                         return Path(answer["run_dir"]), answer["attempt"]
                     if request not in names:  # at first, and when it was tidied up
                         place.write(request, b"")
@@ -2327,6 +2330,7 @@ class _Meeting:
         self.place = _MeetingPlace(Path(facts["base_dir"]), facts["key"])
         self.until: float = facts["until"]  # by time.monotonic(), one for all of a host
         self.answered: list[str] = facts["answered"]  # the requests
+        self.joined: list[str] = facts["joined"]  # those whose rank has the answer
 
     def to_json(self) -> Facts:
         """Return what the recorder needs to go on with it."""
@@ -2346,10 +2350,19 @@ class _Meeting:
                 with _ignoring(FileNotFoundError):
                     self.place.write(f"{name}.json", answer)
                     self.answered.append(name)
-        # A rank removes its request when it has read the answer.
-        gone = [name for name in self.answered if name not in names]
-        joined = {name.partition("-")[0] for name in gone}
-        return len(joined) < int(self.facts["others"])
+        # A rank leaves a mark when it has read the answer. That a request is gone tells
+        # nothing: it may be of a launch that crashed, and another run tidied up.
+        for name in self.answered:
+            if f"{name}.joined" in names:
+                self.place.remove(f"{name}.joined")
+                self.joined.append(name.partition("-")[0])
+        return len(set(self.joined)) < int(self.facts["others"])
+
+    def remove_old_marks(self) -> None:
+        """Remove what the ranks of a launch that crashed have left for nobody."""
+        for name in self.place.names():
+            if name.endswith(".joined"):
+                self.place.remove(name)
 
     def tick(self) -> float:
         """Answer; return the seconds until the next time, _NEVER if none is needed."""
@@ -3057,9 +3070,10 @@ class _RecorderProcess:
 
     def _answer_ranks(self) -> float:
         """Answer the ranks that come late; a run whose process has died takes none."""
-        if self.meeting is None or self.is_over:
+        if self.meeting is None:
             return _NEVER
-        if self.pidfd is not None and _is_ready(self.pidfd, _polls.POLLIN, 0.0):
+        is_dead = self.pidfd is not None and _is_ready(self.pidfd, _polls.POLLIN, 0.0)
+        if is_dead or self.is_over:
             return RANK_POLL_SECONDS
         return self.meeting.tick()
 
@@ -3219,7 +3233,7 @@ class _RecorderProcess:
             self._wait_for_exit(self.pidfd)
         meeting = self.meeting
         if meeting is not None and not self._has_failed():
-            if self.due[meeting.tick] < _NEVER:  # some rank has not come yet
+            if self.due[self._answer_ranks] < _NEVER:  # some rank has not come yet
                 meeting.serve()
 
     def _wait_for_exit(self, pidfd: int) -> None:
