@@ -3742,8 +3742,11 @@ class WhatARunTakes(RunCase):
         for child in children:
             child.stdout.readline()
         rows = run_dir / "metrics/system.jsonl"
-        while not (rows.exists() and '"processes": 3' in rows.read_text()):
-            time.sleep(0.01)  # until a sample has seen them all
+        def count():
+            return rows.exists() and rows.read_text().count('"processes": 3')
+        before = count()  # samples of children that had not begun
+        while count() <= before:
+            time.sleep(0.01)  # until a sample has seen them all at work
         for child in children:
             child.communicate(b"\\n")
     """
@@ -6437,7 +6440,7 @@ c.properties|spring.datasource.password=@
 c.properties|app.jwt.secret = @
 setup.cfg|[x]\nauth_token = @
 .pypirc|[pypi]\nusername = __token__\npassword = @
-.npmrc|//registry.npmjs.org/:_authToken=@
+.npmrc|//npm.example.org/:_authToken=@
 c.ini|password = "@"
 c.ini|; x\nclient_secret=@ ; mine
 .netrc|machine h login u password @
