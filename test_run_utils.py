@@ -4102,6 +4102,7 @@ class WhereThePatchStarts(CodeCase):
         self.git("checkout", "-q", "--detach")
         self.assertEqual(self.capture().git["base"]["remote"], "origin")
 
+    @unittest.skipUnless(sys.getfilesystemencoding() == "utf-8", "ASCII names only")
     def test_without_a_remote_the_patch_has_the_whole_tree(self) -> None:
         self.new_repo(files={"bin": b"\0\1\2" * 500, "e m/pty": b"", "n": b"a\n\nb"})
         (self.repo / "link").symlink_to("a.txt")
