@@ -579,7 +579,7 @@ with run_context("results") as run_dir:
     sizes = [0]
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if b"--recorder" in entry.read_bytes():
+            if b"_recorder_main" in entry.read_bytes():
                 text = (entry.parent / "smaps_rollup").read_text()
                 sizes.append(int(re.search(r"Pss: +(\\d+)", text)[1]) / 1000)
         except OSError:
