@@ -1824,11 +1824,6 @@ class _Record:
         with self.run_folder.opened("logs", create=True) as place:
             return place.open(f"{name}.log", flags)
 
-    def open_metrics(self) -> int:
-        """Open metrics/metrics.jsonl for appending lines."""
-        with self.run_folder.opened("metrics", create=True) as place:
-            return place.open_for_lines("metrics.jsonl")
-
     def begin(self, is_watched: bool) -> None:
         """Write status.json, "running"; `is_watched` if a recorder will touch it."""
         now = time.time()
