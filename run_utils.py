@@ -77,7 +77,7 @@ if TYPE_CHECKING:
     import argparse
     import subprocess  # nosec
     from types import FrameType, TracebackType
-    from typing import IO, Any, TypedDict, Union
+    from typing import Any, TypedDict, Union
 
     StrPath = Union[str, os.PathLike[str]]
     JSON = Any  # plain data: dict, list, str, int, float, bool, None
@@ -866,7 +866,7 @@ def _script_of(run: Run) -> str:
     for word in words:
         if re.search(r"\.(py|sh|R|jl)$", word):
             return os.path.splitext(os.path.basename(word))[0]
-    return _STAMP.split(run.name)[0].rstrip("-")
+    return re.split(_STAMP, run.name)[0].rstrip("-")
 
 
 # The row of a run in its order, and how each value is read: only what is asked for.
@@ -956,14 +956,17 @@ class _Recording:
         self.launch = _Launch(
             os.environ, options.base_dir, options.run_prefix, options.ranks
         )
+        head = None
         try:
+            if not self.launch.rank:
+                head = _Head(site.directory)
             self._spawn_recorder()
             _learn_at_entry(self.variables, site, config)
             joined = None
             if self.launch.rank:
                 joined = self.launch.join()
             else:
-                commit = _settle_code(site)
+                commit = _settle_code(site, head)
             # A signal that came now would leave a run that nobody can finish: its
             # recorder is only about to be told of it.
             with _signals_held():
@@ -975,6 +978,8 @@ class _Recording:
                     )
                 self._begin(self.record, site, config)
         except BaseException as error:
+            if head is not None:
+                head.close()
             if self.record is None and self.recorder is not None:
                 self.recorder.give_up()
             self.__exit__(type(error), error, error.__traceback__)
@@ -1478,14 +1483,16 @@ def _learn_at_entry(variables: Facts, site: _Site, config: JSON) -> None:
     _redactor.learn(config)
 
 
-def _settle_code(site: _Site) -> str | None:
+def _settle_code(site: _Site, likeliest: _Head | None = None) -> str | None:
     """Settle whose repository is recorded; return the short hash of its commit."""
     for directory in site.places():
-        commit = _git_head(directory)
-        if commit is not None:
+        head = likeliest or _Head(directory)
+        likeliest = None
+        site.head = head.answer()
+        if site.head:
             site.directory = directory
-            return commit
-    return None
+            break
+    return _commit_in(site.head)
 
 
 def _create_record(
@@ -2675,9 +2682,8 @@ class _Recorder:
         """Tell the recorder of the run, once it has answered for the first time."""
         deadline = time.monotonic() + RECORDER_SECONDS
         self.forwards = forwards
-        watch = []  # a descriptor that tells of our death
-        with _ignoring(OSError, AttributeError):  # Linux has it, mostly
-            watch.append(_above_stderr(_posix.pidfd_open(os.getpid())))
+        our_end = _pidfd(os.getpid())
+        watch = [each for each in [our_end] if each is not None]
         try:
             first = self._answer(0, deadline)
             if first is None and self.is_gone():
@@ -2867,7 +2873,8 @@ def _reap(pid: int, seconds: float) -> bool:
 # nothing before it may be slow. The socket is descriptor 0. A second process goes on
 # and the first ends, so that os.wait() in the experiment never meets the recorder.
 _BOOTSTRAP = """
-import sys
+import gc, sys
+gc.disable()  # for there is nothing to collect yet
 sys.path[:] = [place for place in sys.path if place]  # not the current directory
 import _signal, _socket, posix
 for number in sys.argv[3:]:
@@ -2912,7 +2919,10 @@ if code:
     module = load(marshal.loads(code))
 del code
 message = receive(int.from_bytes(sizes[8:], "big"))
+gc.freeze()
+gc.enable()
 module._recorder_main(connection, [each[2] for each in rights], message)
+posix._exit(0)  # tidying up takes longer than an empty block
 """
 _MODULE_CODE = sys._getframe().f_code  # of this very file, as it was compiled
 # What it ignores: a terminal and a scheduler send signals to whole groups.
@@ -2987,6 +2997,7 @@ def _file_to_load() -> str | None:
 def _recorder_main(connection: Any, rights: list[bytes], message: bytes) -> None:
     """Be the recorder: what the new process does once it is told of a run."""
     sys.stderr = io.StringIO()  # what it has to say comes into metadata.json
+    sys.setswitchinterval(0.0005)  # whoever has waited for git goes on at once
     facts = json.loads(message)
     os.environ.update(facts["environment"])
     request: _Request = facts["request"]
@@ -3005,7 +3016,10 @@ def _unpacked(rights: Iterable[bytes]) -> list[int]:
     """Return the descriptors that came with a message."""
     import array
 
-    return array.array("i", b"".join(rights)).tolist()
+    descriptors = array.array("i", b"".join(rights)).tolist()
+    for descriptor in descriptors:  # which no program that is started has to inherit
+        os.set_inheritable(descriptor, False)
+    return descriptors
 
 
 class _RecorderProcess:
@@ -3204,14 +3218,17 @@ class _RecorderProcess:
                 forward.stop_at = os.fstat(forward.log).st_size
             forward.wake.set()
         self.ends_sampling.set()
-        self.captures.join()
         self.sampling.join()
+        more: Facts = {}
         if self.rank == 0:
             with _tolerating("resources"):
                 if self.sampler is not None:
-                    self.metadata["resources"] = self.sampler.summary()
+                    more["resources"] = self.sampler.summary()
             with _tolerating("outputs"):
-                self.metadata["outputs"] = _left_files(self.record.path)
+                more["outputs"] = _left_files(self.record.path)
+        self.captures.join()
+        self.metadata.update(more)
+        if self.rank == 0:
             said = str(getattr(sys.stderr, "getvalue", str)())
             if said:
                 problem = {"ok": False, "problem": _cut_middle(said, MAX_MESSAGE)}
@@ -3979,7 +3996,7 @@ def _complete_metadata(metadata: Facts, site: _Site, record: _Record) -> None:
         "container": _container,
     }
     threads = []
-    for chain in (python, {"cuda": _cuda}):
+    for chain in (code, {"cuda": _cuda}):  # git first, which is waited for longest
         thread = threading.Thread(target=_collect_chain, args=(metadata, chain))
         try:
             if site.pid == os.getpid():
@@ -3988,7 +4005,7 @@ def _complete_metadata(metadata: Facts, site: _Site, record: _Record) -> None:
             threads.append(thread)
         except RuntimeError:  # or there is no room for one more thread
             _collect_chain(metadata, chain)
-    _collect_chain(metadata, code)
+    _collect_chain(metadata, python)
     for thread in threads:
         thread.join()
 
@@ -4048,6 +4065,7 @@ class _Site:
     script: str | None = None  # absolute path of the file that ran
     name: str = ""  # what a run of it is called by default: "train" of train.py
     directory: str  # the folder whose repository is recorded
+    head: str = ""  # what git answered to _HEAD_QUESTION there
     executable: str | None = None  # the Python of the experiment
     origin: str = "this process"  # where it was found; or "the command", or "PATH"
     prefix: str = ""  # of its environment; empty: it was not asked yet
@@ -4225,7 +4243,7 @@ def _describe_command(site: _Site) -> None:
     program = _on_path(words[0], here) or os.path.join(here, words[0])
     site.script = program
     site.name = _stem(program)
-    if _INTERPRETER.match(os.path.basename(program)):
+    if re.match(_INTERPRETER, os.path.basename(program)):
         script, module = _operand(words, here)
         site.script = script
         if module:
@@ -4243,17 +4261,17 @@ def _describe_command(site: _Site) -> None:
 def _python_beside(program: str) -> str | None:
     """Return the Python of the environment that has a program such as pytest."""
     folder, name = os.path.split(program)
-    if _PYTHON.match(name):
+    if re.match(_PYTHON, name):
         return program
     if _is_prefix(os.path.dirname(folder)):
         return _on_path(os.path.join(folder, "python"))
     return None
 
 
-_LAUNCHER = re.compile(
+_LAUNCHER = (
     "accelerate|deepspeed|env|mpiexec|mpirun|nice|nohup|srun|time|timeout|torchrun|uv"
 )
-_INTERPRETER = re.compile(
+_INTERPRETER = (
     r"(python|pypy|(ba|da|fi|k|z)?sh|Rscript|julia|lua|node|octave|perl|php|ruby)"
     r"[\d.]*t?(\.exe)?$"
 )
@@ -4264,11 +4282,11 @@ def _without_launcher(words: list[str]) -> list[str]:
 
     `torchrun --nproc-per-node 2 train.py --lr 1` becomes `python train.py --lr 1`.
     """
-    if _LAUNCHER.fullmatch(os.path.basename(words[0])):
+    if re.fullmatch(_LAUNCHER, os.path.basename(words[0])):
         for number, word in enumerate(words):
             if word == "-m" or word.endswith(".py"):
                 return ["python", *words[number:]]
-            if _INTERPRETER.match(os.path.basename(word)):
+            if re.match(_INTERPRETER, os.path.basename(word)):
                 return words[number:]
     return words
 
@@ -4279,7 +4297,7 @@ def _operand(words: Sequence[str], here: str) -> tuple[str | None, str]:
     `python -u -X dev train.py` has a script, `python -um pkg.mod` a module, and
     `bash -ec "..."` neither of them.
     """
-    is_python = _PYTHON.match(os.path.basename(words[0]))
+    is_python = re.match(_PYTHON, os.path.basename(words[0]))
     code = "-[A-Za-z]*e$"
     if is_python or words[0].endswith("sh"):
         code = "-[A-Za-z]*c$"
@@ -4459,10 +4477,11 @@ def _loaded(path: str) -> JSON:
 
 def _launcher(env: Mapping[str, str]) -> Facts:
     """Return the ids that a scheduler or launcher gave this process."""
-    return {name: env[name] for name in sorted(env) if _LAUNCHER_NAMES.match(name)}
+    is_known = re.compile(_LAUNCHER_NAMES).match
+    return {name: env[name] for name in sorted(env) if is_known(name)}
 
 
-_LAUNCHER_NAMES = re.compile(
+_LAUNCHER_NAMES = (
     "SLURM_|TORCHELASTIC_|OMPI_COMM_WORLD_|PMIX?_|PALS_|PBS_|LSB_|FLUX_|SGE_TASK_|POD_"
     "|JOB_COMPLETION_|(LOCAL_|GROUP_)?RANK$|WORLD_SIZE$|MASTER_(ADDR|PORT)$|JOB_ID$"
     "|KUBERNETES_SERVICE_HOST$|NODE_NAME$|PYTHONHASHSEED$"
@@ -5171,16 +5190,51 @@ _GIT_FACTS = (
 )  # fmt: skip
 
 
+class _Head:
+    """What git says of the commit in a folder: one question, for the name of a run.
+
+    It is asked at once, and answered while something else is done.
+    """
+
+    def __init__(self, directory: str) -> None:
+        self.program: _Program | None = None
+        if _has_repository(directory):
+            with _ignoring(_Unknown):
+                self.program = _git_started(directory, *_HEAD_QUESTION)
+
+    def answer(self) -> str:
+        """Return what git has printed; nothing if there is no commit, or no git."""
+        if self.program is not None:
+            with _ignoring(_Unknown):
+                printed = os.fsdecode(self.program.result(HEAD_SECONDS))
+                if _commit_in(printed) is not None:
+                    return printed
+        return ""
+
+    def close(self) -> None:
+        """Let go of a question whose answer nobody needs any more."""
+        if self.program is not None:
+            self.program.close()
+
+
+# true\nfalse\n/home/ann/tree\n<id of HEAD>\n<its short form>\n
+_HEAD_QUESTION = (
+    "rev-parse", "--is-inside-work-tree", "--is-shallow-repository",
+    "--show-toplevel", "HEAD", "--short", "HEAD",
+)  # fmt: skip
+
+
+def _commit_in(answer: str) -> str | None:
+    """Return the short hash of the commit in an answer to _HEAD_QUESTION."""
+    match = re.search(r"\n([0-9a-f]{4,64})\n\Z", answer)
+    if match is None:
+        return None
+    return match[1]
+
+
 def _git_head(directory: str) -> str | None:
-    """Return the short hash of the commit in `directory`: one call, for the name."""
-    if _has_repository(directory):
-        with _ignoring(_Unknown):
-            words = ("rev-parse", "--short", "HEAD")
-            head = _git_run(directory, *words, timeout=HEAD_SECONDS)
-            match = re.fullmatch(rb"([0-9a-f]{4,64})\n", head)
-            if match:
-                return match[1].decode()
-    return None
+    """Return the short hash of the commit in `directory`."""
+    return _commit_in(_Head(directory).answer())
 
 
 def _git_collectors(site: _Site, record: _Record) -> dict[str, Callable[[], JSON]]:
@@ -5367,6 +5421,8 @@ class _Repository:
         self.deadline = time.monotonic() + PATCH_SECONDS
         self.is_git = False
         self.hung: _Unknown | None = None
+        self.has_threads = False  # to ask git two things at once
+        self.answer = ""  # to _HEAD_QUESTION, if that has been asked on entry
         self.head = ""
         self.short = ""
         self.is_shallow = False
@@ -5387,6 +5443,8 @@ class _Repository:
         if folder is None:
             sources = [site.script or "", *site.loaded]
             tree.sources = [path for path in sources if _is_own_source(path, site)]
+            tree.answer = site.head
+            tree.has_threads = site.pid != os.getpid()  # a user's process gets none
         if site.entered is not None:
             ours, device, clock_of_disk = site.entered
             tree.entered = ours
@@ -5423,7 +5481,12 @@ class _Repository:
         facts["commit_full"] = self.head or None
         facts["commit_short"] = self.short or None
         facts["remote_origin_url"] = self.config.get("remote.origin.url")
+        listing = None
+        if self.has_threads:
+            listing = _started_thread(self._list)
         facts["branch"] = self.status.branch
+        if listing is not None:
+            listing.join()
         names: dict[str, list[str]] = {"changed": [], "untracked": [], "late": []}
         for change in self.changes:
             kind = "untracked"
@@ -5452,6 +5515,11 @@ class _Repository:
             facts["unpushed_commits"] = self.history.unpushed[:MAX_LISTED]
         facts["base"] = self.base
 
+    def _list(self) -> None:
+        """Have the index listed while git looks at the files."""
+        with _ignoring(Exception):  # it is raised again where it is needed
+            self.listed  # noqa: B018
+
     def git(self, *words: str, **how: Any) -> bytes:
         """Return what git prints; raise _Unknown, at once when git hung before."""
         if self.hung is not None:
@@ -5459,7 +5527,8 @@ class _Repository:
         try:
             return _git_run(self.root, *self.switches, *words, **how)
         except _ProgramFailed as failure:
-            if failure.status is None or failure.status < 0:
+            has_died = failure.status is None or failure.status < 0
+            if has_died and "printed more" not in str(failure):
                 self.hung = failure
             raise
 
@@ -5469,15 +5538,8 @@ class _Repository:
             return
         if not _has_repository(self.directory):
             raise _NoRepository
-        # true\nfalse\n/home/ann/tree\n<id of HEAD>\n<its short form>\n
-        asked = ("--is-inside-work-tree", "--is-shallow-repository", "--show-toplevel")
-        try:
-            answer = self.git("rev-parse", *asked, "HEAD", "--short", "HEAD")
-        except _ProgramFailed as failure:
-            if b"unknown revision" not in failure.errors:
-                raise _explained(failure, self.directory) from None
-            answer = failure.output[: -len("HEAD\n")] + b"\n\n"  # there is no commit
-        inside, _, rest = os.fsdecode(answer).partition("\n")
+        answer = self.answer or self._ask_for_head()
+        inside, _, rest = answer.partition("\n")
         shallow, _, rest = rest.partition("\n")
         root, head, short, _ = f"\n\n\n{rest}".rsplit("\n", 3)
         root = root.lstrip("\n")
@@ -5490,6 +5552,14 @@ class _Repository:
         self.is_shallow = shallow == "true"
         self.root, self.head, self.short = root, head, short
         self.is_git = True
+
+    def _ask_for_head(self) -> str:
+        try:
+            return os.fsdecode(self.git(*_HEAD_QUESTION))
+        except _ProgramFailed as failure:
+            if b"unknown revision" not in failure.errors:
+                raise _explained(failure, self.directory) from None
+            return os.fsdecode(failure.output[: -len("HEAD\n")]) + "\n\n"  # no commit
 
     def read_config(self) -> None:
         # remote.origin.url\nhttps://example.org/x.git\0filter.lfs.clean\ngit-lfs\0
@@ -5744,20 +5814,17 @@ class _Repository:
         ids |= {change.committed[1] for change in changes if change.is_late}
         if any(key.endswith(".promisor") for key in self.config):
             ids -= self._missing()
-        # <id> blob 17\n
-        listed = self._of_each(ids, "--batch-check")
-        found = re.findall(rb"^(\w+) blob (\d+)$", listed, re.M)
-        sizes = {oid: int(size) for oid, size in found}
-        small = [oid for oid in sizes if sizes[oid] <= PATCH_FILE_BYTES]
-        # <id> blob 17\n<content>\n
-        contents = self._of_each(small, "--batch", limit=5 * PATCH_BYTES)
-        blobs = {}
-        start = 0
-        while start < len(contents):
-            oid, _, size = contents[start : contents.index(b"\n", start)].split(b" ")
-            start = contents.index(b"\n", start) + 1
-            blobs[oid] = contents[start : start + int(size)]
-            start += int(size) + 1
+        try:
+            blobs = _blobs_in(self._of_each(ids, "--batch", limit=PATCH_FILE_BYTES))
+            sizes = {oid: len(data) for oid, data in blobs.items()}
+        except _ProgramFailed:  # some may be large: first their sizes alone
+            # <id> blob 17\n
+            listed = self._of_each(ids, "--batch-check")
+            found = re.findall(rb"^(\w+) blob (\d+)$", listed, re.M)
+            sizes = {oid: int(size) for oid, size in found}
+            small = [oid for oid in sizes if sizes[oid] <= PATCH_FILE_BYTES]
+            limit = 5 * PATCH_BYTES
+            blobs = _blobs_in(self._of_each(small, "--batch", limit=limit))
         for change in changes:
             change.old_size = sizes.get(change.old[1], 0)
             change.old_data = blobs.get(change.old[1])
@@ -5778,15 +5845,30 @@ class _Repository:
 
     def _of_each(self, ids: Iterable[bytes], *words: str, **how: Any) -> bytes:
         """Return what a command of git says of each object that it reads from stdin."""
-        import tempfile
-
         wanted = sorted(set(ids) - {b""})
         if not wanted:
             return b""
-        with tempfile.TemporaryFile() as file:
-            file.write(b"\n".join([*wanted, b""]))
-            file.seek(0)
+        with _unnamed_file(b"\n".join([*wanted, b""])) as file:
             return self.git("cat-file", *words, "--buffer", stdin=file, **how)
+
+
+def _blobs_in(printed: bytes) -> dict[bytes, bytes]:
+    r"""Return by their ids the contents that `git cat-file --batch` has printed.
+
+    <id> blob 17\n<content>\n
+    <id> missing\n
+    """
+    blobs = {}
+    start = 0
+    while start < len(printed):
+        end = printed.index(b"\n", start)
+        oid, *size = printed[start:end].split(b" ")
+        start = end + 1
+        if len(size) == 2:
+            end = start + int(size[1])
+            blobs[oid] = printed[start:end]
+            start = end + 1
+    return blobs
 
 
 class _Status:
@@ -6173,8 +6255,6 @@ def _compared_by_git(changes: Sequence[_Change], seconds: float) -> bytes:
     .gitattributes among the files, so that nothing is converted. An old file that must
     not be shown is replaced by one that makes git write a binary patch.
     """
-    import tempfile
-
     if not changes:
         return b""
     hidden = {}
@@ -6182,7 +6262,7 @@ def _compared_by_git(changes: Sequence[_Change], seconds: float) -> bytes:
     options = "--no-ext-diff --no-textconv --src-prefix= --dst-prefix= a b"
     attributes = "* -text -filter -ident !eol !diff !working-tree-encoding\n"
     config = "[core]\nrepositoryformatversion = 1\n[extensions]\nobjectFormat = "
-    with tempfile.TemporaryDirectory(prefix="run_utils-") as scratch:
+    with _temporary_folder() as scratch:
         for folder in ("a", "b", ".git/info", ".git/objects", ".git/refs"):
             os.makedirs(f"{scratch}/{folder}")
         _write_file(f"{scratch}/.git/HEAD", b"ref: refs/heads/main\n")
@@ -6251,22 +6331,32 @@ def _quoted(name: bytes) -> bytes:
 
 
 def _git_run(
-    directory: str, *words: str, protocols: str = "none", **how: Any
+    directory: str, *words: str, protocols: str = "none",
+    timeout: float | None = None, limit: int | None = None, stdin: int | None = None,
 ) -> bytes:
     """Return what git prints; it asks, pages, fetches, locks and executes nothing.
 
-    Raises _Unknown. `protocols` are those by which it may fetch; `how` goes to _run.
+    Raises _Unknown. `protocols` are those by which it may fetch; the rest is as `_run`
+    takes it.
     """
+    git = _git_started(directory, *words, protocols=protocols, stdin=stdin)
+    return git.result(timeout, limit)
+
+
+def _git_started(
+    directory: str, *words: str, protocols: str = "none", stdin: int | None = None
+) -> _Program:
+    """Start git in a folder; what it prints is to be asked for."""
     kept = ("GIT_CEILING_DIRECTORIES", "GIT_DISCOVERY_ACROSS_FILESYSTEM")
     env = {
         name: value for name, value in os.environ.items()
         if name in kept or not name.startswith("GIT_")
     }  # fmt: skip
-    argv = ["git", "--no-pager"]
+    argv = ["git", "-C", directory, "--no-pager"]
     for setting in _GIT_SETTINGS:
         argv += ["-c", setting]
     env.update(_GIT_ENVIRONMENT, GIT_ALLOW_PROTOCOL=protocols)
-    return _run([*argv, *words], cwd=directory, env=env, **how)
+    return _Program([*argv, *words], os.curdir, env, stdin)
 
 
 _GIT_SETTINGS = (
@@ -6323,11 +6413,9 @@ def _cmd_reproduce(args: argparse.Namespace) -> int:
 
 def _cmd_verify(args: argparse.Namespace) -> int:
     """Say whether a run can be done again; nothing stays of what that takes."""
-    import tempfile
-
     plan = _Plan(args.run)
     plan.check()
-    with tempfile.TemporaryDirectory(prefix="run_utils-") as scratch:
+    with _temporary_folder() as scratch:
         if plan.level() < 2:
             plan.build(os.path.join(scratch, "tree"))
     if args.json:
@@ -6396,7 +6484,7 @@ class _Plan:
         recorded = _word(facts.get("executable"))
         if not recorded or facts.get("origin") == "PATH":
             return None
-        if _PYTHON.match(os.path.basename(recorded)) and os.path.isfile(recorded):
+        if re.match(_PYTHON, os.path.basename(recorded)) and os.path.isfile(recorded):
             owners = {os.lstat(recorded).st_uid, os.stat(recorded).st_uid}
             if owners <= {_posix.getuid(), 0}:
                 return recorded
@@ -6660,7 +6748,7 @@ class _Plan:
         """Return the words that run it again, and the folder to run them in."""
         cwd = _word(self.metadata.get("working_dir"))
         words = [_moved(word, self.root, target) for word in self.argv]
-        if self.python and _PYTHON.match(os.path.basename(words[0])):
+        if self.python and re.match(_PYTHON, os.path.basename(words[0])):
             words[0] = self.python
         return words, _moved(cwd, self.root, target)
 
@@ -7257,7 +7345,7 @@ class _Lineage:
 
 # Keys of metadata.json that tie a run to one other, and what that is called.
 _TIES = {"reproduces": "(reproduced)", "parent": "(ran inside)"}
-_TIED = re.compile(rb'\n  "(reproduces|parent)": [^n]')  # it is not null
+_TIED = rb'\n  "(reproduces|parent)": [^n]'  # it is not null
 
 
 def _ties(run: Path) -> Iterator[tuple[Facts, str]]:
@@ -7268,7 +7356,7 @@ def _ties(run: Path) -> Iterator[tuple[Facts, str]]:
     data = b""
     with _ignoring(OSError):
         data = _read_bytes(run / "metadata.json", MAX_RECORD)
-    if not _TIED.search(data):
+    if not re.search(_TIED, data):
         return  # as with most: not to parse 10,000 of them is worth a line
     metadata = _small_json(f"{run}/metadata.json")
     for key, what in _TIES.items():
@@ -8940,121 +9028,202 @@ class _ProgramFailed(_Unknown):
 def _run(
     argv: Sequence[str], *, cwd: str | None = None,
     env: Mapping[str, str] | None = None, timeout: float | None = None,
-    limit: int | None = None, stdin: IO[bytes] | int | None = None,
+    limit: int | None = None, stdin: int | None = None,
 ) -> bytes:
     """Run a foreign program and return what it printed to stdout.
 
     It may take `timeout` seconds (PROGRAM_SECONDS) and print `limit` bytes
-    (PROGRAM_BYTES). It has no stdin, its own session, and a working directory in which
-    nobody can have put a module or a program. Raises _ProgramFailed.
+    (PROGRAM_BYTES). It has no stdin but a descriptor that it is given, its own
+    session, and a working directory in which nobody can have put a module or a
+    program. Raises _ProgramFailed.
     """
-    import subprocess  # nosec
-
-    name = os.path.basename(argv[0])
-    try:
-        child = subprocess.Popen(  # nosec
-            argv,
-            cwd=cwd or _neutral_directory(),
-            env=env,
-            stdin=subprocess.DEVNULL if stdin is None else stdin,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
-    except (OSError, ValueError) as error:
-        if _is_foreign(error):
-            raise
-        raise _ProgramFailed(f"{name} cannot be started: {error}") from None
-    program = _Program(child, timeout or PROGRAM_SECONDS, limit or PROGRAM_BYTES)
-    try:
-        problem = program.read()
-        if problem is not None:
-            program.kill()
-    except BaseException:
-        program.kill()
-        raise
-    finally:
-        for pipe in program.pipes:
-            pipe.close()
-    output, errors = bytes(program.output), bytes(program.errors)
-    if problem is None and child.returncode != 0:
-        problem = f"ended with status {child.returncode}{_complaint(errors)}"
-    if problem is not None:
-        raise _ProgramFailed(f"{name} {problem}", child.returncode, output, errors)
-    return output
+    program = _Program(argv, cwd or _neutral_directory(), env or os.environ, stdin)
+    return program.result(timeout, limit)
 
 
 class _Program:
-    """A foreign program that runs, and what it has printed so far."""
+    """A foreign program that runs, and what it has printed so far.
+
+    The module subprocess, which takes as long to load as git to answer, is only used
+    where the system has no posix_spawn.
+    """
 
     def __init__(
-        self, child: subprocess.Popen[bytes], timeout: float, limit: int
+        self, argv: Sequence[str], cwd: str, env: Mapping[str, str], stdin: int | None
     ) -> None:
-        self.child = child
-        self.pipes = [pipe for pipe in (child.stdout, child.stderr) if pipe is not None]
-        self.timeout = timeout
-        self.limit = limit
+        self.name = os.path.basename(argv[0])
+        self.pid = 0
+        self.end: int | None = None  # a descriptor that tells of its end
+        self.status: int | None = None  # as _exit_code() tells it, once it has ended
         self.output = bytearray()
         self.errors = bytearray()
+        self.texts: dict[int, bytearray] = {}  # by the pipe that they come from
+        self.child: subprocess.Popen[bytes] | None = None
+        try:
+            if hasattr(os, "posix_spawn") and hasattr(select, "poll"):
+                self._spawn(argv, cwd, env, stdin)
+            else:  # Windows, eventlet
+                self._open(argv, cwd, env, stdin)
+        except (OSError, ValueError) as error:
+            self.close()
+            if _is_foreign(error):
+                raise
+            raise _ProgramFailed(f"{self.name} cannot be started: {error}") from None
 
-    def read(self) -> str | None:
+    def _spawn(
+        self, argv: Sequence[str], cwd: str, env: Mapping[str, str], stdin: int | None
+    ) -> None:
+        """Start the program, with a pipe for each of its two outputs."""
+        path = _on_path(argv[0])
+        if path is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), argv[0])
+        if cwd not in (os.curdir, _working_dir()):
+            argv = ["sh", "-c", 'cd "$0" && exec "$@"', cwd, path, *argv[1:]]
+            path = "/bin/sh"
+        source: Any = (_posix.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)
+        if stdin is not None:
+            source = (_posix.POSIX_SPAWN_DUP2, stdin, 0)
+        actions = [source]
+        ends = []
+        try:
+            for number, text in ((1, self.output), (2, self.errors)):
+                ours, theirs = (_above_stderr(end) for end in os.pipe())
+                self.texts[ours] = text
+                ends.append(theirs)
+                actions.append((_posix.POSIX_SPAWN_DUP2, theirs, number))
+            self.pid = _posix.posix_spawn(
+                path, argv, env, file_actions=actions, setsid=True,
+                setsigdef=[_signals.SIGPIPE, _signals.SIGXFSZ],
+            )
+        finally:
+            for end in ends:
+                os.close(end)
+        self.end = _pidfd(self.pid)
+
+    def _open(
+        self, argv: Sequence[str], cwd: str, env: Mapping[str, str], stdin: int | None
+    ) -> None:
+        import subprocess  # nosec
+
+        options: Any = {"cwd": cwd, "env": env, "stdin": stdin}
+        if stdin is None:
+            options["stdin"] = subprocess.DEVNULL
+        options.update(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.child = subprocess.Popen(argv, start_new_session=True, **options)  # nosec
+        self.pid = self.child.pid
+
+    def result(self, timeout: float | None = None, limit: int | None = None) -> bytes:
+        """Wait for its end and return what it has printed, or raise _ProgramFailed."""
+        read = self._read
+        if self.child is not None:
+            read = self._communicate
+        try:
+            problem = read(timeout or PROGRAM_SECONDS, limit or PROGRAM_BYTES)
+        finally:
+            self.close()
+        output, errors = bytes(self.output), bytes(self.errors)
+        if problem is None and self.status != 0:
+            problem = f"ended with status {self.status}{_complaint(errors)}"
+        if problem is not None:
+            reason = f"{self.name} {problem}"
+            raise _ProgramFailed(reason, self.status, output, errors)
+        return output
+
+    def _read(self, timeout: float, limit: int) -> str | None:
         """Read until the program ends; return which limit it has passed, if one.
 
         A grandchild that keeps a pipe open is not waited for.
         """
-        if not hasattr(select, "poll"):  # Windows, or eventlet took it away
-            return self._communicate()
-        deadline = time.monotonic() + self.timeout
-        output, errors = self.pipes
-        texts = {output.fileno(): self.output, errors.fileno(): self.errors}
+        deadline = time.monotonic() + timeout
         poller = _polls.poll()
-        for descriptor in texts:
-            poller.register(descriptor, _polls.POLLIN)
-        pause = 0.0001
+        for descriptor in [*self.texts, self.end]:
+            if descriptor is not None:
+                poller.register(descriptor, _polls.POLLIN)
         while True:
-            ended = self.child.poll() is not None
-            wait = 50
-            if ended or not texts:
-                wait = 0
-            ready = poller.poll(wait)
-            for descriptor, _ in ready:
+            has_ended = self._has_ended()
+            ready = poller.poll(self._pause(deadline) * 1000)
+            found = [each for each, _ in ready if each in self.texts]
+            for descriptor in found:
                 data = os.read(descriptor, 65536)
-                texts[descriptor] += data
+                self.texts[descriptor] += data
                 if not data:
                     poller.unregister(descriptor)
-                    del texts[descriptor]
-            if max(len(self.output), len(self.errors)) > self.limit:
-                return f"printed more than {self.limit} bytes"
-            if ended and not ready:
+                    del self.texts[descriptor]
+                    os.close(descriptor)
+            if max(len(self.output), len(self.errors)) > limit:
+                return f"printed more than {limit} bytes"
+            if has_ended and not found:
                 return None
             if time.monotonic() > deadline:
-                return f"did not end within {self.timeout:g} s"
-            if not texts:  # nothing announces its end, which most often is due at once
-                time.sleep(pause)
-                pause = min(2 * pause, 0.05)
+                return f"did not end within {timeout:g} s"
 
-    def _communicate(self) -> str | None:
+    def _pause(self, deadline: float) -> float:
+        """Return how long to wait for something to read, or for the end."""
+        if self.status is not None:
+            return 0.0
+        pause = max(0.0, deadline - time.monotonic())
+        if self.end is not None:
+            return pause
+        if self.texts:
+            return min(pause, 0.05)
+        return min(pause, 0.001)  # it is most often due at once
+
+    def _has_ended(self) -> bool:
+        """Tell whether the program has ended; what somebody else reaped did well."""
+        if self.status is None:
+            try:
+                pid, wait_status = os.waitpid(self.pid, _posix.WNOHANG)
+            except ChildProcessError:
+                pid, wait_status = self.pid, 0
+            if pid == self.pid:
+                self.status = _exit_code(wait_status)
+        return self.status is not None
+
+    def _communicate(self, timeout: float, limit: int) -> str | None:
         import subprocess  # nosec
 
+        assert self.child is not None  # nosec
         try:
-            output, errors = self.child.communicate(timeout=self.timeout)
+            output, errors = self.child.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
-            return f"did not end within {self.timeout:g} s"
-        self.output += output
+            return f"did not end within {timeout:g} s"
+        self.status = self.child.returncode
+        self.output += output[: limit + 1]
         self.errors += errors
         return None
 
-    def kill(self) -> None:
-        """Kill the program with all it started; do not wait for one that cannot die."""
+    def close(self) -> None:
+        """Let go of the program; kill it with all it started if it has not ended.
+
+        One that cannot die is not waited for.
+        """
+        if self.end is not None:
+            os.close(self.end)
+        for pipe in self.texts:
+            os.close(pipe)
+        self.end = None
+        self.texts = {}
+        if self.child is not None and self.status is None:
+            self._kill_child(self.child)
+        elif self.pid and not self._has_ended():
+            with _ignoring(OSError):
+                _posix.killpg(self.pid, _signals.SIGKILL)
+            _reap(self.pid, 0.5)
+
+    def _kill_child(self, child: subprocess.Popen[bytes]) -> None:
         import subprocess  # nosec
 
         with _ignoring(OSError):
-            if hasattr(os, "killpg"):
-                _posix.killpg(self.child.pid, _signals.SIGKILL)
-            else:
-                self.child.kill()
+            child.kill()
         with _ignoring(subprocess.TimeoutExpired):
-            self.child.wait(0.5)
+            child.wait(0.5)
+
+
+def _pidfd(pid: int) -> int | None:
+    """Return a descriptor that tells of the end of a process; Linux has it, mostly."""
+    with _ignoring(OSError, AttributeError):
+        return _above_stderr(_posix.pidfd_open(pid))
+    return None
 
 
 def _complaint(errors: bytes) -> str:
@@ -9090,14 +9259,14 @@ def _safe_python(executable: str) -> list[str]:
     return [executable, "-c", code]
 
 
-_PYTHON = re.compile(r"(python|pypy)[\d.]*t?(\.exe)?$", re.I)
+_PYTHON = r"(?i)(python|pypy)[\d.]*t?(\.exe)?$"
 
 
 def _no_interpreter() -> str | None:
     """Return why sys.executable is not the Python that runs this, or None."""
     if getattr(sys, "frozen", False):
         return "a frozen program"
-    if not _PYTHON.match(os.path.basename(sys.executable or "")):
+    if not re.match(_PYTHON, os.path.basename(sys.executable or "")):
         return f"sys.executable is {sys.executable!r}, not a Python"
     return None
 
@@ -9273,6 +9442,56 @@ def _append_line(path: StrPath, row: Facts, dir_fd: int | None = None) -> None:
         os.close(descriptor)
     if written != len(line):
         raise OSError(errno.ENOSPC, "only a part of a line fitted", os.fspath(path))
+
+
+@contextlib.contextmanager
+def _temporary_folder() -> Iterator[str]:
+    """Make a folder for a moment, without tempfile, which takes long to load."""
+    path = None
+    named = [os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP")]
+    for place in [*named, "/tmp", "/var/tmp", os.getcwd()]:  # nosec
+        name = f"run_utils-{os.urandom(8).hex()}"
+        with _ignoring(OSError):
+            if path is None and place:
+                os.mkdir(os.path.join(place, name), 0o700)
+                path = os.path.join(os.path.abspath(place), name)
+    if path is None:
+        raise _Unknown("no folder is to be had for temporary files")
+    try:
+        yield path
+    finally:
+        with _ignoring(OSError):
+            _remove_tree(path)
+
+
+def _remove_tree(path: str) -> None:
+    """Remove a folder with all that is in it; a link leads nowhere."""
+    for folder, folders, names in os.walk(path, topdown=False):
+        for name in [*names, *folders]:
+            inside = os.path.join(folder, name)
+            if name in folders and not os.path.islink(inside):
+                os.rmdir(inside)
+            else:
+                os.unlink(inside)
+    os.rmdir(path)
+
+
+@contextlib.contextmanager
+def _unnamed_file(data: bytes) -> Iterator[int]:
+    """Open a file without a name, from which a program can read `data`."""
+    if hasattr(os, "memfd_create"):
+        descriptor = _above_stderr(os.memfd_create("run_utils"))
+    else:
+        import tempfile
+
+        with tempfile.TemporaryFile() as file:
+            descriptor = _above_stderr(os.dup(file.fileno()))
+    try:
+        _write_all(descriptor, data)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _open_for_lines(path: StrPath, dir_fd: int | None = None) -> int:
@@ -9660,7 +9879,7 @@ def _find_own_run(text: str, root: Path, prefix: str | None) -> Path:
     for run in _walk_runs(root):
         folder, name = os.path.split(run)
         if folder == str(root) and _is_mine(run):
-            is_meant = prefix is None or _STAMP.split(name)[0] == f"{prefix}-"
+            is_meant = prefix is None or re.split(_STAMP, name)[0] == f"{prefix}-"
             if text == name or (text == "latest" and is_meant):
                 return Path(run)
     raise ValueError(f"no run {text!r} under {str(root)!r}")
@@ -9728,16 +9947,16 @@ def _is_run(path: StrPath) -> bool:
     return False
 
 
-_STAMP = re.compile(r"\d{8}-\d{6}(?![^-])")  # in the name of a run: local time
+_STAMP = r"\d{8}-\d{6}(?![^-])"  # in the name of a run: local time
 
 
 def _stamp_of(name: str) -> str:
     """Return the time in a run's name, "20260131-142501", or nothing."""
-    return "".join(_STAMP.findall(name)[:1])
+    return "".join(re.findall(_STAMP, name)[:1])
 
 
 def _is_stamped(name: str) -> bool:
-    return _STAMP.search(name) is not None
+    return re.search(_STAMP, name) is not None
 
 
 class _Walk:
@@ -9786,7 +10005,8 @@ class _Walk:
             for name in inside:
                 path = f"{folder}/{name}"
                 # A folder with a time in its name is nearly always a run: no look.
-                if _STAMP.search(name) and os.access(f"{path}/status.json", os.F_OK):
+                is_stamped = _is_stamped(name)
+                if is_stamped and os.access(f"{path}/status.json", os.F_OK):
                     self.found.add(path)
                 elif depth < MAX_WALK and not name.startswith("."):
                     waiting.append((path, depth + 1))
@@ -10024,7 +10244,7 @@ def _select_runs(root: StrPath, filters: _Filters) -> _Selection:
     for run in selection.runs:
         run.fill()
     shown = {run.folder for run in selection.runs}
-    starts = tuple({_STAMP.split(run.name)[0] for run in selection.runs})
+    starts = tuple({re.split(_STAMP, run.name)[0] for run in selection.runs})
     others = [run for run in selection.everything if run.folder not in shown]
     others.sort(key=lambda run: not run.name.startswith(starts))
     compared = [*selection.runs, *others[:MAX_COMPARED]]
@@ -10171,15 +10391,14 @@ class _Expression:
 
 
 # One comparison, and the word that joins it to the next.
-_TERM = re.compile(
-    r"""\s*
+_TERM = (
+    r"""(?x)\s*
     (?P<key> (?:max|min|first|last)\(.+?\)(?=\s*[<>=!~])  # max(val/acc)
            | (?:[^\s<>=!~"'()]|"[^"]*")+ )                # lr, model.lr, "val loss"
     \s* (?P<operator> <=|>=|==|!=|=|<|>|~ )
     \s* (?: "(?P<double>[^"]*)" | '(?P<single>[^']*)' | (?P<word>[^\s"']+) )
     (?: \s* $ | \s+ (?P<joint>and|or) \s+ (?=\S) )
-    """,
-    re.VERBOSE,
+    """
 )
 
 
@@ -10191,7 +10410,7 @@ class _Condition:
         position = 0
         joint: str | None = "and"
         while joint is not None:
-            found = _TERM.match(text, position)
+            found = _compiled(_TERM).match(text, position)
             if found is None or not _is_comparison(found):
                 rest = text[position:].strip()
                 what = f"where {text!r} is not understood at {rest!r}"
@@ -10457,7 +10676,7 @@ def _columns_of(rows: list[Facts]) -> Iterator[tuple[str, list[JSON], list[JSON]
 # What a run left, and why it failed.
 
 # Of the files at the top of a run, those that are its record.
-_RECORD_FILE = re.compile(
+_RECORD_FILE = (
     r"(config\.yaml|metadata\.json|status\.json|notes\.jsonl|inputs\.jsonl"
     r"|git(\..+)?\.(patch|bundle)|\..*)$"
 )
@@ -10474,7 +10693,7 @@ def _output_sizes(run_dir: str) -> dict[str, int]:
     for name, size in _file_sizes(run_dir, ("logs", "attempts")).items():
         is_record = name in _RECORD_INSIDE or name.endswith(".tmp")
         if "/" not in name:
-            is_record = _RECORD_FILE.match(name) is not None
+            is_record = re.match(_RECORD_FILE, name) is not None
         if not is_record:
             sizes[name] = size
     return sizes
@@ -14108,9 +14327,7 @@ def _replace_index(root: Path, size: int, rows: Iterable[Facts]) -> None:
 
 def _cmd_env(args: argparse.Namespace) -> int:
     """Show what `capture_metadata` would record here and now; leave nothing behind."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory(prefix="run_utils-env-") as folder:
+    with _temporary_folder() as folder:
         facts = _read_json(capture_metadata(folder)) or {}
     if args.json:
         print(_format_json(facts), end="")

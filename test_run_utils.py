@@ -4250,15 +4250,8 @@ class GitFacts(CodeCase):
         self.assertIn(b"train.py", captured.text)
 
     def assume_another_owner(self) -> None:
-        real = run_utils._run
-
-        def as_a_stranger(argv: list[str], **how: Any) -> bytes:
-            env = {**(how.pop("env", None) or os.environ)}
-            env["GIT_TEST_ASSUME_DIFFERENT_OWNER"] = "1"
-            answer: bytes = real(argv, env=env, **how)
-            return answer
-
-        self.patch(mock.patch.object(run_utils, "_run", as_a_stranger))
+        stranger = {"GIT_TEST_ASSUME_DIFFERENT_OWNER": "1"}
+        self.patch(mock.patch.dict(run_utils._GIT_ENVIRONMENT, stranger))
 
     def test_a_git_that_fails_hangs_or_lies(self) -> None:
         self.pushed_repo()
@@ -4956,7 +4949,7 @@ class SecretsInPatches(CodeCase):
         kept = self.tmp / "scratch"
         kept.mkdir()
         scratch = contextlib.nullcontext(str(kept))
-        self.patch(mock.patch("tempfile.TemporaryDirectory", lambda **_: scratch))
+        self.patch(mock.patch.object(run_utils, "_temporary_folder", lambda: scratch))
         self.capture()
         self.assertTrue((kept / "b" / "f").exists())
         for path in kept.rglob("*"):
