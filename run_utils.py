@@ -55,10 +55,12 @@ cache; no locks.
 # `as annotations` keeps pyupgrade from removing it in the copy of a project.
 from __future__ import annotations as annotations
 
+import bisect
 import contextlib
 import errno
 import functools
 import io
+import itertools
 import json
 import os
 import re
@@ -959,7 +961,7 @@ class _Recording:
         head = None
         try:
             if not self.launch.rank:
-                head = _Head(site.directory)
+                head = _Head(site.directory, self.variables)
             self._spawn_recorder()
             _learn_at_entry(self.variables, site, config)
             joined = None
@@ -989,7 +991,7 @@ class _Recording:
     def _spawn_recorder(self) -> None:
         """Start the helper process; it boots beside what is done until it is told."""
         try:
-            self.recorder = _Recorder.spawn()
+            self.recorder = _Recorder.spawn(self.variables)
         except _Unknown as reason:
             self._go_without_recorder(reason)
 
@@ -2639,10 +2641,14 @@ if TYPE_CHECKING:
 class _Recorder:
     """The experiment's end of the recorder: a socket, and no process of its own."""
 
-    def __init__(self, connection: int, starter: int, is_sent_code: bool) -> None:
+    def __init__(
+        self, connection: int, starter: int, is_sent_code: bool,
+        withheld: Mapping[str, str],
+    ) -> None:
         self.kept = _Kept(connection)
         self.starter = starter  # a process that only starts the recorder
         self.is_sent_code = is_sent_code
+        self.withheld = withheld  # variables that it gets once it works
         self.owner = os.getpid()
         self.pid: int | None = None  # of the recorder
         self.forwards: Sequence[_Forward] = ()
@@ -2652,9 +2658,10 @@ class _Recorder:
         self.has_died = False
 
     @staticmethod
-    def spawn() -> _Recorder:
+    def spawn(variables: Mapping[str, str]) -> _Recorder:
         """Start the process, which gets ready and waits to be told of a run.
 
+        It has this environment, but no variable that would change how it works.
         Raises _Unknown, with the reason, where there can be none; `begin` does, too.
         """
         problem = _no_interpreter()
@@ -2670,8 +2677,10 @@ class _Recorder:
         _socket: Any = __import__("_socket")  # what socket adds is slow to import
         ours, theirs = (_above_stderr(end.detach()) for end in _socket.socketpair())
         try:
-            starter = _spawn_recorder(theirs, path or "")
-            return _Recorder(ours, starter, not path)
+            withheld = _python_variables(variables)
+            environment = {k: v for k, v in variables.items() if k not in withheld}
+            starter = _spawn_recorder(theirs, path or "", environment)
+            return _Recorder(ours, starter, not path, withheld)
         except BaseException as error:
             os.close(ours)
             raise _why_none(error) from None
@@ -2702,7 +2711,7 @@ class _Recorder:
                 code = marshal.dumps(_MODULE_CODE)
             message = {
                 "request": request,
-                "environment": _python_variables(),
+                "environment": self.withheld,
                 "oom_kills": _oom_kills(),
                 "is_watched": bool(watch),
             }
@@ -2934,7 +2943,7 @@ _IGNORED_SIGNALS = [
 ]  # fmt: skip
 
 
-def _spawn_recorder(connection: int, path: str) -> int:
+def _spawn_recorder(connection: int, path: str, environment: Mapping[str, str]) -> int:
     """Start the process with `connection` as its descriptor 0; return its pid.
 
     Signals are blocked in it until it ignores them, and SIGCHLD has its default.
@@ -2947,9 +2956,6 @@ def _spawn_recorder(connection: int, path: str) -> int:
     flags += ["-X", f"utf8={sys.flags.utf8_mode}"]
     words = [_neutral_directory(), path]
     words += [str(int(number)) for number in _IGNORED_SIGNALS]
-    environment = dict(os.environ)
-    for name in _python_variables():
-        environment.pop(name, None)
     starter: int = _posix.posix_spawn(
         sys.executable,
         [sys.executable, *flags, "-c", _BOOTSTRAP, *words],
@@ -2965,15 +2971,15 @@ def _spawn_recorder(connection: int, path: str) -> int:
     return starter
 
 
-def _python_variables() -> dict[str, str]:
+def _python_variables(variables: Mapping[str, str]) -> dict[str, str]:
     """Return the variables that would change how the recorder's Python works.
 
     It gets them back for the programs that it starts. PYTHONHOME is none of them: a
     Python that needs it does not start without.
     """
-    names = [name for name in os.environ if name.startswith("PYTHON")]
+    names = [name for name in variables if name.startswith("PYTHON")]
     needed = ("PYTHONHOME", "PYTHONPLATLIBDIR", "PYTHONCOERCECLOCALE")
-    return {name: os.environ[name] for name in names if name not in needed}
+    return {name: variables[name] for name in names if name not in needed}
 
 
 def _file_to_load() -> str | None:
@@ -5196,11 +5202,15 @@ class _Head:
     It is asked at once, and answered while something else is done.
     """
 
-    def __init__(self, directory: str) -> None:
+    def __init__(
+        self, directory: str, variables: Mapping[str, str] | None = None
+    ) -> None:
         self.program: _Program | None = None
         if _has_repository(directory):
             with _ignoring(_Unknown):
-                self.program = _git_started(directory, *_HEAD_QUESTION)
+                self.program = _git_started(
+                    directory, *_HEAD_QUESTION, variables=variables
+                )
 
     def answer(self) -> str:
         """Return what git has printed; nothing if there is no commit, or no git."""
@@ -6344,14 +6354,18 @@ def _git_run(
 
 
 def _git_started(
-    directory: str, *words: str, protocols: str = "none", stdin: int | None = None
+    directory: str, *words: str, protocols: str = "none", stdin: int | None = None,
+    variables: Mapping[str, str] | None = None,
 ) -> _Program:
-    """Start git in a folder; what it prints is to be asked for."""
+    """Start git in a folder; what it prints is to be asked for.
+
+    `variables` are a copy of the environment, which takes long to make of thousands.
+    """
     kept = ("GIT_CEILING_DIRECTORIES", "GIT_DISCOVERY_ACROSS_FILESYSTEM")
-    env = {
-        name: value for name, value in os.environ.items()
-        if name in kept or not name.startswith("GIT_")
-    }  # fmt: skip
+    env = dict(variables or os.environ)
+    for name in [name for name in env if name.startswith("GIT_")]:
+        if name not in kept:
+            del env[name]
     argv = ["git", "-C", directory, "--no-pager"]
     for setting in _GIT_SETTINGS:
         argv += ["-c", setting]
@@ -7468,8 +7482,6 @@ class _Redactor:
 
     def secret_lines(self, data: bytes, name: bytes) -> list[int]:
         """Return the numbers of the lines of a file that have a secret, for `audit`."""
-        import bisect
-
         text, _ = _decoded(data)
         places = [start for start, _, _ in _audit_finds(text, name)]
         if self.known:
@@ -7619,7 +7631,7 @@ class _Facts:
         elif name == "argv" or any(map(_is_long_flag, value)):
             clean = self.argv(value)
         else:
-            clean = [self.value(item, name, above) for item in value]
+            clean = self.items(value, name, above)
         self.depth -= 1
         return clean
 
@@ -7629,9 +7641,55 @@ class _Facts:
             # {"name": "DB_PASSWORD", "value": "..."}
             within = max(within, _grade(values["name"]))
         clean = {}
+        harmless = self.harmless_keys(values, within)
         for key, value in values.items():
-            clean[self.key(key)] = self.value(value, key, within)
+            if key in harmless:
+                clean[key] = value
+            else:
+                clean[self.key(key)] = self.value(value, key, within)
         return clean
+
+    def items(self, values: list[JSON], name: str, above: int) -> list[JSON]:
+        suspects: Iterable[int] = range(len(values))
+        if _grade(name) == above == _NONE and _are_many_texts(values):
+            suspects = self.suspects(values)
+        clean = values.copy()
+        for number in suspects:
+            clean[number] = self.value(values[number], name, above)
+        return clean
+
+    def harmless_keys(self, values: Facts, above: int) -> set[str]:
+        """Return the keys under which a text stands that can hold no secret."""
+        texts = {k: v for k, v in values.items() if isinstance(v, str)}
+        if above != _NONE or not _are_many_texts(list(texts.values())):
+            return set()
+        keys = list(texts)
+        suspects = {*self.suspects(keys), *self.suspects(list(texts.values()))}
+        return set(keys) - {keys[number] for number in suspects} - {"command"}
+
+    def suspects(self, texts: Sequence[str]) -> Iterable[int]:
+        """Return the numbers of the texts that may hold a secret: one look at all.
+
+        To search for a few strings in everything is quicker than for patterns in each
+        of 12,000 variables. What it passes over has nothing that `text` replaces.
+        """
+        whole = "\0".join(texts)
+        if not whole.isascii():
+            return range(len(texts))
+        ends = list(itertools.accumulate(len(text) + 1 for text in texts))
+        wanted = [*_HINTS, *_long_words(whole)]
+        found = {n for n, text in enumerate(texts) if len(text) > MAX_REDACTED}
+        lower = whole.lower()
+        for hint in wanted:
+            place = lower.find(hint)
+            while place >= 0:
+                number = bisect.bisect_right(ends, place)
+                found.add(number)
+                place = lower.find(hint, ends[number])
+        if self.redactor.known:
+            for match in self.redactor.known_pattern().finditer(whole):
+                found.add(bisect.bisect_right(ends, match.start()))
+        return sorted(found)
 
     def key(self, key: str) -> str:
         """Return a key of a mapping; the same keys come again and again."""
@@ -7699,6 +7757,18 @@ class _Facts:
         if grade >= _RANDOM and _is_mixed(value):
             self.learned.append(value)
         return REDACTED
+
+
+def _are_many_texts(values: Sequence[JSON]) -> bool:
+    return len(values) > 8 and all(isinstance(value, str) for value in values)
+
+
+def _long_words(text: str) -> set[str]:
+    """Return what is long enough for a token, in lower case."""
+    data = text.encode("ascii")
+    words = {word for word in data.translate(_ALNUM).split() if len(word) >= 16}
+    words |= {word for word in data.translate(_WORD_BYTES).split() if len(word) >= 34}
+    return {word.decode("ascii").lower() for word in words}
 
 
 _OPTION = r"([-+]{0,2}([A-Za-z0-9_][\w.@/-]{0,100})=)"
@@ -7850,6 +7920,13 @@ _STEMS = (
     "pass", "pw", "secret", "token", "key", "cred", "auth", "cookie", "jwt",
     "bearer", "psk", "pat", "sas", "dsn", "login",
 )  # fmt: skip
+# One of these, or a long word, is in any text that has a secret.
+_HINTS = (
+    *_STEMS, "://", "earer ", "asic ", "hook", "/t/", "-u", "?", "&", ";", "eyj",
+    "aiza", "xox", "xapp", "live", "test", "prod", "sandbox", "api", "tkn", "sk",
+    "seck",
+)  # fmt: skip
+_ALNUM = bytes(n if chr(n).isalnum() and n < 128 else 32 for n in range(256))
 _WORD_CHARACTERS = frozenset(
     "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_.-"
 )
@@ -9064,9 +9141,9 @@ class _Program:
                 self._spawn(argv, cwd, env, stdin)
             else:  # Windows, eventlet
                 self._open(argv, cwd, env, stdin)
-        except (OSError, ValueError) as error:
+        except BaseException as error:
             self.close()
-            if _is_foreign(error):
+            if not isinstance(error, (OSError, ValueError)) or _is_foreign(error):
                 raise
             raise _ProgramFailed(f"{self.name} cannot be started: {error}") from None
 

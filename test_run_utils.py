@@ -4275,6 +4275,22 @@ class GitFacts(CodeCase):
         found = captured.git["commit_full"], captured.git["remote_origin_url"]
         self.assertEqual(found, (head, str(self.tmp / "repo.origin.git")))
 
+    def test_few_calls_for_a_run(self) -> None:
+        """The commit is asked for on entry, and not again by the recorder."""
+        script = f"import sys; sys.path.insert(0, {str(Path(SOURCE).parent)!r})\n"
+        script += "from run_utils import run_context\n"
+        script += "with run_context('results'): pass\n"
+        files = {"train.py": script.encode(), ".gitignore": b"results\n", "f": b"1\n"}
+        repo = self.pushed_repo(files=files)
+        (repo / "f").write_text("2\n", "ascii")
+        git = shutil.which("git")
+        self.stub("git", f'echo "$*" >> {self.tmp}/calls; exec {git} "$@"')
+        subprocess.run([sys.executable, repo / "train.py"], cwd=repo, check=True)
+        calls = (self.tmp / "calls").read_text("utf-8")
+        words = ("rev-parse", "config", "status", "ls-files", "cat-file", "diff")
+        found = re.findall(rf" ({'|'.join(words)}) ", calls)
+        self.assertEqual(sorted(found), sorted(words), calls)
+
     def test_few_calls_for_a_clean_repository(self) -> None:
         self.pushed_repo()
         calls = []
@@ -6214,6 +6230,50 @@ class CommandLines(unittest.TestCase):
         self.assertEqual(redacted(given), expected)
 
 
+class ManyTexts(unittest.TestCase):
+    """One look at many texts finds what a look at each of them finds."""
+
+    def test_what_is_passed_over_has_no_secret(self) -> None:
+        lines = Path(__file__).read_text("utf-8").splitlines()
+        odd = [
+            "xoxb-1234567890",
+            "xapp-1234567890",
+            "12345678:" + "a-b_c" * 7,
+            "My-long-name-of-something.abcdef." + "another-long-name-" * 2,
+            "SK" + "0a" * 16,
+            "sk_live_" + "a_b_" * 4,
+            "AIza" + "a-b-" * 8,
+            f"wearer {RANDOM}",
+            f"Basic {RANDOM}",
+            f"https://ann:{RANDOM}@example.org",
+            f"hooks/services/{RANDOM}/{RANDOM}",
+            f"curl -u ann:{RANDOM}",
+            f"https://example.org/?code={RANDOM}",
+            f"a&sig={RANDOM}",
+            f"the_password={RANDOM}",
+            "eyJ" + "ab/+" * 20,
+            f"acme_corp_test_{RANDOM[:12]}",
+        ]
+        texts = [*odd, *lines, *(word for line in lines for word in line.split())]
+        clean = [redactor().text(text) for text in texts]
+        self.assertEqual([t for t, c in zip(odd, clean) if MARKER not in c], [])
+        together = redactor().data({f"v{n}": text for n, text in enumerate(texts)})
+        self.assertEqual(list(together.values()), clean)
+        for text in odd:  # among many that are harmless
+            many = {f"v{n}": "harmless" for n in range(100)}
+            found = redactor().data({**many, "v": text})
+            self.assertEqual(found, {**many, "v": redactor().text(text)})
+            found = redactor().data([*many.values(), text])
+            self.assertEqual(found, [*many.values(), redactor().text(text)])
+
+    def test_a_known_value_among_many(self) -> None:
+        value = secret("16", 6)
+        found = redactor({"db": {"password": value}})
+        many = {f"v{n}": "harmless" for n in range(100)}
+        wanted = {**many, "v": f"a{MARKER}b"}
+        self.assertEqual(found.data({**many, "v": f"a{value}b"}), wanted)
+
+
 class Propagation(unittest.TestCase):
     """A value that a strong name shows is replaced everywhere; nothing else is."""
 
@@ -7426,6 +7486,20 @@ class ForeignPrograms(RunCase):
         (problem,) = self.problems('echo "$(pwd; cat)" >&2; exit 3')
         place = "/proc" if LINUX else os.sep
         self.assertEqual(problem, f"nvidia-smi ended with status 3: {place}")
+
+    @unittest.skipUnless(LINUX, "needs /proc")
+    def test_it_inherits_nothing_that_is_open(self) -> None:
+        """Neither from the recorder, which forwards output, nor from the program."""
+        program = self.tmp / "bin" / "nvidia-smi"
+        program.parent.mkdir()
+        listing = 'echo $(ls -l /proc/self/fd | grep -o "[0-9]* ->") >&2; exit 3'
+        program.write_text(f"#!/bin/sh\n{listing}\n", "utf-8")
+        program.chmod(0o755)
+        env = {"PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}"}
+        self.in_context("open('held', 'w'); print('out')", env=env)
+        problem = self.json("metadata.json")["capture"]["cuda"]["problem"]
+        listed = "0 -> 1 -> 2 -> 3 ->"  # 3 is the folder that ls reads
+        self.assertEqual(problem, f"nvidia-smi ended with status 3: {listed}")
 
     def test_its_children_die_with_it(self) -> None:
         note = self.tmp / "pid"
