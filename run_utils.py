@@ -614,7 +614,6 @@ class Run(dict):  # type: ignore[type-arg]
         self.folder = os.fspath(path)
         if not self.folder.startswith(os.sep):
             self.folder = os.path.abspath(path)
-        self.unread: dict[str, str] = {}  # by the name of a file, why it was not read
         if row:
             self.fill()
 
@@ -732,6 +731,11 @@ class Run(dict):  # type: ignore[type-arg]
     def outputs(self) -> dict[str, int]:
         """The files it left, but for its record and its logs: their sizes in bytes."""
         return _output_sizes(self.folder)
+
+    @functools.cached_property
+    def unread(self) -> dict[str, str]:
+        """Why a file was not read, by its name."""
+        return {}
 
     @property
     def problems(self) -> list[str]:
@@ -9965,7 +9969,7 @@ def _find_own_run(text: str, root: Path, prefix: str | None) -> Path:
 def _named(text: str, walk: _Walk) -> list[str]:
     """Return the runs that a name means, or a part of one, or "latest"."""
     if text == "latest":
-        return _newest_first(walk.runs)[:1]
+        return walk.newest_first(1)
     paths = {run: os.path.relpath(run, walk.root) for run in sorted(walk.runs)}
     found = [run for run in paths if os.path.basename(run) == text]
     if not found:
@@ -10024,12 +10028,17 @@ def _is_run(path: StrPath) -> bool:
     return False
 
 
+MANY_RUNS = 100  # of more, the index is asked
+INDEX_SECONDS = 300  # how late a line of the index may be
 _STAMP = r"\d{8}-\d{6}(?![^-])"  # in the name of a run: local time
 
 
 def _stamp_of(name: str) -> str:
     """Return the time in a run's name, "20260131-142501", or nothing."""
-    return "".join(re.findall(_STAMP, name)[:1])
+    found = re.search(_STAMP, name)
+    if found is None:
+        return ""
+    return found[0]
 
 
 def _is_stamped(name: str) -> bool:
@@ -10049,6 +10058,7 @@ class _Walk:
         self.found: set[str] = set()
         self.links: list[str] = []
         self.entered: set[str] = set()  # folders, by their paths without links
+        self.known: dict[str, str] | None = None
         real_root = os.path.realpath(root)
         self._enter(root, real_root)
         deadline = time.monotonic() + LINK_SECONDS
@@ -10060,6 +10070,17 @@ class _Walk:
                     break
                 self._enter(target, target, deadline)
         self.runs = sorted(self.found, reverse=True)  # mostly the newest first
+
+    def newest_first(self, limit: int | None = None) -> list[str]:
+        """Return the runs in the order of their starts, at most `limit` of them."""
+        runs = [Run(folder, row=False) for folder in self.runs]
+        return [run.folder for run in _newest(runs, limit, self.index)]
+
+    def index(self) -> dict[str, str]:
+        """Return what the index knows, which is read once and only for many runs."""
+        if self.known is None:
+            self.known = _starts_by_index(_results_root(Path(self.root)))
+        return self.known
 
     def _leads_elsewhere(self, target: str, real_root: str) -> bool:
         """Tell whether a link's target is a folder that may be entered, and is new."""
@@ -10079,11 +10100,13 @@ class _Walk:
             if _is_record(folder, names, inside):
                 self.found.add(folder)
                 continue
+            known: Mapping[str, str] = {}
+            if len(inside) > MANY_RUNS:
+                known = self.index()
             for name in inside:
                 path = f"{folder}/{name}"
                 # A folder with a time in its name is nearly always a run: no look.
-                is_stamped = _is_stamped(name)
-                if is_stamped and os.access(f"{path}/status.json", os.F_OK):
+                if path in known or _is_likely_run(path, name):
                     self.found.add(path)
                 elif depth < MAX_WALK and not name.startswith("."):
                     waiting.append((path, depth + 1))
@@ -10105,6 +10128,10 @@ class _Walk:
         return names, inside
 
 
+def _is_likely_run(path: str, name: str) -> bool:
+    return _is_stamped(name) and os.access(f"{path}/status.json", os.F_OK)
+
+
 def _is_record(folder: str, names: set[str], inside: list[str]) -> bool:
     """Tell whether a folder with these files and folders is a run, or what is left."""
     if not names.isdisjoint(("status.json", "metadata.json")):
@@ -10115,12 +10142,42 @@ def _is_record(folder: str, names: set[str], inside: list[str]) -> bool:
 
 def _walk_runs(root: StrPath) -> list[str]:
     """Return the paths of all runs below a folder, newest first."""
-    return _newest_first(_Walk(os.fspath(root)).runs)
+    return _Walk(os.fspath(root)).newest_first()
 
 
-def _newest_first(runs: Iterable[str]) -> list[str]:
-    """Return runs in the order of their starts, which each of them is asked for."""
-    return sorted(runs, key=lambda run: (_started(run), run), reverse=True)
+def _newest(
+    runs: Iterable[_Ranked], limit: int | None, index: Callable[[], dict[str, str]]
+) -> list[_Ranked]:
+    """Return the newest runs in the order of their starts, at most `limit`.
+
+    Of many runs only those are asked that, by the index, may be among the newest.
+    """
+    asked = list(runs)
+    if limit is not None and len(asked) > max(limit, MANY_RUNS):
+        known = index()
+        by_index = sorted(asked, key=lambda run: known.get(run.folder, "9"))[-limit:]
+        least = min(run.started for run in by_index)
+        bound = _utc(least - INDEX_SECONDS)
+        asked = [run for run in asked if known.get(run.folder, "9") > bound]
+    asked.sort(key=lambda run: (run.started, run.folder), reverse=True)
+    return asked[:limit]
+
+
+def _starts_by_index(root: Path) -> dict[str, str]:
+    """Return when runs began, "2026-01-31T14:25:01Z", by their paths.
+
+    The index is a cache: it may not know a run, and tells the time of its line, which
+    is written within INDEX_SECONDS of the start.
+    """
+    starts = {}
+    data = b""
+    with _ignoring(OSError):
+        data = _read_bytes(root / INDEX_FILE, MAX_INDEX)
+    # To parse each line would take longer than to ask the runs.
+    for line in data.split(b'{"event": "start", "timestamp_utc": "')[1:]:
+        name = line.partition(b'"path": "')[2].partition(b'"')[0].decode("latin-1")
+        starts[f"{root}/{name}"] = line[: len("2026-01-31T14:25:01Z")].decode("latin-1")
+    return starts
 
 
 def _started(run_dir: StrPath) -> float:
@@ -10296,6 +10353,7 @@ class _Selection:
         self.differing: dict[str, list[str]] = {}  # by script: keys as "config.lr"
         walk = _Walk(self.root)
         self.warnings = walk.problems
+        self.index = walk.index
         self.everything = [Run(path, row=False) for path in walk.runs]
         root_of_all = _results_root(Path(self.root))
         lineage = functools.lru_cache(None)(lambda: _Lineage(root_of_all))
@@ -10316,20 +10374,24 @@ def _select_runs(root: StrPath, filters: _Filters) -> _Selection:
     begin as theirs do.
     """
     selection = _Selection(root, filters)
-    selection.runs, selection.unseen = _first_of(selection.candidates, filters)
+    selection.runs, selection.unseen = _first_of(
+        selection.candidates, filters, selection.index
+    )
     _ask_sacct(selection.runs)
     for run in selection.runs:
         run.fill()
     shown = {run.folder for run in selection.runs}
     starts = tuple({re.split(_STAMP, run.name)[0] for run in selection.runs})
     others = [run for run in selection.everything if run.folder not in shown]
-    others.sort(key=lambda run: not run.name.startswith(starts))
-    compared = [*selection.runs, *others[:MAX_COMPARED]]
-    selection.differing = _differing_keys(compared)
+    alike = (run for run in others if run.name.startswith(starts))
+    compared = [*itertools.islice(alike, MAX_COMPARED), *others][:MAX_COMPARED]
+    selection.differing = _differing_keys([*selection.runs, *compared])
     return selection
 
 
-def _first_of(items: list[_Ranked], filters: _Filters) -> tuple[list[_Ranked], int]:
+def _first_of(
+    items: list[_Ranked], filters: _Filters, index: Callable[[], dict[str, str]]
+) -> tuple[list[_Ranked], int]:
     """Return runs, or groups of them, in their order, and how many the limit hides.
 
     Among equals the newest comes first; only they are asked when they were started.
@@ -10346,9 +10408,7 @@ def _first_of(items: list[_Ranked], filters: _Filters) -> tuple[list[_Ranked], i
     for group in groups:
         if len(first) >= limit:
             break
-        if len(group) > 1:
-            group.sort(key=lambda item: (item.started, item.folder), reverse=True)
-        first += group[: limit - len(first)]
+        first += _newest(group, limit - len(first), index)
     return first, count - len(first)
 
 
@@ -10829,7 +10889,8 @@ def _makers_of(path: str, runs: Iterable[str]) -> list[str]:
     digest = _sha256(path, time.monotonic() + PROGRAM_SECONDS, follow=True)
     if size == 0 or digest is None:
         return []
-    return _newest_first(run for run in runs if _left(run, size, digest))[::-1]
+    makers = [run for run in runs if _left(run, size, digest)]
+    return sorted(makers, key=_started)
 
 
 def _left(run: str, size: int, digest: str) -> bool:
@@ -10998,7 +11059,8 @@ def _select_groups(
     keys = list(filter(None, map(str.strip, over.split(","))))
     for key in keys:
         selection.warnings += _unknown_key(_Expression(key), selection.everything)
-    shown, selection.unseen = _first_of(_fold_seeds(runs, keys), filters)
+    groups = _fold_seeds(runs, keys)
+    shown, selection.unseen = _first_of(groups, filters, selection.index)
     for group in shown:
         selection.runs += [run.fill() for run in group.runs]
         selection.warnings += group.warnings()
