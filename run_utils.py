@@ -160,7 +160,7 @@ MAX_READ = 50_000_000  # a larger file is not read
 MAX_RECORD = 16_000_000  # a larger metadata.json or status.json is not read
 MAX_CONFIG = 1_000_000  # a larger YAML file is not read
 MAX_METRICS = 4_000_000_000  # a larger metrics.jsonl is not read
-METRICS_BYTES = 1_000_000  # how much of it is read at a time
+METRICS_BYTES = 262_144  # how much of it is read at a time
 MAX_INDEX = 400_000_000  # a larger index is not read
 MAX_WALK = 6  # folders between a results root and a run
 LINK_SECONDS = 10.0  # what following links in a results tree may take
@@ -1061,8 +1061,7 @@ class _Recording:
             with _tolerating("notes.jsonl"):
                 record.append_note(options.notes or "", options.tags)
         with _tolerating("the index"):
-            names = [entry["run"] for entry in self.metadata.get("inputs", [])]
-            record.tell_index("start", "running", inputs=names)
+            record.tell_index("start", "running", **_named_runs(self.metadata))
 
     def _owns_streams(self, record: _Record, before: Sequence[_Recording]) -> bool:
         """Tell whether no run of another thread has the streams; say so if one has."""
@@ -7273,19 +7272,18 @@ class _Lineage:
     def __init__(self, root: Path, run: Path | None = None) -> None:
         """Read all runs below `root`; with `run`, only what tells who used that."""
         self.root = root
-        self.runs = _Walk(str(root)).runs
+        walk = _Walk(str(root))
+        self.runs = walk.runs
         self.named: dict[str, str] = {}  # where the run of a name is
         self.edges: dict[tuple[Path, Path], list[str]] = {}
-        since = 0.0
+        consumers = self.runs
+        producers = self.runs
         if run is not None:
-            since = _started(run)
-        for folder in self.runs:
-            if run is None or _started(folder) >= since:
-                self._add_inputs(Path(folder))
-        users_of = self.runs
-        if run is not None:
-            users_of = [str(run)]
-        for folder in users_of:
+            consumers = _possible_users(run, walk)
+            producers = [str(run)]
+        for folder in consumers:
+            self._add_inputs(Path(folder))
+        for folder in producers:
             self._add_users(Path(folder))
 
     def users_of(self, run: Path) -> list[str]:
@@ -7361,9 +7359,24 @@ class _Lineage:
         return Path(self.named.get(path.name, path))
 
 
+def _possible_users(run: Path, walk: _Walk) -> list[str]:
+    """Return the runs that, by the index, used a run; and those it does not know."""
+    runs = [path for path in walk.runs if path not in walk.index.starts]
+    first_name = _text(_small_json(f"{run}/status.json").get("run"))
+    for name in {run.name, first_name}:
+        runs += walk.index.users_of(name)
+    return runs
+
+
 # Keys of metadata.json that tie a run to one other, and what that is called.
 _TIES = {"reproduces": "(reproduced)", "parent": "(ran inside)"}
 _TIED = rb'\n  "(reproduces|parent)": [^n]'  # it is not null
+
+
+def _named_runs(metadata: Facts) -> dict[str, list[str]]:
+    """Return for a line of the index the names of the runs that a run is tied to."""
+    tied = [metadata[key]["run"] for key in _TIES if metadata.get(key)]
+    return {"inputs": [entry["run"] for entry in metadata["inputs"]], "tied": tied}
 
 
 def _ties(run: Path) -> Iterator[tuple[Facts, str]]:
@@ -10058,7 +10071,6 @@ class _Walk:
         self.found: set[str] = set()
         self.links: list[str] = []
         self.entered: set[str] = set()  # folders, by their paths without links
-        self.known: dict[str, str] | None = None
         real_root = os.path.realpath(root)
         self._enter(root, real_root)
         deadline = time.monotonic() + LINK_SECONDS
@@ -10074,13 +10086,16 @@ class _Walk:
     def newest_first(self, limit: int | None = None) -> list[str]:
         """Return the runs in the order of their starts, at most `limit` of them."""
         runs = [Run(folder, row=False) for folder in self.runs]
-        return [run.folder for run in _newest(runs, limit, self.index)]
+        return [run.folder for run in _newest(runs, limit, self.known)]
 
-    def index(self) -> dict[str, str]:
-        """Return what the index knows, which is read once and only for many runs."""
-        if self.known is None:
-            self.known = _starts_by_index(_results_root(Path(self.root)))
-        return self.known
+    @functools.cached_property
+    def index(self) -> _Index:
+        """The index of the results root; read only for many runs."""
+        return _Index(_results_root(Path(self.root)))
+
+    def known(self) -> dict[str, str]:
+        """Return when the runs began that the index knows."""
+        return self.index.starts
 
     def _leads_elsewhere(self, target: str, real_root: str) -> bool:
         """Tell whether a link's target is a folder that may be entered, and is new."""
@@ -10102,7 +10117,7 @@ class _Walk:
                 continue
             known: Mapping[str, str] = {}
             if len(inside) > MANY_RUNS:
-                known = self.index()
+                known = self.known()
             for name in inside:
                 path = f"{folder}/{name}"
                 # A folder with a time in its name is nearly always a run: no look.
@@ -10119,8 +10134,8 @@ class _Walk:
             for entry in os.scandir(folder):
                 if entry.is_dir(follow_symlinks=False):
                     inside.append(entry.name)
-                else:
-                    names.add(entry.name)
+                    continue
+                names.add(entry.name)
                 if entry.is_symlink():
                     self.links.append(entry.path)
         except OSError as error:
@@ -10146,7 +10161,7 @@ def _walk_runs(root: StrPath) -> list[str]:
 
 
 def _newest(
-    runs: Iterable[_Ranked], limit: int | None, index: Callable[[], dict[str, str]]
+    runs: Iterable[_Ranked], limit: int | None, known: Callable[[], dict[str, str]]
 ) -> list[_Ranked]:
     """Return the newest runs in the order of their starts, at most `limit`.
 
@@ -10154,30 +10169,55 @@ def _newest(
     """
     asked = list(runs)
     if limit is not None and len(asked) > max(limit, MANY_RUNS):
-        known = index()
-        by_index = sorted(asked, key=lambda run: known.get(run.folder, "9"))[-limit:]
+        starts = known()
+        by_index = sorted(asked, key=lambda run: starts.get(run.folder, "9"))[-limit:]
         least = min(run.started for run in by_index)
         bound = _utc(least - INDEX_SECONDS)
-        asked = [run for run in asked if known.get(run.folder, "9") > bound]
+        asked = [run for run in asked if starts.get(run.folder, "9") > bound]
     asked.sort(key=lambda run: (run.started, run.folder), reverse=True)
     return asked[:limit]
 
 
-def _starts_by_index(root: Path) -> dict[str, str]:
-    """Return when runs began, "2026-01-31T14:25:01Z", by their paths.
+class _Index:
+    """What index/runs_index.jsonl says of runs; a cache, which may not know a run.
 
-    The index is a cache: it may not know a run, and tells the time of its line, which
-    is written within INDEX_SECONDS of the start.
+    `starts` has by path when a run began, "2026-01-31T14:25:01Z", which is true within
+    INDEX_SECONDS; only of runs whose inputs were told then. To parse all lines would
+    take longer than to ask the runs, so their ends are looked for as we write them.
     """
-    starts = {}
-    data = b""
-    with _ignoring(OSError):
-        data = _read_bytes(root / INDEX_FILE, MAX_INDEX)
-    # To parse each line would take longer than to ask the runs.
-    for line in data.split(b'{"event": "start", "timestamp_utc": "')[1:]:
-        name = line.partition(b'"path": "')[2].partition(b'"')[0].decode("latin-1")
-        starts[f"{root}/{name}"] = line[: len("2026-01-31T14:25:01Z")].decode("latin-1")
-    return starts
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.starts: dict[str, str] = {}
+        event = b'{"event": "start", "timestamp_utc": "'
+        utc = slice(len(event), len(event) + len("2026-01-31T14:25:01Z"))
+        for lines in self._lines():
+            for part in lines.split(b'", "inputs": [')[:-1]:
+                line = part[part.rfind(b"\n") + 1 :]
+                if line.startswith(event):
+                    path = line[line.rindex(b'"') + 1 :].decode("latin-1")
+                    self.starts[f"{root}/{path}"] = line[utc].decode("latin-1")
+
+    def _lines(self) -> Iterator[bytes]:
+        """Yield the lines, many at a time."""
+        with _ignoring(OSError):
+            for lines, _ in _line_blocks(self.root / INDEX_FILE, MAX_INDEX):
+                yield lines
+
+    def users_of(self, name: str) -> Iterator[str]:
+        """Yield the runs of whose lines `inputs` or `tied` have the name of a run."""
+        wanted = json.dumps(name).encode("ascii")
+        for lines in self._lines():
+            if wanted not in lines:
+                continue
+            for line in lines.split(b"\n"):
+                if wanted in line:
+                    yield from self._users_in(line, name)
+
+    def _users_in(self, line: bytes, name: str) -> Iterator[str]:
+        for row in _rows_of(line):
+            if name in [*_texts(row.get("inputs")), *_texts(row.get("tied"))]:
+                yield f"{self.root}/{row.get('path')}"
 
 
 def _started(run_dir: StrPath) -> float:
@@ -10353,7 +10393,7 @@ class _Selection:
         self.differing: dict[str, list[str]] = {}  # by script: keys as "config.lr"
         walk = _Walk(self.root)
         self.warnings = walk.problems
-        self.index = walk.index
+        self.known = walk.known
         self.everything = [Run(path, row=False) for path in walk.runs]
         root_of_all = _results_root(Path(self.root))
         lineage = functools.lru_cache(None)(lambda: _Lineage(root_of_all))
@@ -10375,7 +10415,7 @@ def _select_runs(root: StrPath, filters: _Filters) -> _Selection:
     """
     selection = _Selection(root, filters)
     selection.runs, selection.unseen = _first_of(
-        selection.candidates, filters, selection.index
+        selection.candidates, filters, selection.known
     )
     _ask_sacct(selection.runs)
     for run in selection.runs:
@@ -10390,7 +10430,7 @@ def _select_runs(root: StrPath, filters: _Filters) -> _Selection:
 
 
 def _first_of(
-    items: list[_Ranked], filters: _Filters, index: Callable[[], dict[str, str]]
+    items: list[_Ranked], filters: _Filters, known: Callable[[], dict[str, str]]
 ) -> tuple[list[_Ranked], int]:
     """Return runs, or groups of them, in their order, and how many the limit hides.
 
@@ -10408,7 +10448,7 @@ def _first_of(
     for group in groups:
         if len(first) >= limit:
             break
-        first += _newest(group, limit - len(first), index)
+        first += _newest(group, limit - len(first), known)
     return first, count - len(first)
 
 
@@ -10757,8 +10797,15 @@ def _all_series(run_dir: StrPath) -> dict[str, tuple[list[JSON], list[JSON]]]:
 
 def _metric_rows(run_dir: StrPath) -> Iterator[tuple[list[Facts], int]]:
     """Yield the rows of metrics.jsonl, thousands at a time, and how far that goes."""
+    path = f"{os.fspath(run_dir)}/metrics/metrics.jsonl"
+    for lines, position in _line_blocks(path, MAX_METRICS):
+        yield _rows_of(lines), position
+
+
+def _line_blocks(path: StrPath, limit: int) -> Iterator[tuple[bytes, int]]:
+    """Yield the lines of a file, a megabyte at a time, and how far that goes."""
     try:
-        file = _opened(f"{os.fspath(run_dir)}/metrics/metrics.jsonl", MAX_METRICS)
+        file = _opened(path, limit)
     except FileNotFoundError:
         return
     rest = b""
@@ -10770,10 +10817,10 @@ def _metric_rows(run_dir: StrPath) -> Iterator[tuple[list[Facts], int]]:
                 break
             position += len(data)
             lines, _, rest = (rest + data).rpartition(b"\n")
-            yield _rows_of(lines), position
+            yield lines, position
             if len(rest) > METRICS_BYTES:
                 rest = b"torn"  # a line that never ends
-    yield _rows_of(rest), position
+    yield rest, position
 
 
 def _rows_of(lines: bytes) -> list[Facts]:
@@ -11060,7 +11107,7 @@ def _select_groups(
     for key in keys:
         selection.warnings += _unknown_key(_Expression(key), selection.everything)
     groups = _fold_seeds(runs, keys)
-    shown, selection.unseen = _first_of(groups, filters, selection.index)
+    shown, selection.unseen = _first_of(groups, filters, selection.known)
     for group in shown:
         selection.runs += [run.fill() for run in group.runs]
         selection.warnings += group.warnings()

@@ -5783,6 +5783,8 @@ class UsesByHand(RunCase):
         self.assertEqual((first["reason"], second["path"]), ("init", "."))
         self.assertEqual(len((consumer / "inputs.jsonl").read_text().splitlines()), 2)
         self.assertEqual(Run(producer).used_by, [consumer.name])
+        shutil.rmtree("results/index")
+        self.assertEqual(Run(producer).used_by, [consumer.name])
 
     def test_what_is_in_no_run_is_ignored(self) -> None:
         run_utils.mark_artifact_used(self.tmp / "nothing", self.tmp)
@@ -7758,6 +7760,35 @@ class WhichRun(ReadingCase):
             self.make_run(f"exp/{name}-20260101-000000", status=facts)
         self.assertEqual(self.find("latest"), "exp/b-20260101-000000")
         self.assertEqual([name[0] for name in self.names()], ["b", "a", "c"])
+
+    def test_many_runs_of_which_the_index_knows_most(self) -> None:
+        last = run_utils.MANY_RUNS + 20
+        utc = [
+            f"2026-01-{1 + n // 24:02d}T{n % 24:02d}:00:00Z" for n in range(last + 3)
+        ]
+        for number in range(last):
+            path = self.make_run(
+                f"exp/t{number}-20260101-000000", status=self.start(utc[number])
+            )
+            if number != last - 3:  # this one has no line
+                self.write_start(path, utc[number])
+        resumed = self.tmp / "results/exp/t5-20260101-000000"
+        status = json.dumps(self.start(utc[last + 1]))
+        (resumed / "status.json").write_text(status, "utf-8")
+        self.write_start(resumed, utc[last + 1])
+        self.make_run("exp/é-20260101-000000", status=self.start(utc[last]))
+        expected = ["t5", "é", f"t{last - 1}", f"t{last - 2}", f"t{last - 3}"]
+        for _ in range(2):  # with the index, and without it
+            found = run_utils.find_runs("results", limit=5)
+            self.assertEqual([run.name.split("-")[0] for run in found], expected)
+            self.assertEqual(self.find("latest"), "exp/t5-20260101-000000")
+            shutil.rmtree("results/index", ignore_errors=True)
+
+    def write_start(self, run: Path, utc: str) -> None:
+        """Append the line of the index that a run begins with."""
+        record = run_utils._Record(run, 1, self.tmp / "results")
+        with mock.patch.object(run_utils, "_utc", return_value=utc):
+            record.tell_index("start", "running", inputs=[], tied=[])
 
     def test_latest_through_folders_with_a_stamp_and_across_time_zones(self) -> None:
         late = self.start("2026-03-29T01:30:00Z")

@@ -480,6 +480,7 @@ print(moments[0])
 """,
     "make_runs.py": """\
 import json, os, sys, time
+import run_utils
 
 count, rows, here = int(sys.argv[1]), int(sys.argv[2]), os.getcwd()
 root = f"tree-{sys.argv[1]}"
@@ -507,13 +508,12 @@ for n in range(count):
             line.update({f"metric{m}": (n * m + line["step"]) % 97 for m in range(9)})
     texts = {"status.json": json.dumps({**status, **times}, indent=2)}
     texts["metadata.json"] = json.dumps(facts, indent=2)
-    losses = [line["loss"] for line in lines]
-    key = {"last": losses[-1], "last_step": rows - 1, "min": min(losses)}
-    key.update(min_step=rows - 1, max=max(losses), max_step=0, count=rows)
     texts["metrics/metrics.jsonl"] = "".join(json.dumps(x) + "\\n" for x in lines)
     for path, text in texts.items():
         with open(f"{run}/{path}", "w") as file:
             file.write(text)
+    with open(f"{run}/metrics/summary.json", "w") as file:
+        file.write(run_utils._format_json(run_utils._summarize_metrics(run)))
     row = {"event": "start", "timestamp_utc": utc, "run_dir": f"{here}/{run}"}
     row.update(run_basename=name, experiment_name=f"exp{n % 20}", env_name=root)
     row.update(results_root=f"{here}/{root}", hostname="h", user="u", pid=5)
