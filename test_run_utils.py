@@ -5842,6 +5842,25 @@ class LineageOfATree(ReadingCase):
         deep = [(1, "b", file), (2, "c", file), (2, "d", file)]
         self.assertEqual(self.walk("results", "exp/a", True), deep)
 
+    def test_of_recorded_runs_the_index_tells_who_used_one(self) -> None:
+        body = """
+        with run_context("results/new", "first") as run_dir:
+            (run_dir / "artifacts" / "m.pt").touch()
+        with run_context("results/new", "second", {"init": run_dir / "artifacts/m.pt"}):
+            with run_context("results/new", "third", {"init": str(run_dir)}):
+                pass
+        with run_context("results/new", "other"):
+            pass
+        """
+        self.script(body)
+        new = self.tmp / "results/new"
+        first, second = (next(new.glob(f"{name}-*")) for name in ("first", "second"))
+        users = sorted(name.split("-")[0] for name in Run(first).used_by)
+        self.assertEqual(users, ["second", "third"])
+        self.assertEqual(Run(second).used_by, [next(new.glob("third-*")).name])
+        with mock.patch.object(run_utils._Index, "users_of", return_value=iter(())):
+            self.assertEqual(Run(first).used_by, [])  # nothing else is read
+
     def test_cycles_end(self) -> None:
         self.use("exp/a", "exp/c")
         found = self.walk("results", "exp/a", True)
