@@ -1061,7 +1061,9 @@ class _Recording:
             with _tolerating("notes.jsonl"):
                 record.append_note(options.notes or "", options.tags)
         with _tolerating("the index"):
-            record.tell_index("start", "running", **_named_runs(self.metadata))
+            used = [entry["run"] for entry in self.metadata["inputs"]]
+            tied = [tie["run"] for tie in map(self.metadata.get, _TIES) if tie]
+            record.tell_index("start", "running", inputs=used, tied=tied)
 
     def _owns_streams(self, record: _Record, before: Sequence[_Recording]) -> bool:
         """Tell whether no run of another thread has the streams; say so if one has."""
@@ -7371,12 +7373,6 @@ def _possible_users(run: Path, walk: _Walk) -> list[str]:
 # Keys of metadata.json that tie a run to one other, and what that is called.
 _TIES = {"reproduces": "(reproduced)", "parent": "(ran inside)"}
 _TIED = rb'\n  "(reproduces|parent)": [^n]'  # it is not null
-
-
-def _named_runs(metadata: Facts) -> dict[str, list[str]]:
-    """Return for a line of the index the names of the runs that a run is tied to."""
-    tied = [metadata[key]["run"] for key in _TIES if metadata.get(key)]
-    return {"inputs": [entry["run"] for entry in metadata["inputs"]], "tied": tied}
 
 
 def _ties(run: Path) -> Iterator[tuple[Facts, str]]:
