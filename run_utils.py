@@ -1061,7 +1061,7 @@ class _Recording:
             with _tolerating("notes.jsonl"):
                 record.append_note(options.notes or "", options.tags)
         with _tolerating("the index"):
-            used = [entry["run"] for entry in self.metadata["inputs"]]
+            used = [entry["run"] for entry in self.metadata.get("inputs", [])]
             tied = [tie["run"] for tie in map(self.metadata.get, _TIES) if tie]
             record.tell_index("start", "running", inputs=used, tied=tied)
 
