@@ -471,7 +471,7 @@ def log_metrics(
     try:
         if not _NUMBERS.issuperset(map(type, values.values())):
             raise ValueError("numpy scalars, strings and nested values are converted")
-        text = _STRICT_JSON.encode(row) + "\n"
+        text = "".join(_row_encoder()(row, 0)) + "\n"
     except (ValueError, TypeError) as error:  # or it is a NaN
         if _is_foreign(error):
             raise
@@ -480,7 +480,23 @@ def log_metrics(
 
 
 _NUMBERS = frozenset((int, float, bool))
-_STRICT_JSON = json.JSONEncoder(allow_nan=False)
+
+
+@functools.lru_cache(None)
+def _row_encoder() -> Callable[[object, int], Iterable[str]]:
+    """Return what makes JSON of a row; json itself makes one anew for each call."""
+    with _ignoring(Exception):  # a Python that makes it in another way
+        parts: Any = json.encoder
+        encode: Callable[[object, int], Iterable[str]] = parts.c_make_encoder(
+            None, None, parts.encode_basestring_ascii, None, ": ", ", ",
+            False, False, False,
+        )  # fmt: skip
+        if "".join(encode({"a": 1.5}, 0)) == '{"a": 1.5}':
+            return encode
+    encoder = json.JSONEncoder(allow_nan=False)
+    return lambda row, _level: encoder.encode(row)
+
+
 _metrics_files: dict[StrPath, _MetricsFile] = {}  # by the run, as the caller spells it
 
 
@@ -9737,9 +9753,13 @@ class _Kept:
 
 def _identity(descriptor: int) -> tuple[int, int] | None:
     """Return device and inode of an open descriptor, None of a closed one."""
-    with _ignoring(OSError):
-        return _identity_of(os.fstat(descriptor))
-    return None
+    try:  # log_metrics has no time for _ignoring
+        info = os.fstat(descriptor)
+    except OSError as error:
+        if _is_foreign(error):
+            raise
+        return None
+    return info.st_dev, info.st_ino
 
 
 def _identity_of(info: os.stat_result) -> tuple[int, int]:
