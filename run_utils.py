@@ -1927,20 +1927,20 @@ class _Record:
         """Yield the runs of this user beside this one, the newest first."""
         with _ignoring(OSError):
             names = [name for name in os.listdir(self.path.parent) if _is_stamped(name)]
-            names.sort(key=_stamp_of, reverse=True)
+            # Of those of one second name-10 is newer than name-2.
+            names.sort(key=lambda n: (_stamp_of(n), len(n), n), reverse=True)
             for name in names:
                 path = self.path.parent / name
                 if path != self.path and _is_mine(path):
                     yield path
 
-    def earlier_metadata(self) -> Facts | None:
-        """Return the newest complete metadata.json of a run beside this one."""
+    def earlier_metadata(self) -> Iterator[Facts]:
+        """Yield metadata.json of the newest runs beside this one."""
         for _, path in zip(range(10), self.earlier_runs()):
             metadata = _read_json(path / "metadata.json") or {}
             schema = _mapping(metadata, "run_utils").get("schema_version")
-            if schema == SCHEMA_VERSION and metadata.get("pip_freeze"):
-                return metadata
-        return None
+            if schema == SCHEMA_VERSION:
+                yield metadata
 
 
 def _is_mine(path: StrPath) -> bool:
@@ -4593,17 +4593,19 @@ class _Packages:
         return lines
 
     def earlier_lines(self) -> list[str] | None:
-        """Return the list of the newest earlier run, if it must be the same."""
-        earlier = self.record.earlier_metadata() or {}
-        about = _mapping(earlier, "packages")
-        report = _mapping(_mapping(earlier, "capture"), "pip_freeze")
-        lines = earlier.get("pip_freeze")
-        if self.state is None or about.get("state") != self.state:
+        """Return the list of the newest earlier run that must have the same one."""
+        if self.state is None:
             return None
-        if report.get("ok") is not True or not isinstance(lines, list):
-            return None
-        self.about = {**about, "taken_from": about["taken_from"] or earlier["run"]}
-        return [str(line) for line in lines]
+        for earlier in self.record.earlier_metadata():
+            about = _mapping(earlier, "packages")
+            report = _mapping(_mapping(earlier, "capture"), "pip_freeze")
+            lines = earlier.get("pip_freeze")
+            is_whole = report.get("ok") is True and isinstance(lines, list)
+            if is_whole and about.get("state") == self.state:
+                taken_from = about["taken_from"] or earlier["run"]
+                self.about = {**about, "taken_from": taken_from}
+                return [str(line) for line in lines or ()]
+        return None
 
 
 def _pip_freeze(executable: str) -> list[str]:
@@ -11315,9 +11317,9 @@ class _Unwritten(_Record):
     def earlier_runs(self) -> Iterator[Path]:
         return iter(())
 
-    def earlier_metadata(self) -> Facts | None:
-        """Return that of the run itself: what has not changed is taken from there."""
-        return self.metadata
+    def earlier_metadata(self) -> Iterator[Facts]:
+        """Yield that of the run itself: what has not changed is taken from there."""
+        yield self.metadata or {}
 
 
 # Pruning: nothing goes that somebody may still need, and nothing without being asked.

@@ -3432,7 +3432,6 @@ class PackagesAreReused(RunCase):
                 shutil.rmtree(self.site / "beta-2.0.dist-info"),
                 self.install("beta", "2.0", url="https://x.org/b", archive_info={}),
             ),
-            "uninstall": lambda: shutil.rmtree(self.site / "beta-2.0.dist-info"),
             "a .pth": lambda: (self.site / "x.pth").write_text("# x", "utf-8"),
         }
         for name, change in changes.items():
@@ -3442,6 +3441,37 @@ class PackagesAreReused(RunCase):
             installed = sorted(path.name for path in self.site.glob("*.dist-info"))
             wanted = [name[:-10].replace("-", "==") for name in installed]
             self.assertEqual(found["pip_freeze"], wanted)
+        (self.site / "x.pth").unlink()
+        for name in ("beta-2.0", "alpha-1.0"):
+            shutil.rmtree(self.site / f"{name}.dist-info")
+            found, was_asked = self.record()
+            # Without beta all is as it was at first; without alpha as it never was.
+            lines = sorted(path.name[:5] for path in self.site.glob("*.dist-info"))
+            self.assertEqual([line[:5] for line in found["pip_freeze"]], lines)
+            self.assertEqual(was_asked, not lines)
+
+    def test_an_empty_list_is_taken_over_too(self) -> None:
+        shutil.rmtree(self.site / "alpha-1.0.dist-info")
+        for was_asked in (True, False):
+            found = self.record()
+            self.assertEqual((found[0]["pip_freeze"], found[1]), ([], was_asked))
+
+    def test_environments_that_share_a_folder_in_turns(self) -> None:
+        other, self.site = self.new_environment("other")
+        self.install("gamma", "1.0")
+        lists = {self.python: ["alpha==1.0"], other: ["gamma==1.0"]}
+        for was_asked in (True, False, False):
+            for python, lines in lists.items():
+                found = self.record(python)
+                self.assertEqual((found[0]["pip_freeze"], found[1]), (lines, was_asked))
+
+    def test_of_runs_of_one_second_the_last_counts(self) -> None:
+        names = [f"t-20260101-000000{suffix}" for suffix in ("", "-2", "-9", "-10")]
+        for name in [*reversed(names), "t-20250101-000000-11"]:
+            (self.tmp / "exp" / name).mkdir(parents=True)
+        record = run_utils._Record.at(self.tmp / "exp" / names[-1])
+        found = [path.name for path in record.earlier_runs()]
+        self.assertEqual(found, [*names[2::-1], "t-20250101-000000-11"])
 
     def test_another_interpreter_and_a_torn_record(self) -> None:
         self.record()
@@ -3450,7 +3480,7 @@ class PackagesAreReused(RunCase):
         self.install("gamma", "1.0")
         for python, lines in ((other, ["gamma==1.0"]), ("", ["alpha==1.0"])):
             found, was_asked = self.record(python)
-            self.assertEqual((found["pip_freeze"], was_asked), (lines, True))
+            self.assertEqual((found["pip_freeze"], was_asked), (lines, bool(python)))
         newest = self.tmp / f"results/exp/t-20260101-0000{self.count:02}/metadata.json"
         whole = json.loads(newest.read_text("ascii"))
         for torn in (
@@ -3458,6 +3488,7 @@ class PackagesAreReused(RunCase):
             json.dumps({**whole, "pip_freeze": "x"}).encode(),
             json.dumps({**whole, "packages": None}).encode(),
             json.dumps({**whole, "capture": {}}).encode(),
+            json.dumps({**whole, "run_utils": {"schema_version": 1}}).encode(),
         ):
             shutil.rmtree(self.tmp / "results")
             newest.parent.mkdir(parents=True)
@@ -3488,7 +3519,7 @@ class Packages(ProvenanceCase):
         site = run_utils._Site(["train.py"])
         site.executable = executable
         site.sys_path = [str(place) for place in places]
-        record: Any = types.SimpleNamespace(earlier_metadata=lambda: None)
+        record: Any = types.SimpleNamespace(earlier_metadata=list)
         return run_utils._Packages(site, record).lines()
 
     def install(self, place: Path, name: str, direct: str = "") -> None:
@@ -3561,7 +3592,7 @@ class Packages(ProvenanceCase):
         env["PYTHONPATH"] = os.pathsep.join(["", ".", str(self.tmp / "path")])
         os.environ.update(env)
         site = run_utils._Site.here([sys.executable, "nothing.py"])
-        record: Any = types.SimpleNamespace(earlier_metadata=lambda: None)
+        record: Any = types.SimpleNamespace(earlier_metadata=list)
         lines = run_utils._Packages(site, record).lines()
         self.assertFalse((self.tmp / "lured").exists())
         self.assertIsInstance(lines, list)
