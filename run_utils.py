@@ -9782,7 +9782,7 @@ def _read_lines(path: StrPath, tail: int | None = None) -> Iterator[Facts]:
     data = b""
     with _ignoring(OSError):
         data = _read_bytes(path, tail=tail)
-    for line in data.split(b"\n"):
+    for line in filter(None, data.split(b"\n")):
         row = None
         with _ignoring(ValueError, RecursionError):
             row = json.loads(line)
