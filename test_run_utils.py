@@ -2158,6 +2158,24 @@ class TheHelper(RunCase):
         self.assertEqual(done.stdout, "True\nTrue\nno child\nno child\n")
         self.assertEqual((done.returncode, done.stderr), (0, ""))
 
+    @unittest.skipUnless(LINUX, "needs inotify")
+    def test_metadata_is_written_when_it_is_complete_and_at_the_end(self) -> None:
+        body = """
+        import ctypes, run_utils
+        system = ctypes.CDLL(None)
+        watch = system.inotify_init1(os.O_NONBLOCK)
+        IN_MOVED_TO = 0x80
+        def written():
+            return os.read(watch, 65536).count(b"metadata.json\\0")
+        with run_context("results/exp", "exp") as run_dir:
+            system.inotify_add_watch(watch, os.fsencode(run_dir), IN_MOVED_TO)
+            run_utils._active[0].recorder.ask("collected", seconds=30)
+            print(written())
+        print(written())
+        """
+        done = self.script(body)
+        self.assertEqual((done.stdout, done.stderr), ("1\n1\n", ""))
+
     @unittest.skipUnless(LINUX, "needs /proc")
     def test_what_it_is_while_it_runs_and_that_it_ends(self) -> None:
         body = RECORDER + "\n".join([

@@ -129,6 +129,10 @@ class Place:
             self.run("git", *identity, *words.split())
         self.change()
         self.run(self.python, "-c", "import run_utils")  # writes its byte code
+        # Of files as young as the index git would read the content again and again,
+        # until somebody asks for the status, as everybody does sooner or later.
+        time.sleep(1.1)
+        self.run("git", "status")
 
     def change(self) -> None:
         """Leave one file of the repository changed."""
@@ -302,6 +306,11 @@ def measure_idle(place: Place, rounds: int) -> Times:
     return [], [place.ask("idle.py")[0][0] for _ in range(rounds)]
 
 
+def measure_wakes(place: Place, rounds: int) -> Times:
+    """Count how often a second an idle recorder wakes (no floor)."""
+    return [], [place.ask("wakes.py")[0][0] for _ in range(rounds)]
+
+
 def measure_many(place: Place, rounds: int) -> Times:
     """Compare 64 runs at once with 64 Pythons at once that do nothing."""
     floor, ours = [], []
@@ -417,6 +426,7 @@ SCENARIOS = (
     Scenario("disk of a clean run (kB)", 30, 1, measure_disk),
     Scenario("12,000 variables, entry", 3, 9, measure_variables),
     Scenario("idle recorder (MB)", 16, 3, measure_idle),
+    Scenario("idle recorder (wakes a s)", 1, 1, measure_wakes),
     Scenario("million lines", 1.2, 6, measure_lines),
     Scenario("log_metrics", 1.5, 30, measure_metrics),
     Scenario("redaction of 20 MB", 1000, 3, measure_redaction),
@@ -585,6 +595,27 @@ with run_context("results") as run_dir:
         except OSError:
             pass
 Path("answer.json").write_text(json.dumps([[max(sizes)]]))
+""",
+    "wakes.py": """\
+import json, re, time
+from pathlib import Path
+from run_utils import run_context
+
+def wakes():
+    pattern = re.compile(r"^voluntary_ctxt_switches:\\t(\\d+)", re.M)
+    count = 0
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        if b"_recorder_main" in path.read_bytes():
+            for status in path.parent.glob("task/*/status"):
+                count += int(pattern.search(status.read_text())[1])
+    return count
+
+with run_context("results"):
+    time.sleep(17)  # after so long a silence it is idle
+    before = wakes()
+    time.sleep(20)
+    answer = (wakes() - before) / 20
+Path("answer.json").write_text(json.dumps([[answer]]))
 """,
     # As short as a user's: nothing but run_utils is imported before the first line.
     "first_line.py": """\
