@@ -114,6 +114,7 @@ PROPORTIONAL_SECONDS = 0.02  # and no longer if counting takes so long
 
 # Output
 FORWARD_BYTES = 65_536  # how much output is forwarded at a time
+SILENT_SECONDS = 2.0  # how often output is looked for after a long silence
 LOOK_SECONDS = 1.0  # how often a writer sees whether the recorder is alive
 DRAIN_SECONDS = 0.8  # how long a full disk waits for what is still to be shown
 LAST_OUTPUT_LINES = 20  # of the log, in the status.json of a killed run
@@ -3084,6 +3085,8 @@ class _RecorderProcess:
         self.captures = _started_thread(self._collect)
         self.sampling = _started_thread(self._sample)
         self.due = {self._touch: 0.0, self._look_after_process: 0.0}
+        if self.forwards:
+            self.due[self._look_at_logs] = 0.0
         if self.meeting is not None:
             self.due[self._answer_ranks] = 0.0
         connection = self.connection.fileno()
@@ -3191,6 +3194,13 @@ class _RecorderProcess:
         if self.rank == 0:
             self.record.touch()
         return HEARTBEAT_SECONDS
+
+    def _look_at_logs(self) -> float:
+        """Wake the forwards that wait for the end of a long silence."""
+        for forward in self.forwards:
+            if forward.has_news():
+                forward.wake.set()
+        return SILENT_SECONDS
 
     def _look_after_process(self) -> float:
         """Look whether the process that entered lives; a pidfd tells when to look.
@@ -3859,7 +3869,7 @@ class _Forward:
         return self.position() >= end or os.fstat(self.log).st_size < end
 
     def run(self) -> None:
-        """Forward until `stop_at`; look often while there is output, else rarely."""
+        """Forward until `stop_at`; look often while there is output, else never."""
         silent_since = time.monotonic()
         while True:
             size = FORWARD_BYTES
@@ -3873,6 +3883,10 @@ class _Forward:
                 return  # the log has been cut
             elif self.wake.wait(_pause(time.monotonic() - silent_since)):
                 self.wake.clear()
+
+    def has_news(self) -> bool:
+        """Tell whether something was appended to the log, or cut from it."""
+        return os.fstat(self.log).st_size != self.position()
 
     def _forward(self, size: int) -> bool:
         """Forward up to `size` bytes; return False if there is nothing new."""
@@ -3907,16 +3921,16 @@ class _Forward:
         os.close(before)
 
 
-def _pause(silence: float) -> float:
+def _pause(silence: float) -> float | None:
     """Return how long to wait for output after so many seconds without.
 
-    After a long silence it is two seconds, and the forwards of both streams wake at
-    the same moment: once a second is as often as an idle recorder may wake.
+    After a long silence it is until `_look_at_logs` finds some: once a second is as
+    often as an idle recorder may wake, and not for each stream.
     """
     pause = max(0.005, silence / 8)
-    if pause < 2.0:
-        return pause
-    return 2.0 - time.monotonic() % 2.0
+    if pause > SILENT_SECONDS:
+        return None
+    return pause
 
 
 def _write_patiently(descriptor: int, data: bytes) -> bool:

@@ -2526,6 +2526,22 @@ ctypes.CDLL(None).puts(b"puts")
 class CapturedDescriptors(RunCase):
     """Not a terminal: all output is in the logs and goes where it went before."""
 
+    def test_output_after_a_long_silence_is_shown(self) -> None:
+        body = """
+        import run_utils, select
+        run_utils.SILENT_SECONDS = 0.01
+        shown, target = os.pipe()
+        before = os.dup(1)
+        os.dup2(target, 1)
+        with run_context("results/exp", "exp"):
+            run_utils._active[0].recorder.ask("collected", seconds=30)
+            time.sleep(0.5)
+            print("after it", flush=True)
+            ready = select.select([shown], [], [], 30)[0]
+            os.write(before, os.read(shown, 100) if ready else b"nothing")
+        """
+        self.assertEqual(self.script(body).stdout, "after it\n")
+
     def test_every_kind_of_writer(self) -> None:
         done = self.in_context(WRITERS + "print('error', file=sys.stderr)")
         self.assertEqual((done.returncode, done.stderr), (0, "error\n"))
