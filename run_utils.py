@@ -6169,6 +6169,10 @@ class _Patch:
         for change in changes:
             count = self.files + len(kept)
             problem = self._obstacle(change, count) or self._read(tree, change)
+            if problem is None and change.mode:
+                if _redactor.is_secret_file(change.title, change.data):
+                    problem = "holds secrets by nature"
+                    _redactor.learn_code(change.data, change.title)
             if problem is not None:
                 self._leave_out(change, problem)
             elif not tree.is_git and b"\0" in change.data:
@@ -6235,8 +6239,6 @@ class _Patch:
         title = _shown(change.title)
         if change.mode == b"other":
             return "no file of this repository"
-        if change.mode and _redactor.is_secret_file(change.title):
-            return "holds secrets by nature"
         if _redactor.text(title) != title:
             return "has a secret in its name"
         if max(change.size, change.old_size) > PATCH_FILE_BYTES:
@@ -6252,8 +6254,7 @@ class _Patch:
     def _redact(self, change: _Change) -> bool:
         """Take the secrets out of a file; return False for a binary one."""
         old = change.old_data
-        is_secret = _redactor.is_secret_file(change.title)
-        if old is not None and (is_secret or _redactor.code(old, change.title) != old):
+        if old is not None and _redactor.holds_secrets(old, change.title):
             change.old_data = None  # a text patch would show it
         modes = change.mode[:3], change.old[0][:3]
         if change.blob()[1] == change.old[1] and modes == (b"100", b"100"):
@@ -7463,7 +7464,7 @@ class _Redactor:
         """Remember the secrets in a file."""
         text, _ = _decoded(data)
         finds = _code_finds(text, name)
-        if self.is_secret_file(name):
+        if self.is_secret_file(name, data):
             finds += _fact_finds(text)
         self.learn_finds(text, finds)
 
@@ -7534,15 +7535,19 @@ class _Redactor:
         ends = [match.start() for match in re.finditer("\n", text)]
         return sorted({bisect.bisect_left(ends, place) + 1 for place in places})
 
-    def is_secret_file(self, name: bytes, data: bytes | None = None) -> bool:
+    def is_secret_file(self, name: bytes, data: bytes) -> bool:
         """Return whether a file holds secrets by nature, as `.env` and `id_rsa` do.
 
-        A PEM file with nothing but certificates or public keys does not: where its
-        content is given, it is looked at.
+        A PEM file with nothing but certificates or public keys does not.
         """
         if not re.search(SECRET_FILES, name):
             return False
-        return data is None or b"-----BEGIN " not in data or b"PRIVATE KEY" in data
+        is_pem = name.lower().endswith((b".pem", b".key")) and b"-----BEGIN " in data
+        return not is_pem or b"PRIVATE KEY" in data
+
+    def holds_secrets(self, data: bytes, name: bytes) -> bool:
+        """Return whether a file has a secret, or is one that does by nature."""
+        return self.is_secret_file(name, data) or self.code(data, name) != data
 
     def without_known(self, text: str) -> str:
         if len(text) < self.shortest:

@@ -5088,6 +5088,29 @@ class SecretsInPatches(CodeCase):
         self.assertEqual(captured.patch["files"], 4)
         self.assertNotIn(b"plain words", captured.text)
 
+    def test_of_a_pem_file_the_content_decides(self) -> None:
+        certificate, key = (
+            b"-----BEGIN %s-----\nTUlJ\n-----END %s-----\n" % (kind, kind)
+            for kind in (b"CERTIFICATE", b"RSA PRIVATE KEY")
+        )
+        self.pushed_repo(files={"moved.pem": certificate + key})
+        self.write("moved.pem", certificate)
+        self.write("ca.pem", certificate)
+        self.write("both.pem", certificate + key)
+        captured = self.capture()
+        self.assertEqual(captured.left_out, {"both.pem": "holds secrets by nature"})
+        self.assertEqual(captured.patch["redacted"], [])
+        self.assertIn(b"+-----BEGIN CERTIFICATE", captured.text)
+        self.assertNotIn(b"PRIVATE", captured.text)
+
+    def test_what_a_file_of_secrets_holds_is_replaced_in_the_others(self) -> None:
+        self.pushed_repo(files={"x": b"1\n"})
+        self.write(".env", b"DB_PASSWORD=" + SPECIFIC + b"\n")
+        self.write("a.py", b"connect('" + SPECIFIC + b"')\n")
+        captured = self.capture()
+        self.assertIn(b"+connect('<REDACTED>')", captured.text)
+        self.assertEqual(captured.patch["redacted"], ["a.py"])
+
     def test_the_old_content_of_a_binary_file_is_not_in_it(self) -> None:
         self.pushed_repo(files={"bin": b"\0" + os.urandom(5000)})
         self.write("bin", b"\0new")
@@ -6781,9 +6804,9 @@ class SecretsInCode(unittest.TestCase):
     def test_files_that_hold_secrets_by_nature(self) -> None:
         is_secret = run_utils._Redactor().is_secret_file
         for name in (b".env", b"a/.env.prod", b"a/id_rsa", b"x.pem", b".ssh/config"):
-            self.assertTrue(is_secret(name), name)
+            self.assertTrue(is_secret(name, b"A=1\n"), name)
         for name in (b".env.example", b"id_rsa.pub", b"environment.yml", b"a.py"):
-            self.assertFalse(is_secret(name), name)
+            self.assertFalse(is_secret(name, b"A=1\n"), name)
         certificate = b"# x\n-----BEGIN CERTIFICATE-----\nMIID\n"
         self.assertFalse(is_secret(b"cacert.pem", certificate))
         self.assertTrue(is_secret(b"key.pem", b"-----BEGIN PRIVATE " + b"KEY-----\n"))
