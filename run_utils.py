@@ -179,6 +179,7 @@ FOLLOW_SECONDS = 2.0  # how often `inspect --follow` looks again
 # More limits
 FETCH_SECONDS = 600.0  # what fetching the commit of a run may take
 INSTALL_SECONDS = 3600.0  # what one step of making an environment may take
+PLAN_DETAILS = 8  # about how many lines say what differs: a plan fits on a screen
 WHEEL_INDEX = "https://download.pytorch.org/whl/"  # has the versions with +cu121, +cpu
 REPRODUCES = "RUN_UTILS_REPRODUCES"  # tells a new run which one it does again
 MAX_KEYS = 10_000  # keys of mappings that are remembered as clean
@@ -4524,7 +4525,7 @@ def _launcher(env: Mapping[str, str]) -> Facts:
 
 _LAUNCHER_NAMES = (
     "SLURM_|TORCHELASTIC_|OMPI_COMM_WORLD_|PMIX?_|PALS_|PBS_|LSB_|FLUX_|SGE_TASK_|POD_"
-    "|JOB_COMPLETION_|(LOCAL_|GROUP_)?RANK$|WORLD_SIZE$|MASTER_(ADDR|PORT)$|JOB_ID$"
+    "|JOB_COMPLETION_|(LOCAL_|GROUP_)?(RANK|WORLD_SIZE)$|MASTER_(ADDR|PORT)$|JOB_ID$"
     "|KUBERNETES_SERVICE_HOST$|NODE_NAME$|PYTHONHASHSEED$"
 )
 
@@ -6509,6 +6510,8 @@ class _Plan:
         self.root = _word(self.patch.get("root")) or _word(self.git.get("root"))
         self.argv = _texts(self.metadata.get("argv"))
         self.python = self._recorded_python()
+        self.is_installed = False  # in an environment of the new tree
+        self.launcher: list[str] = []  # before the command of one rank
         self.findings: list[_Finding] = []
 
     def add(
@@ -6572,12 +6575,24 @@ class _Plan:
         self._check_inputs()
         self._check_secrets()
         self._check_environment()
-        for key, launcher in _LAUNCHER_LINES.items():
-            ranks = _mapping(self.metadata, "launcher").get(key)
-            if ranks not in (None, "1"):
-                line = f"{launcher} {ranks} {shlex.join(self.argv[1:])}"
-                self.add("command", 1, f"{ranks} processes: {line}", stops=True)
-                break
+        self.launcher = self._launcher_words()
+        if self.launcher:
+            text = f"{self.launcher[-1]} processes, which --exec does not start"
+            self.add("command", 1, text, stops=True)
+
+    def _launcher_words(self) -> list[str]:
+        """Return what starts all ranks of a run that had several."""
+        facts = _mapping(self.metadata, "launcher")
+        for key, words in _LAUNCHER_LINES.items():
+            ranks = _word(facts.get(key))
+            if ranks in ("", "1"):
+                continue
+            here = _word(facts.get("LOCAL_WORLD_SIZE")) or ranks
+            if key == "WORLD_SIZE" and here != ranks:
+                hosts = _word(facts.get("GROUP_WORLD_SIZE"))
+                return [words[0], "--nnodes", hosts, words[1], here]
+            return [*words, ranks]
+        return []
 
     def _check_inputs(self) -> None:
         """Hold the files of other runs against what they were."""
@@ -6633,19 +6648,46 @@ class _Plan:
             version = _word(_mapping(facts, "python").get("version")).split(" ")[0]
             side: Facts = {"python": version}
             side["GPUs"] = _mapping(facts, "cuda").get("device_count") or 0
-            side.update(_comparable_packages(facts.get("pip_freeze")) or {})
+            side.update(self._known_packages(facts))
             sides.append(side)
         then, here = sides
         rows = []
         for name, old in then.items():
             new = here.get(name)
             if new != old and REDACTED not in str(old):
-                rows.append((_weight(name, old, new), f"{name} {old}, here {new}"))
+                text = f"{name} {old}, here {new}"
+                if new is None:
+                    text = f"{name} {old}, here missing"
+                rows.append((_weight(name, old, new), text))
+        for package in _those(self.metadata.get("local_packages"), dict):
+            path = _word(package.get("path"))
+            if path and not self.is_installed and not os.path.isdir(path):
+                text = f"{package.get('name')} was in {path}, which is gone"
+                rows.append(((1, path), text))
         lines = [text for _, text in sorted(rows)]
         if lines:
             self.add("environment", 1, lines[0], lines[1:])
         else:
             self.add("environment", 0, f"Python {then['python']} and its packages")
+
+    def _known_packages(self, facts: Facts) -> Facts:
+        """Return the packages of pip freeze; one from a folder by what it is named."""
+        lines = []
+        for line in _texts(facts.get("pip_freeze")):
+            if line.startswith("-e /"):
+                lines.append(f"{self._name_of_folder(line[3:])} @ from a folder")
+            elif not line.startswith("#"):
+                lines.append(line)
+        return _comparable_packages(lines) or {}
+
+    def _name_of_folder(self, folder: str) -> str:
+        """Return which package was installed from here: there, or as rebuilt by us."""
+        for package in _those(self.metadata.get("local_packages"), dict):
+            name = _word(package.get("name"))
+            is_rebuilt = f"/.git/packages/{_safe_name(name)}" in f"{folder}/"
+            if is_rebuilt or folder in (package.get("path"), package.get("root")):
+                return name
+        return os.path.basename(folder)
 
     def build(self, target: str) -> None:
         """Make the tree as a whole, or leave nothing at `target`."""
@@ -6665,6 +6707,9 @@ class _Plan:
             shutil.rmtree(building)
             self.add("code", 2, str(reason))
             return
+        except BaseException:  # Ctrl-C
+            shutil.rmtree(building, ignore_errors=True)
+            raise
         missing = self._missing_files(building)
         os.rename(building, target)
         commit = _word(self.git.get("commit_short"))
@@ -6730,7 +6775,19 @@ class _Plan:
         return texts
 
     def install(self, target: str) -> None:
-        """Make the recorded environment inside the new tree, and nowhere else."""
+        """Make the recorded environment inside the new tree, and nowhere else.
+
+        Where that fails nothing is left, so that it can be tried again.
+        """
+        import shutil
+
+        try:
+            self._install(target)
+        except BaseException:
+            shutil.rmtree(target, ignore_errors=True)
+            raise
+
+    def _install(self, target: str) -> None:
         commands = self.environment_commands(target)
         os.makedirs(f"{target}/.git/info")
         _write_file(f"{target}/.git/info/exclude", b"/.venv/\n")
@@ -6741,6 +6798,7 @@ class _Plan:
         for command in commands:
             _run(command, timeout=INSTALL_SECONDS, cwd=target)
         self.python = f"{target}/.venv/bin/python"
+        self.is_installed = True
         self.findings = [each for each in self.findings if each.about != "environment"]
         self._check_environment()
 
@@ -6800,9 +6858,14 @@ class _Plan:
         """Return the words that run it again, and the folder to run them in."""
         cwd = _word(self.metadata.get("working_dir"))
         words = [_moved(word, self.root, target) for word in self.argv]
-        if self.python and re.match(_PYTHON, os.path.basename(words[0])):
+        is_python = bool(re.match(_PYTHON, os.path.basename(words[0])))
+        if self.python and is_python:
             words[0] = self.python
-        return words, _moved(cwd, self.root, target)
+        if self.launcher[:1] == ["torchrun"] and is_python:
+            words = words[1:]
+            while words and words[0] == "-u":  # it says that by itself
+                words = words[1:]
+        return [*self.launcher, *words], _moved(cwd, self.root, target)
 
     def to_json(self, target: str | None) -> Facts:
         words, place = self.command(target or self.root)
@@ -6823,15 +6886,19 @@ class _Plan:
     def show(self, target: str | None) -> None:
         """Print the plan, the most important first, on one screen."""
         lines = []
+        room = PLAN_DETAILS
         for finding in self._ordered():
             word = ("same", "differs", "impossible")[finding.level]
             text = f"{finding.about}: {word}: {finding.text}"
-            details = finding.details[:10]
-            if len(finding.details) > 10:
-                details.append(f"and {len(finding.details) - 10} more")
+            details = finding.details[: max(1, min(5, room))]
+            room -= len(details)
+            if len(details) < len(finding.details):
+                rest = len(finding.details) - len(details)
+                details.append(f"and {rest} more, see --json")
             lines.append("\n     ".join([text, *details]))
         if target is not None and self.level() < 2:
-            if any(each.about == "environment" for each in self.findings if each.level):
+            differs = [each.about for each in self.findings if each.level]
+            if "environment" in differs and not self.is_installed:
                 lines += map(shlex.join, self.environment_commands(target))
             words, place = self.command(target)
             lines.append(f"cd {shlex.quote(place)} && {shlex.join(words)}")
@@ -6843,10 +6910,11 @@ class _Plan:
 
 
 _LAUNCHER_LINES = {  # by the variable that tells the number of ranks
-    "WORLD_SIZE": "torchrun --nproc-per-node",
-    "SLURM_NTASKS": "srun --ntasks",
-    "OMPI_COMM_WORLD_SIZE": "mpirun -n",
-    "PMI_SIZE": "mpiexec -n",
+    "WORLD_SIZE": ["torchrun", "--nproc-per-node"],
+    "SLURM_STEP_NUM_TASKS": ["srun", "--ntasks"],
+    "SLURM_NTASKS": ["srun", "--ntasks"],
+    "OMPI_COMM_WORLD_SIZE": ["mpirun", "-n"],
+    "PMI_SIZE": ["mpiexec", "-n"],
 }
 
 
@@ -7041,7 +7109,10 @@ def _level_reached(
     if "end" in bad:
         return "different: it ended in another way", False
     if "file" in kinds and not bad & {"file", "metric"}:
-        return "the same files, byte for byte", True
+        text = "the same files, byte for byte"
+        if "log" in bad:
+            text += ", but another output"
+        return text, True
     if "metric" in kinds and "metric" not in bad:
         text = f"the same metrics within {tolerance:g}"
         if "file" in bad:
@@ -7425,6 +7496,10 @@ def _ties(run: Path) -> Iterator[tuple[Facts, str]]:
             tied = {"run": os.path.basename(tied), "run_dir": tied}
         if isinstance(tied, dict):
             yield tied, what
+
+
+def _tied_names(run: Run) -> list[str]:
+    return [f"{tied.get('run')} {what}" for tied, what in _ties(run.path)]
 
 
 # === Redaction ===
@@ -11617,7 +11692,8 @@ def _run_columns(
         _Column("why", [run["reason"] for run in runs], beneath=True),
     ]  # fmt: skip
     if whole:
-        columns.append(_Column("inputs", [", ".join(run.inputs) for run in runs]))
+        used = [", ".join([*run.inputs, *_tied_names(run)]) for run in runs]
+        columns.append(_Column("inputs", used))
         columns.append(_Column("used by", [", ".join(run.used_by) for run in runs]))
     columns.append(_Column("notes", [_notes_text(run) for run in runs], beneath=True))
     for column in columns:
@@ -11963,6 +12039,7 @@ def _run_paragraphs(run: Run) -> Iterator[Paragraph]:
     if config:
         yield "config", _first(_format_yaml(config).splitlines())
     yield "inputs", _first([_format_input(entry) for entry in _read_inputs(run.path)])
+    yield "tied to", _tied_names(run)
     yield "used by", _first(run.used_by)
     yield "outputs", _format_outputs(run)
     yield "resources", _format_resources(_mapping(metadata, "resources"))
@@ -13181,6 +13258,7 @@ def _run_facts(page: _Page, run: Run) -> Iterator[Paragraph]:
     yield "metrics", metrics
     yield "resources", _format_resources(_mapping(run.metadata, "resources"))
     yield "used", [_format_input(entry) for entry in _read_inputs(run.folder)]
+    yield "tied to", _tied_names(run)
     yield "used by", run.used_by
     yield "notes", _format_notes(run)
     yield "output", _last_output(run.path)

@@ -5467,6 +5467,18 @@ class TheTreeAgain(ReproduceCase):
         self.tree = self.tmp / "again"
         self.assert_tree()
 
+    def test_ctrl_c_leaves_nothing(self) -> None:
+        self.pushed_repo(files={"x": b"1\n"})
+        run = self.record()
+        before = self.state(self.repo), self.state(run)
+        self.stub("git", f'''[ "$1" = -C ] && shift 2
+            case " $* " in *" checkout "*) kill -INT $PPID; sleep 9;; esac
+            exec {GIT} "$@"''')  # fmt: skip
+        done = self.command_line("reproduce", run, "--into", "again")
+        self.assertEqual(done.returncode, 130, done.stdout)
+        self.assertEqual((self.state(self.repo), self.state(run)), before)
+        self.assertEqual(list(self.tmp.glob("again*")), [])
+
     def test_a_record_cannot_lead_out_of_the_tree(self) -> None:
         self.pushed_repo()
         run = self.record()
@@ -5592,7 +5604,7 @@ class ThePlan(ReproduceCase):
         (step,) = [step for step in plan["steps"] if step["about"] == "environment"]
         here = platform_version()
         self.assertEqual(step["text"], f"python 3.1.4, here {here}")
-        self.assertIn("gone 1.0, here None", step["details"])
+        self.assertIn("gone 1.0, here missing", step["details"])
         venv = str(self.tree / ".venv")
         make, install = plan["environment"]
         self.assertEqual(make, ["uv", "venv", "--python", "3.1.4", venv])
@@ -5625,7 +5637,19 @@ class ThePlan(ReproduceCase):
             [ $1 = venv ] && cp {Path(PYTHON).parent.parent}/pyvenv.cfg "$4"
             exit 0''')  # fmt: skip
         os.environ["PATH"] += f"{os.pathsep}/usr/bin:/bin"
+        plan = self.reproduce(run, status=1)
+        (step,) = [step for step in plan["steps"] if step["about"] == "environment"]
+        gone = f"mine was in {library / 'pkg'}, which is gone"
+        self.assertIn(gone, [step["text"], *step["details"]])
+        shutil.rmtree(self.tree)
+        uv = self.tmp / "bin" / "uv"
+        works = uv.read_text()
+        uv.write_text("#!/bin/sh\nexit 1\n")
+        done = self.command_line("reproduce", run, "--into", self.tree, "--venv")
+        self.assertEqual((done.returncode, self.tree.exists()), (2, False))
+        uv.write_text(works)
         plan = self.reproduce(run, "--venv", status=1)
+        self.assertNotIn(gone, json.dumps(plan))
         self.assertEqual(plan["command"][0], f"{self.tree}/.venv/bin/python")
         copy = self.tree / ".git" / "packages" / "mine" / "pkg"
         self.assertEqual((copy / "code.py").read_bytes(), b"two\n")
@@ -5637,15 +5661,46 @@ class ThePlan(ReproduceCase):
         self.assertEqual(status, "")
 
     def test_several_ranks(self) -> None:
+        """The line of the launcher is what starts them; torchrun itself adds -u."""
+        self.pushed_repo()
+        path = self.record() / "metadata.json"
+        metadata = json.loads(path.read_text())
+        argv = [PYTHON, "-u", "train.py", "--lr", "1"]
+        metadata["argv"] = argv
+        hosts = {"LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "2"}
+        self.assertEqual(run_utils._launcher(hosts), hosts)
+        torchrun = "torchrun --nproc-per-node 4 train.py --lr 1"
+        for launcher, line in (
+            ({"WORLD_SIZE": "4"}, torchrun),
+            ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}, torchrun),
+            ({"WORLD_SIZE": "4", **hosts},
+             "torchrun --nnodes 2 --nproc-per-node 2 train.py --lr 1"),
+            ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "8"},
+             f"srun --ntasks 4 {shlex.join(argv)}"),
+            ({"PMI_SIZE": "4"}, f"mpiexec -n 4 {shlex.join(argv)}"),
+            ({"PMI_SIZE": "1"}, shlex.join(argv)),
+        ):  # fmt: skip
+            metadata["launcher"] = launcher
+            path.write_text(json.dumps(metadata))
+            is_one = launcher == {"PMI_SIZE": "1"}
+            plan = self.reproduce(path.parent, status=int(not is_one))
+            self.assertEqual(shlex.join(plan["command"]), line)
+            self.assertEqual(self.texts(plan, "command") == [], is_one)
+            shutil.rmtree(self.tree)
+
+    def test_it_fits_on_one_screen(self) -> None:
         self.pushed_repo()
         run = self.record()
         path = run / "metadata.json"
         metadata = json.loads(path.read_text())
-        metadata["launcher"]["WORLD_SIZE"] = "4"
+        metadata["pip_freeze"] = [f"package{n}==1.{n}" for n in range(99)]
+        metadata["packages"] = {"state": None}
+        metadata["git"]["changed_after_entry"] = [f"file{n}" for n in range(99)]
         path.write_text(json.dumps(metadata))
-        plan = self.reproduce(run, status=1)
-        line = "4 processes: torchrun --nproc-per-node 4 train.py"
-        self.assertEqual(self.texts(plan, "command"), [line])
+        shown = self.command_line("reproduce", run, "--into", self.tmp / "again").stdout
+        self.assertLess(len(shown.splitlines()), 20, shown)
+        self.assertIn("and 94 more, see --json", shown)
+        self.assertRegex(shown, r"package0 1\.0, here missing\n")
 
 
 def platform_version() -> str:
@@ -5668,6 +5723,20 @@ class RunningItAgain(ReproduceCase):
         metadata = json.loads((Path(found["run"]) / "metadata.json").read_text())
         self.assertEqual(metadata["reproduces"]["run_dir"], str(self.run))
         self.assertEqual(metadata["reproduces"]["run"], self.run.name)
+        link = f"{self.run.name} (reproduced)"
+        for command in ("inspect", "lineage", "list --md"):
+            place = found["run"]
+            if command == "list --md":
+                place = f"{self.tree}/results"
+            shown = self.command_line(*command.split(), place).stdout
+            self.assertIn(self.run.name, shown, command)
+            self.assertIn("(reproduced)", shown, command)
+        self.assertIn(link, self.command_line("inspect", found["run"]).stdout)
+
+    def test_the_same_files_and_another_output(self) -> None:
+        found = self.compare(self.TRAIN.replace('"training"', "time.time_ns()"))
+        level = "the same files, byte for byte, but another output"
+        self.assertEqual((found["level"], found["same"]), (level, True))
 
     def test_the_same_metrics_and_a_log_that_differs(self) -> None:
         body = self.TRAIN.replace('"weights"', "str(time.time_ns())")
