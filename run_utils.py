@@ -4876,8 +4876,13 @@ def _environment(site: _Site, root: str | None) -> Facts:
     # home = /usr/bin\nuv = 0.4.18\nversion_info = 3.12.1
     uv = _match_in_file(settings, r"^uv *= *(.+)$")
     conda: list[str] = []
+    channels: list[str] = []
     with _ignoring(OSError):
         conda = sorted(os.listdir(os.path.join(site.prefix, "conda-meta")))
+        history = _read_bytes(f"{site.prefix}/conda-meta/history", MAX_RECORD)
+        # +conda-forge/linux-64::numpy-1.26.4-py311h64a7726_0
+        found = re.findall(rb"(?m)^\+(\S+)/[^/:\s]+::", history)
+        channels = [os.fsdecode(name) for name in dict.fromkeys(found)]
     locks = {}
     for name in LOCK_FILES:
         digest = _sha256(os.path.join(root or site.directory, name))
@@ -4897,6 +4902,7 @@ def _environment(site: _Site, root: str | None) -> Facts:
         "conda_environment": os.environ.get("CONDA_DEFAULT_ENV"),
         # name-version-build
         "conda_packages": [name[:-5] for name in conda if name.endswith(".json")],
+        "conda_channels": channels,
         "lock_files": locks,
     }
 
@@ -6839,7 +6845,11 @@ class _Plan:
         conda = _texts(_mapping(self.metadata, "environment").get("conda_packages"))
         if conda:
             pins = ["=".join(text.rsplit("-", 2)) for text in conda]
-            make = ["conda", "create", "--yes", "--prefix", venv, *pins]
+            make = ["conda", "create", "--yes", "--prefix", venv]
+            environment = _mapping(self.metadata, "environment")
+            for channel in _texts(environment.get("conda_channels")):
+                make += ["--channel", channel]
+            make += pins
         elif _on_path("uv") is not None:
             install += ["--index-strategy", "unsafe-best-match"]
             return [

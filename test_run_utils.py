@@ -3731,6 +3731,10 @@ class Surroundings(ProvenanceCase):
         facts = run_utils._environment(site, str(self.tmp / "conda"))
         self.assertEqual((facts["manager"], facts["lock_files"]), ("conda", {}))
         self.assertEqual(facts["conda_packages"], ["numpy-2.0-py312"])
+        lines = "# cmd: conda create\n+conda-forge/noarch::a-1-0\n-x/noarch::b-1-0\n"
+        (package.parent / "history").write_text(lines)
+        facts = run_utils._environment(site, str(self.tmp / "conda"))
+        self.assertEqual(facts["conda_channels"], ["conda-forge"])
 
     def test_a_loaded_torch_is_read_and_a_broken_one_tolerated(self) -> None:
         torch: Any = types.ModuleType("torch")
@@ -5611,6 +5615,13 @@ class ThePlan(ReproduceCase):
         self.assertIn("https://download.pytorch.org/whl/cu121", install)
         required = (self.tree / ".git" / "requirements.txt").read_text()
         self.assertEqual(required, "torch==2.1.0+cu121\ngone==1.0\n")
+        conda = {"conda_packages": ["a-b-1-py_0"], "conda_channels": ["conda-forge"]}
+        metadata["environment"] = conda
+        path.write_text(json.dumps(metadata))
+        make = self.reproduce(run, "--into", str(self.tmp / "c"), status=1)[
+            "environment"
+        ][0]
+        self.assertEqual(make[5:], ["--channel", "conda-forge", "a-b=1=py_0"])
 
     def test_an_environment_inside_the_tree(self) -> None:
         """With a package from a folder, as it was with its changes."""
