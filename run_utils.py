@@ -956,6 +956,7 @@ class _Recording:
         self.metadata: Facts = {}  # only used where no recorder holds it
         self.seeds: Facts = {}  # and flags, as they were on entry
         self.ending: _Ending | None = None  # told by `run`, else found by __exit__
+        self.unwritten: Facts | None = None  # how it ended, for the recorder to write
         self.outside: str | None = None  # RUN_DIR outside of all runs
         self.spare: list[_Kept] = []  # descriptors for an exit when none is left
 
@@ -1196,11 +1197,25 @@ class _Recording:
                 _record_rank(record, self.launch.rank, ending, more)
             return
         status: Facts = {"status": ending.status, "exit_reason": ending.exit_reason}
-        with _tolerating("status.json"):
-            status = record.finish(ending, more)
+        facts = {**ending.to_json(), **more}
+        try:
+            status = record.finish(facts)
             status = _name_failed_rank(record) or status
+        except Exception as error:
+            if _is_foreign(error):
+                raise
+            self._leave_to_recorder(facts, error)
+            return
         with _tolerating("the index"):
             record.tell_index("end", status["status"], status["exit_reason"])
+
+    def _leave_to_recorder(self, ending: Facts, error: Exception) -> None:
+        """Have the recorder write how it ended: this process may have lost its rights."""
+        problem = f"status.json: {type(error).__name__}: {error}"
+        if self.recorder is not None:
+            problem += "; that is left to the recorder"
+            self.unwritten = _redactor.data(ending)
+        _warn(problem)
 
     def _new_variables(self) -> Facts:
         """Return what the block has put into the environment, such as load_dotenv()."""
@@ -1234,7 +1249,7 @@ class _Recording:
         is_complete = False
         is_gone = self.recorder is None
         if self.recorder is not None:
-            is_complete = self.recorder.finish(seconds)
+            is_complete = self.recorder.finish(seconds, self.unwritten)
             if not is_complete and self.recorder.is_gone():
                 is_gone = True
                 _warn("the recorder is gone; finishing its work here")
@@ -1288,15 +1303,30 @@ def _in_turn(steps: Sequence[Callable[[], object]]) -> None:
 
 @contextlib.contextmanager
 def _signals_held() -> Iterator[None]:
-    """Let signals wait until the block has ended; then they are delivered."""
+    """Let signals wait until the block has ended; then they are delivered.
+
+    Several greenlets of a thread may be inside at once, and leave in any order.
+    """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    before = _signals.pthread_sigmask(_signals.SIG_BLOCK, _IGNORED_SIGNALS)
+    thread = threading.get_native_id()
+    masks = _held.setdefault(thread, [])
+    mask = None
     try:
+        mask = _signals.pthread_sigmask(_signals.SIG_BLOCK, [])
+        masks.append(mask)
+        _signals.pthread_sigmask(_signals.SIG_BLOCK, _IGNORED_SIGNALS)
         yield
     finally:
-        _signals.pthread_sigmask(_signals.SIG_SETMASK, before)
+        if mask is not None:
+            mask = masks.pop()
+        if not masks and mask is not None:
+            del _held[thread]
+            _signals.pthread_sigmask(_signals.SIG_SETMASK, mask)
+
+
+_held: dict[int, list[Any]] = {}  # the masks to go back to, by thread of the system
 
 
 def _decorated(
@@ -1884,15 +1914,14 @@ class _Record:
         status = self.read_json("status.json") or {}
         self.write_json("status.json", {**status, "heartbeat_seconds": None})
 
-    def finish(self, ending: _Ending, more: Facts) -> Facts:
+    def finish(self, ending: Facts) -> Facts:
         """Complete status.json and return it; a word of the body's own is kept."""
-        status = self.read_json("status.json") or {}
-        facts = ending.to_json()
-        own_word = status.get("status") not in (None, "running")
-        if own_word and ending.exit_reason == "normal":
-            facts["status"] = status["status"]
-            facts["exit_reason"] = status.get("exit_reason") or "normal"
-        status = {**status, **facts, "timestamp_utc": _utc(), **more}
+        before = self.read_json("status.json") or {}
+        status = {**before, **ending, "timestamp_utc": _utc()}
+        own_word = before.get("status") not in (None, "running")
+        if own_word and ending["exit_reason"] == "normal":
+            status["status"] = before["status"]
+            status["exit_reason"] = before.get("exit_reason") or "normal"
         self.write_json("status.json", status, durable=True)
         return status
 
@@ -2796,9 +2825,10 @@ class _Recorder:
             self.has_died = _is_closed_there(self.kept.number)
         return self.has_died
 
-    def finish(self, seconds: float) -> bool:
+    def finish(self, seconds: float, ending: Facts | None) -> bool:
         """Return whether the recorder has completed the record within `seconds`.
 
+        It writes the ending if there is one here, which the program could not write.
         A Ctrl-C ends the waiting, and nothing else: the recorder goes on alone, and
         so does the code after the block. What comes into the logs from now on, the
         traceback that Python prints itself, is not forwarded.
@@ -2808,7 +2838,7 @@ class _Recorder:
         is_complete = False
         try:
             with _ignoring(KeyboardInterrupt):
-                is_complete = self.ask("end", seconds, ends=ends)
+                is_complete = self.ask("end", seconds, ends=ends, ending=ending)
         finally:
             is_gone = self.is_gone()
             self.close()
@@ -3134,6 +3164,8 @@ class _RecorderProcess:
                 self.last_question = message["number"]
                 for forward, end in zip(self.forwards, message["ends"]):
                     forward.stop_at = end
+                if message["ending"] is not None:
+                    self._write_ending(message["ending"])
             elif message["do"] == "add":
                 with self.metadata_lock:
                     self.metadata.update(message["facts"])
@@ -3235,17 +3267,22 @@ class _RecorderProcess:
         if not isinstance(status.get("exit_code"), int):
             ending = _Ending.of_death(wait_status, _oom_kills() > self.oom_kills)
             ending.last_output = _last_output(self.record.path, prefix)
-            self._write_ending(ending)
+            self._write_death(ending)
 
-    def _write_ending(self, ending: _Ending) -> None:
-        """Write status.json, or the file of another rank that failed, and the index."""
+    def _write_death(self, ending: _Ending) -> None:
+        """Write how the process ended: in status.json, or for another rank."""
         more: Facts = {}
         more["duration_seconds"] = round(time.monotonic() - self.request["begun"], 3)
+        if not self.rank:
+            self._write_ending({**ending.to_json(), **more})
+            return
         with _tolerating("status.json"):
-            if self.rank:
-                _record_rank(self.record, self.rank, ending, more)
-                return
-            status = self.record.finish(ending, more)
+            _record_rank(self.record, self.rank, ending, more)
+
+    def _write_ending(self, ending: Facts) -> None:
+        """Write status.json and the line of the index."""
+        with _tolerating("status.json"):
+            status = self.record.finish(ending)
             status = _name_failed_rank(self.record) or status
             self.record.tell_index("end", status["status"], status["exit_reason"])
 
@@ -3295,7 +3332,7 @@ class _RecorderProcess:
         if _is_ready(pidfd, _polls.POLLIN, time.monotonic() + 10):
             wait_status = _wait_status(self.site.pid, pidfd)
             if wait_status and not self._has_failed():
-                self._write_ending(_Ending.of_command(_exit_code(wait_status)))
+                self._write_death(_Ending.of_command(_exit_code(wait_status)))
 
     def _has_failed(self) -> bool:
         status = self.record.read_json("status.json") or {}
@@ -10008,9 +10045,26 @@ def _warn(text: str, once: bool = False) -> None:
     if once and text in _warned:
         return
     _warned.add(text)
-    with _ignoring(Exception):  # stderr is closed, full, or an object of the program
-        line = _printable(_redactor.text(text))
-        print(f"run_utils: {line}", file=sys.stderr)
+    with _ignoring(Exception):
+        _say(f"run_utils: {_redactor.text(text)}")
+
+
+def _say(text: str) -> None:
+    """Print one line on stderr, if it takes one; never fail.
+
+    A line that Python keeps in a buffer, since stderr is full or its reader is gone,
+    fails once more when Python ends, and the exit status is 120.
+    """
+    stream = sys.stderr
+    if stream is None:  # print() would take stdout
+        return
+    with _ignoring(Exception):  # it is closed, full, or an object of the program
+        line = _printable(text)
+        if _captures or _descriptor_of(stream) != 2:
+            print(line, file=stream)
+            return
+        stream.flush()
+        os.write(2, f"{line}\n".encode(stream.encoding, "backslashreplace"))
 
 
 def _utc(seconds: float | None = None) -> str:
@@ -13723,7 +13777,7 @@ def _cmd_run(args: argparse.Namespace) -> int:
     recording.argv = words
     if _on_path(words[0], os.getcwd()) is None:
         code, problem = _not_runnable(words[0])
-        print(f"{_prog()}: {problem}; nothing was recorded", file=sys.stderr)
+        _say(f"{_prog()}: {problem}; nothing was recorded")
         return code
     with recording as run_dir:
         if recording.capture is None:
@@ -13735,8 +13789,8 @@ def _cmd_run(args: argparse.Namespace) -> int:
             recording.ending.status = "failed"
             recording.ending.problem = command.problem
     if command.problem is not None:
-        print(f"{_prog()}: {command.problem}", file=sys.stderr)
-    print(f"run_utils: recorded in {_printable(str(run_dir))}", file=sys.stderr)
+        _say(f"{_prog()}: {command.problem}")
+    _say(f"run_utils: recorded in {run_dir}")
     if command.is_late:
         return 124  # as timeout(1)
     if code < 0:
@@ -13994,11 +14048,21 @@ class _Command:
                 self._end(limit)
 
     def _has_ended(self, how: int) -> bool:
+        if self.terminal is not None:
+            how |= _posix.WUNTRACED
         if self.code is None:
             pid, status = os.waitpid(self.pid, how)
-            if pid:
+            if pid and self.terminal is not None and _posix.WIFSTOPPED(status):
+                self._stop_as_well(self.terminal)
+            elif pid:
                 self.code = _exit_code(status)
         return self.code is not None
+
+    def _stop_as_well(self, terminal: _Terminal) -> None:
+        """Stop when the command has stopped, so that our shell sees it; then go on."""
+        terminal.restore()
+        _posix.killpg(_posix.getpgrp(), _signals.SIGTSTP)  # until `fg` or `bg`
+        self._signal(_signals.SIGCONT)
 
     def _end(self, limit: float | None) -> None:
         """Ask a command that is late to end, with all it has started; then kill it."""
@@ -14012,9 +14076,9 @@ class _Command:
                 os.kill(pid, number)
 
     def _read_typed(self, terminal: _Terminal) -> None:
-        """Read what is typed; Ctrl-Z stops us both where it would stop the command.
+        """Read what is typed; Ctrl-Z stops the command where the kernel would.
 
-        The kernel does not: the command is the first process of its terminal.
+        It does not do so here: the command is the first process of its terminal.
         """
         data = b""
         with _ignoring(OSError):
@@ -14028,9 +14092,6 @@ class _Command:
         before, _, rest = data.partition(stop)
         self.typed += before + rest
         self._signal(_signals.SIGSTOP)
-        terminal.restore()
-        _posix.killpg(_posix.getpgrp(), _signals.SIGTSTP)  # until `fg` or `bg`
-        self._signal(_signals.SIGCONT)
 
 
 class _Channel:
@@ -14146,12 +14207,12 @@ class _Terminal:
     def stop_byte(self, pid: int) -> bytes:
         """Return what is typed to stop the command; nothing if that is up to it.
 
-        A shell that runs inside stops its own jobs.
+        A shell that runs inside stops its own jobs. Some programs ignore it.
         """
         with _ignoring(OSError, self.termios.error):
             attributes = self.termios.tcgetattr(self.master)
             is_ours = _posix.tcgetpgrp(self.master) == pid
-            if is_ours and attributes[3] & self.termios.ISIG:
+            if is_ours and attributes[3] & self.termios.ISIG and not _ignores_stop(pid):
                 stop: bytes = attributes[6][self.termios.VSUSP]
                 return stop.strip(b"\0")
         return b""
@@ -14193,6 +14254,12 @@ def _execute(path: str, words: list[str]) -> None:
         if error.errno != errno.ENOEXEC:
             raise
         os.execv("/bin/sh", ["sh", path, *words[1:]])  # nosec
+
+
+def _ignores_stop(pid: int) -> bool:
+    """Tell whether a process ignores Ctrl-Z (Linux)."""
+    ignored = re.search(rb"SigIgn:\s*(\w+)", _read_proc(f"/proc/{pid}/status"))
+    return bool(ignored and int(ignored[1], 16) >> (_signals.SIGTSTP - 1) & 1)
 
 
 def _descendants(pid: int) -> list[int]:
@@ -14246,7 +14313,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parse(words)
         status = int(args.function(args))
-        print(end="", flush=True)
+        if args.function is not _cmd_run:  # whose stdout is the command's
+            print(end="", flush=True)
         return status
     except BrokenPipeError:  # `| head`: what is still buffered goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -14256,11 +14324,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, _Unknown) as error:
         _say(f"{_prog()}: {error}")
         return 2
-
-
-def _say(text: str) -> None:
-    """Print one line on stderr."""
-    print(_printable(text), file=sys.stderr)
 
 
 def _prog() -> str:

@@ -141,6 +141,20 @@ class RunCase(unittest.TestCase):
         """Run the command line of run_utils in the temporary directory."""
         return self.script("sys.exit(main(sys.argv[1:]))", *words, **options)
 
+    UNWRITABLE = ("2>&-", "2>/dev/full", "2>&9")  # 9 is a pipe that nobody reads
+
+    def redirected(self, words: list[str], redirect: str) -> tuple[int, str]:
+        """Return the exit status of a command of a shell, and what it printed."""
+        reader, writer = os.pipe()
+        os.close(reader)
+        command = f"exec 9>&{writer}; exec {shlex.join(words)} {redirect}"
+        done = subprocess.run(
+            ["sh", "-c", command], env=self.environment(), pass_fds=[writer],
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=60, text=True,
+        )  # fmt: skip
+        os.close(writer)
+        return done.returncode, done.stdout
+
     def run_dirs(self) -> list[Path]:
         return sorted(path.parent for path in self.tmp.rglob("status.json"))
 
@@ -1403,6 +1417,68 @@ class NoDescriptorIsLeft(RunCase):
         self.assertEqual(status["exception"]["type"], "OSError")
         self.assertIn("open(os.devnull)", status["exception"]["traceback"])
         self.assertEqual(self.index()[-1]["status"], "failed")
+
+
+class EndsThatTheProgramCannotWrite(RunCase):
+    """The recorder writes the end of a program that may not do so any more."""
+
+    def check(self, body: str) -> None:
+        done = self.in_context(body)
+        self.assertEqual((done.returncode, done.stdout), (7, "x\n"), done.stderr)
+        self.assertIn("that is left to the recorder", done.stderr)
+        status = self.json("status.json")
+        self.assertEqual((status["status"], status["exit_code"]), ("failed", 7))
+        self.assertIsInstance(status["duration_seconds"], float)
+        self.assertEqual(self.index()[-1]["status"], "failed")
+
+    def test_rights_given_up(self) -> None:
+        if os.geteuid() != 0:
+            self.skipTest("only root can give up rights")
+        self.check("print('x'); os.setgid(54321); os.setuid(54321); sys.exit(7)")
+
+    def test_another_root_directory(self) -> None:
+        if os.geteuid() != 0:
+            self.skipTest("only root can change the root directory")
+        self.check("print('x'); os.mkdir('new'); os.chroot('new'); sys.exit(7)")
+
+    def test_a_limit_of_file_sizes(self) -> None:
+        body = """
+        import resource
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+        print("x")
+        sys.exit(7)
+        """
+        self.check(body)
+
+    def test_a_secret_of_the_block_is_redacted_there(self) -> None:
+        secret = "hf_" + "A" * 36
+        body = f"""
+        import resource
+        os.environ["HF_TOKEN"] = {secret!r}
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+        raise ValueError("with " + os.environ["HF_TOKEN"])
+        """
+        self.assertEqual(self.in_context(body).returncode, 1)
+        message = self.json("status.json")["exception"]["message"]
+        self.assertEqual(message, "with <REDACTED>")
+
+
+class HeldSignals(unittest.TestCase):
+    """Greenlets of one thread leave no signal blocked, whatever order they leave in."""
+
+    @unittest.skipUnless(hasattr(signal, "pthread_sigmask"), "no masks of signals")
+    def test_in_any_order(self) -> None:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        for order in itertools.permutations(range(3)):
+            inside = [run_utils._signals_held() for _ in range(3)]
+            for greenlet in inside:
+                greenlet.__enter__()
+            for number in order:
+                mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+                self.assertIn(signal.SIGINT, mask)
+                inside[number].__exit__(None, None, None)
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+            self.assertEqual(mask, before)
 
 
 class FlatScripts(RunCase):
@@ -2678,6 +2754,16 @@ class CapturedDescriptors(RunCase):
                 done = subprocess.run(["sh", "-c", command], env=self.environment())
                 self.assertEqual(done.returncode, 0)
                 self.assertEqual(self.json("status.json")["status"], "success")
+
+    def test_what_we_say_changes_neither_stdout_nor_the_exit_status(self) -> None:
+        body = """
+        args = {"hf_token": "hf_" + "A" * 36}  # which is told to be redacted
+        with run_context("results/exp", "exp", args, capture_output=False):
+            print("x")
+        """
+        command = [PYTHON, str(self.write_script(body))]
+        for redirect in self.UNWRITABLE:
+            self.assertEqual(self.redirected(command, redirect), (0, "x\n"), redirect)
 
     def test_redirect_stdout_inside_the_block(self) -> None:
         body = """
@@ -9425,6 +9511,11 @@ class TheRunCommand(RunCommandCase):
         self.assertEqual((status["status"], status["exit_code"]), ("failed", 127))
         self.assertIn("No such file or directory", status["problem"])
 
+    def test_the_status_is_kept_where_nothing_can_be_shown(self) -> None:
+        command = self.words("sh", "-c", "exit 3")
+        for redirect in (*self.UNWRITABLE, ">/dev/full", ">&- 2>&-"):
+            self.assertEqual(self.redirected(command, redirect), (3, ""), redirect)
+
     def test_a_time_limit(self) -> None:
         body = """
         import run_utils
@@ -9623,6 +9714,28 @@ class RunOnATerminal(RunCommandCase):
             self.assertNotIn("\r", log)
             self.assertIn("done\nready\n", log)
             self.assertLess(log.count("%"), 5)
+
+    @unittest.skipUnless(shutil.which("bash"), "bash is missing")
+    def test_a_command_that_stops_itself_or_will_not_be_stopped(self) -> None:
+        self.start([str(shutil.which("bash")), "--norc", "-i"])
+        self.type("PS1='$ '\n")
+        run = shlex.join(self.words("sh", "-c", "kill -STOP $$; echo resu''med"))
+        self.type(f"{run}\n")
+        self.expect("Stopped")
+        self.type("fg\n")
+        self.expect("resumed")
+        self.expect("recorded in")
+        if not LINUX:
+            return
+        code = "trap '' TSTP; echo be''gun; read word; echo got $word"
+        self.type(f"{shlex.join(self.words('sh', '-c', code))}\n")
+        self.expect("begun")
+        self.type("\x1aword\n")
+        self.expect("got word")
+        self.expect("recorded in")
+        self.assertNotIn("Stopped", self.matched)
+        self.type("exit\n")
+        self.end()
 
     @unittest.skipUnless(shutil.which("bash"), "bash is missing")
     def test_ctrl_z_fg_bg_and_the_background(self) -> None:
