@@ -1210,7 +1210,7 @@ class _Recording:
             record.tell_index("end", status["status"], status["exit_reason"])
 
     def _leave_to_recorder(self, ending: Facts, error: Exception) -> None:
-        """Have the recorder write how it ended: this process may have lost its rights."""
+        """Have the recorder write how it ended: we may have given up our rights."""
         problem = f"status.json: {type(error).__name__}: {error}"
         if self.recorder is not None:
             problem += "; that is left to the recorder"

@@ -1481,6 +1481,69 @@ class HeldSignals(unittest.TestCase):
             self.assertEqual(mask, before)
 
 
+class NothingIsLeft(RunCase):
+    """However many runs a process has had, it is as it was before."""
+
+    KINDS = """
+    import signal, threading, run_utils
+    def block(word, error=None):
+        with run_context("results/exp", "exp") as run_dir:
+            print(word)
+            log_metrics(run_dir, {"a": 1})
+            if error: raise error
+    def by_hand():
+        run_dir = start_run("results/exp", "exp")
+        log_metrics(run_dir, {"a": 1})
+        mark_status(run_dir, "success")
+    def decorated():
+        run_context("results/exp", "exp")(print)("decorated")
+    def failing():
+        for error in (ValueError(), SystemExit(3), KeyboardInterrupt()):
+            try: block("failing", error)
+            except BaseException as raised: assert raised is error
+    def generator():
+        @run_context("results/exp", "exp")
+        def numbers(): yield from range(3)
+        left = numbers()
+        next(left)
+        left.close()
+    def overlapping():
+        first, second = (run_context("results/exp", "exp") for _ in range(2))
+        first.__enter__(), second.__enter__()
+        first.__exit__(None, None, None), second.__exit__(None, None, None)
+    def threads():
+        others = [threading.Thread(target=block, args=(n,)) for n in range(COUNT)]
+        for other in others: other.start()
+        for other in others: other.join()
+    def state():
+        inside = (run_utils._taps, run_utils._captures, run_utils._active)
+        children = open(f"/proc/self/task/{os.getpid()}/children").read()
+        opened = sorted(os.listdir("/proc/self/fd"))
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        own = "write" in vars(sys.stdout)
+        return (opened, children, own, mask, dict(os.environ), *map(len, inside),
+                threading.active_count(), len(os.listdir(os.environ["TMPDIR"])))
+    for kind in (lambda: block("block"), by_hand, decorated, failing, generator,
+                 overlapping, threads):
+        kind()
+        before = state()
+        for _ in range(TIMES): kind()
+        if state() != before: print(kind, before, state(), file=sys.__stderr__)
+    """
+
+    @unittest.skipUnless(LINUX, "no /proc")
+    def test_of_each_kind_of_run(self) -> None:
+        (self.tmp / "tmp").mkdir()
+        text = "COUNT, TIMES = 5, 2\n" + textwrap.dedent(self.KINDS)
+        done = self.script(text, env={"TMPDIR": str(self.tmp / "tmp")})
+        self.assertEqual(done.returncode, 0, done.stderr)
+        said = [
+            line for line in done.stderr.splitlines() if "is not logged" not in line
+        ]
+        self.assertEqual(said, [])
+        self.assertEqual(os.listdir(self.tmp / "tmp"), [])
+
+
 class FlatScripts(RunCase):
     """start_run(until_exit=True) records what run_context does, with no block."""
 
