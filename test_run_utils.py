@@ -145,8 +145,12 @@ class RunCase(unittest.TestCase):
 
     def redirected(self, words: list[str], redirect: str) -> tuple[int, str]:
         """Return the exit status of a command of a shell, and what it printed."""
-        reader, writer = os.pipe()
+        import fcntl
+
+        reader, low = os.pipe()
+        writer = fcntl.fcntl(low, fcntl.F_DUPFD, 3)  # no standard stream
         os.close(reader)
+        os.close(low)
         command = f"exec 9>&{writer}; exec {shlex.join(words)} {redirect}"
         done = subprocess.run(
             ["sh", "-c", command], env=self.environment(), pass_fds=[writer],
