@@ -636,7 +636,6 @@ class Run(dict):  # type: ignore[type-arg]
             self.fill()
 
     def fill(self) -> Run:
-        """Read the row: its keys are only there after this."""
         for key, read in _ROW.items():
             self[key] = read(self)
         self.update(self.flat_config)
@@ -852,13 +851,11 @@ class _Runs(list):  # type: ignore[type-arg]
 
 
 def _runs_html(runs: Sequence[Run]) -> str:
-    """Return runs as a table of HTML, with what differs between those of a script."""
     root = os.path.dirname(os.path.commonpath([run.folder for run in runs] or [os.sep]))
     return _html_table(_run_columns(runs, root, _differing_keys(runs), []))
 
 
 def _total_duration(run: Run) -> float | None:
-    """Return the seconds of all attempts that have ended."""
     attempts = [*run.attempts, run.status]
     seconds = [_number(status.get("duration_seconds")) for status in attempts]
     known = [number for number in seconds if number is not None]
@@ -868,7 +865,6 @@ def _total_duration(run: Run) -> float | None:
 
 
 def _started_utc(run: Run) -> object:
-    """Return when a run was started, by the best that its files tell."""
     for facts, key in (
         (run.status, "started_utc"),
         (run.metadata, "timestamp_utc"),
@@ -1012,7 +1008,6 @@ class _Recording:
         return self.record.path
 
     def _spawn_recorder(self) -> None:
-        """Start the helper process; it boots beside what is done until it is told."""
         try:
             self.recorder = _Recorder.spawn(self.variables)
         except _Unknown as reason:
@@ -1053,7 +1048,6 @@ class _Recording:
     def _write_start(
         self, record: _Record, site: _Site, config: JSON, parent: str | None
     ) -> None:
-        """Write config.yaml, metadata.json, notes.jsonl and the index line."""
         options = self.options
         document = _config_document(shlex.join(site.argv), config)
         with _tolerating(options.config_filename):
@@ -1126,7 +1120,6 @@ class _Recording:
             self._complete_here(record, site)
 
     def _complete_here(self, record: _Record, site: _Site) -> None:
-        """Do the recorder's work of finding out what is slow to answer."""
         with _tolerating("metadata.json"):
             if not self.metadata:
                 self.metadata = _quick_metadata(site, None)
@@ -1162,7 +1155,6 @@ class _Recording:
         return is_over or started is None or _is_alive(self.pid, started)
 
     def _end(self, record: _Record, error: BaseException | None) -> None:
-        """Give the output back and write status.json and the index line."""
         for kept in self.spare:
             kept.close()
         ending = self.ending
@@ -1226,11 +1218,7 @@ class _Recording:
         return found
 
     def _leave(self, record: _Record, is_interrupted: bool) -> None:
-        """Wait until the recorder has completed the record, and let go of everything.
-
-        Whoever interrupts the waiting, or has interrupted before it, ends nothing
-        else: the recorder completes the record alone.
-        """
+        """Wait until the recorder has completed the record; let go of everything."""
         try:
             with _tolerating("the recorder"):
                 self._finish_recorder(record, is_interrupted)
@@ -1265,10 +1253,7 @@ class _Recording:
             _say_what_failed(record)
 
     def _close_capture(self, is_interrupted: bool) -> None:
-        """Close the logs after what Python will print of an exception.
-
-        A recorder that was not waited for would forward it, and show it twice.
-        """
+        """Close the logs after what Python will print of an exception."""
         if self.capture is None:
             return
         words = ""
@@ -1286,7 +1271,6 @@ class _Recording:
             self.record.write_json("metadata.json", self.metadata)
 
     def wait_for_captures(self) -> None:
-        """Return once metadata.json is complete."""
         if self.recorder is not None:
             self.recorder.ask("collected", seconds=EXIT_WAIT_SECONDS)
 
@@ -1422,10 +1406,7 @@ _active_lock = threading.Lock()
 
 
 def _set_active(recording: _Recording, is_inside: bool) -> list[_Recording]:
-    """Enter or leave a run; return the runs entered before and not left.
-
-    RUN_DIR names the innermost run, or what it was before the first.
-    """
+    """Enter or leave a run; return the runs entered before and not left."""
     is_locked = _active_lock.acquire(timeout=1.0)  # a fork may have copied it locked
     try:
         before = [run for run in _active if run is not recording]
@@ -1500,7 +1481,6 @@ def _checked_subdirs(create: bool, subdirs: Sequence[str] | None) -> list[str]:
 
 
 def _checked_filename(name: str) -> str:
-    """Refuse a file name that would leave the run directory."""
     if name in ("", ".", "..") or os.path.basename(name) != name:
         raise ValueError(f"file name {name!r} has a folder in it; give a bare name")
     return name
@@ -1578,11 +1558,7 @@ def _create_record(
 
 
 def _resumable(base_dir: Path, resume: StrPath, prefix: str | None) -> Path:
-    """Return the directory that `resume` names.
-
-    The latest run of a prefix is only continued if it was no success; one that was
-    has to be named.
-    """
+    """Return the directory that `resume` names."""
     if str(resume) != "latest":
         for candidate in (Path(resume), base_dir / resume):
             if _is_run(candidate):
@@ -1606,7 +1582,6 @@ def _resumable(base_dir: Path, resume: StrPath, prefix: str | None) -> Path:
 
 
 def _refuse_live(path: Path) -> None:
-    """Raise ValueError for a run that is still being recorded."""
     if _is_run(path) and _status_now(path).get("status") == "running":
         raise ValueError(f"run {str(path)!r} is still running; it cannot be resumed")
 
@@ -1636,10 +1611,7 @@ def _safe_name(text: str) -> str:
 
 
 def _entered_at(record: _Record, begun: float) -> list[int]:
-    """Return the moment of entry: ns of our clock, and device and ns of the disk's.
-
-    The server of a network disk has a clock of its own, by which files are dated.
-    """
+    """Return the moment of entry: ns of our clock, and device and ns of the disk's."""
     info = os.stat(record.folder)
     with _ignoring(OSError):
         info = os.stat(record.folder / "status.json")
@@ -1709,7 +1681,6 @@ def _write_summary(record: _Record) -> None:
 
 
 def _write_outputs(record: _Record, metadata: Facts) -> None:
-    """Add to metadata.json which files the run left."""
     with _tolerating("metadata.json"):
         metadata["outputs"] = _left_files(record.path)
         record.write_json("metadata.json", metadata)
@@ -1743,11 +1714,7 @@ class _Record:
     def create(
         base_dir: Path, name: str, subdirs: Sequence[str], is_watched: bool = False
     ) -> _Record:
-        """Create `base_dir/name`, or the first free of name-2, name-3, ...
-
-        It has status.json at once, which says that it is running. Raises OSError,
-        one sentence that names the directory and what to do.
-        """
+        """Create `base_dir/name`, or the first free of name-2, name-3, ..."""
         try:
             _retried(lambda: base_dir.mkdir(parents=True, exist_ok=True))
             path = _make_run_dir(base_dir, name)
@@ -1844,7 +1811,6 @@ class _Record:
         self.write_bytes(name, text.encode("ascii"), durable)
 
     def write_config(self, name: str, document: Facts) -> None:
-        """Write config.yaml, under the name that the caller gave it."""
         text = _format_yaml(_redactor.data(document))
         self.write_bytes(name, text.encode("utf-8"))
 
@@ -1858,10 +1824,7 @@ class _Record:
         return _read_json(self.folder / name)
 
     def append(self, name: str, row: Facts) -> None:
-        """Append a line to a file of the run, "notes.jsonl" or "metrics/system.jsonl".
-
-        Such files belong to the run as a whole, not to one of its attempts.
-        """
+        """Append a line to a file of the run as a whole, such as notes.jsonl."""
         folder, _, file = name.rpartition("/")
         with self.run_folder.opened(folder, create=True) as place:
             place.append(file, row)
@@ -1881,7 +1844,6 @@ class _Record:
         return self.path / "logs" / f"{name}.log"
 
     def open_log(self, name: str) -> int:
-        """Open a log for appending; logs/ may be no link."""
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
         with self.run_folder.opened("logs", create=True) as place:
             return place.open(f"{name}.log", flags)
@@ -1930,10 +1892,7 @@ class _Record:
         os.utime(self.folder / "status.json")
 
     def redact_again(self) -> None:
-        """Replace what was found secret after these files had been written.
-
-        This is the one exception to one writer a file: no secret may stay.
-        """
+        """Replace what was found secret after these files had been written."""
         for name in ("config.yaml", "status.json", "notes.jsonl"):
             path = self.folder / name
             if name == "notes.jsonl":
@@ -1985,7 +1944,6 @@ def _is_mine(path: StrPath) -> bool:
 
 
 def _make_run_dir(base_dir: Path, name: str) -> Path:
-    """Create `base_dir/name`, or the first free of name-2, name-3, ..., exclusively."""
     for number in range(1, MAX_SAME_NAME + 1):
         path = base_dir / name
         if number > 1:
@@ -2010,7 +1968,6 @@ def _retried(step: Callable[[], None]) -> None:
 
 
 def _remove_empty(path: Path, subdirs: Sequence[str]) -> None:
-    """Remove a run directory into which nothing has been written."""
     for folder in [*(path / name for name in subdirs), path]:
         with _ignoring(OSError):
             folder.rmdir()
@@ -2316,7 +2273,6 @@ class _Launch:
             self.world = 1
 
     def publish(self, record: _Record) -> _Meeting | None:
-        """Begin to tell the other ranks where the run is; None if there are none."""
         if self.world == 1:
             return None
         meeting = _Meeting({
@@ -2389,7 +2345,6 @@ class _Meeting:
         self.joined: list[str] = facts["joined"]  # those whose rank has the answer
 
     def to_json(self) -> Facts:
-        """Return what the recorder needs to go on with it."""
         return self.facts
 
     def answer_all(self) -> bool:
@@ -2415,7 +2370,6 @@ class _Meeting:
         return len(set(self.joined)) < int(self.facts["others"])
 
     def remove_old_marks(self) -> None:
-        """Remove what the ranks of a launch that crashed have left for nobody."""
         for name in self.place.names():
             if name.endswith(".joined"):
                 self.place.remove(name)
@@ -2476,7 +2430,6 @@ class _MeetingPlace:
                 os.unlink(self.path / name)
 
     def remove_folders(self) -> None:
-        """Remove the folders, unless another launch has something there."""
         path = self.path
         for folder in (path, path.parent):
             with _ignoring(OSError):
@@ -2518,11 +2471,7 @@ _RANK_VARIABLES = (
 def _rank(
     env: Mapping[str, str],
 ) -> tuple[int, int, Facts, list[JSON] | None] | None:
-    """Return rank, world size, what the ranks of this launch alone share, its launcher.
-
-    The first launcher that names both decides. None for an ordinary process, such as
-    the script of sbatch, a shell of salloc, or a program that a rank starts.
-    """
+    """Return rank, world size, what only this launch's ranks share, its launcher."""
     known = [row for row in _RANK_VARIABLES if row[0] in env and row[1] in env]
     if not known:
         return None
@@ -2550,7 +2499,6 @@ def _rank(
 
 
 def _whole(text: str | None) -> int | None:
-    """Return a plain number without a sign, None for any other text."""
     if text is None or not re.fullmatch(r"[0-9]{1,10}", text):
         return None
     return int(text)
@@ -2571,11 +2519,7 @@ def _is_child(ids: Facts) -> bool:
 
 
 def _launcher_process(mark: Sequence[str]) -> list[JSON] | None:
-    """Return what tells the launcher, which started all ranks, from other processes.
-
-    It is the nearest ancestor without our rank (`mark`) in its environment, since a
-    rank may be started by a shell. Where that cannot be read, it is our parent.
-    """
+    """Return what tells the launcher, which started all ranks, from other processes."""
     wanted = {os.fsencode(text) for text in mark}
     pid = os.getppid()
     while pid > 0:
@@ -2906,7 +2850,6 @@ def _why_none(error: BaseException) -> BaseException:
 
 
 def _is_ready(descriptor: int, event: int, deadline: float) -> bool:
-    """Wait until a descriptor can be read or written; False after the deadline."""
     poller = _polls.poll()
     poller.register(descriptor, event)
     return bool(poller.poll(max(0.0, deadline - time.monotonic()) * 1000))
@@ -2997,10 +2940,7 @@ _IGNORED_SIGNALS = [
 
 
 def _spawn_recorder(connection: int, path: str, environment: Mapping[str, str]) -> int:
-    """Start the process with `connection` as its descriptor 0; return its pid.
-
-    Signals are blocked in it until it ignores them, and SIGCHLD has its default.
-    """
+    """Start the process with `connection` as its descriptor 0; return its pid."""
     flags = ["-s", "-S"]  # without the packages of the user and of the environment
     if sys.dont_write_bytecode:
         flags.append("-B")
@@ -3025,11 +2965,7 @@ def _spawn_recorder(connection: int, path: str, environment: Mapping[str, str]) 
 
 
 def _python_variables(variables: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that would change how the recorder's Python works.
-
-    It gets them back for the programs that it starts. PYTHONHOME is none of them: a
-    Python that needs it does not start without.
-    """
+    """Return the variables that would change how the recorder's Python works."""
     names = [name for name in variables if name.startswith("PYTHON")]
     needed = ("PYTHONHOME", "PYTHONPLATLIBDIR", "PYTHONCOERCECLOCALE")
     return {name: variables[name] for name in names if name not in needed}
@@ -3072,7 +3008,6 @@ def _recorder_main(connection: Any, rights: list[bytes], message: bytes) -> None
 
 
 def _unpacked(rights: Iterable[bytes]) -> list[int]:
-    """Return the descriptors that came with a message."""
     import array
 
     descriptors = array.array("i", b"".join(rights)).tolist()
@@ -3184,11 +3119,7 @@ class _RecorderProcess:
         self._answer(number)
 
     def _drain(self, number: int, moved: int | None) -> None:
-        """Answer once all that is in the logs by now is forwarded.
-
-        From then on the forward with the number `moved` goes to the descriptor that
-        came with the question.
-        """
+        """Answer once all that is in the logs by now is forwarded."""
         ends = [os.fstat(forward.log).st_size for forward in self.forwards]
         for forward, end in zip(self.forwards, ends):
             forward.wake.set()
@@ -3223,7 +3154,6 @@ class _RecorderProcess:
                 return
 
     def _touch(self) -> float:
-        """Renew the heartbeat."""
         if self.rank == 0:
             self.record.touch()
         return HEARTBEAT_SECONDS
@@ -3257,7 +3187,6 @@ class _RecorderProcess:
         return _NEVER
 
     def _record_death(self, wait_status: int | None) -> None:
-        """Write the end of the run, unless the process did so before it died."""
         self.is_over = True
         prefix, name = "", "status.json"
         if self.rank:
@@ -3270,7 +3199,6 @@ class _RecorderProcess:
             self._write_death(ending)
 
     def _write_death(self, ending: _Ending) -> None:
-        """Write how the process ended: in status.json, or for another rank."""
         more: Facts = {}
         more["duration_seconds"] = round(time.monotonic() - self.request["begun"], 3)
         if not self.rank:
@@ -3280,7 +3208,6 @@ class _RecorderProcess:
             _record_rank(self.record, self.rank, ending, more)
 
     def _write_ending(self, ending: Facts) -> None:
-        """Write status.json and the line of the index."""
         with _tolerating("status.json"):
             status = self.record.finish(ending)
             status = _name_failed_rank(self.record) or status
@@ -3324,11 +3251,7 @@ class _RecorderProcess:
                 meeting.serve()
 
     def _wait_for_exit(self, pidfd: int) -> None:
-        """Correct the end of a run that ends with its process, by its exit status.
-
-        The program cannot know it: sys.exit(3) leaves no trace when the interpreter
-        ends. It does not take long, unless another run has followed in this process.
-        """
+        """Correct the end of a run that ends with its process, by its exit status."""
         if _is_ready(pidfd, _polls.POLLIN, time.monotonic() + 10):
             wait_status = _wait_status(self.site.pid, pidfd)
             if wait_status and not self._has_failed():
@@ -3515,10 +3438,7 @@ class _Stream:
             tap.set_streams([*tap.streams, self])
 
     def copy(self, data: bytes, written: list[int]) -> None:
-        """Append to the log alone, and to `written` that it was; give up a full log.
-
-        That is stored by a function of C, as in `_Tap._buffered_write`.
-        """
+        """Append to the log alone, and to `written` that it was; give up a full log."""
         if not self.is_logged:
             return
         try:
@@ -3561,11 +3481,7 @@ class _Stream:
                     stream.give_back()
 
     def give_back(self) -> None:
-        """Let the descriptor be what it was before, once the log has been shown.
-
-        Several threads may come here at once, and a forked child. Unless the log has
-        failed, what Python writes is copied to it from now on.
-        """
+        """Let the descriptor be what it was before, once the log has been shown."""
         capture = self.capture
         is_parent = capture.pid == os.getpid()
         is_locked = is_parent and capture.lock.acquire(timeout=2 * DRAIN_SECONDS)
@@ -3581,7 +3497,6 @@ class _Stream:
                 capture.lock.release()
 
     def let_go(self) -> None:
-        """Point the descriptor at where it pointed before."""
         if self.is_log():
             if not self.saved.is_ours():  # the program has closed what was kept
                 self.saved = _Kept(os.open(os.devnull, os.O_WRONLY))
@@ -3593,7 +3508,6 @@ class _Stream:
             tap.set_streams(tap.streams)
 
     def flush(self) -> None:
-        """Write out what Python still buffers for this stream."""
         names = [self.name, f"__{self.name}__"]
         for stream in [self.original, *(getattr(sys, name, None) for name in names)]:
             with _ignoring(Exception):  # closed, detached, or the program's own kind
@@ -3626,10 +3540,7 @@ class _Stream:
         self.is_direct = False
 
     def move_below(self, ended: _Stream) -> None:
-        """Send output on to where that of an earlier run went, which has ended.
-
-        What was printed until now is in the logs of both; the rest is in ours.
-        """
+        """Send output on to where that of an earlier run went, which has ended."""
         if not self.saved.is_ours() or not ended.saved.is_ours():
             return
         target = ended.saved.number
@@ -3656,11 +3567,7 @@ def _descriptor_of(stream: Any) -> int | None:
 
 
 def _can_be_a_file(descriptor: int) -> bool:
-    """Tell whether what is written to a descriptor may go to a file instead.
-
-    A terminal must stay one. And where `ulimit -f` is set, the kernel would kill
-    children for a log that gets too long.
-    """
+    """Tell whether what is written to a descriptor may go to a file instead."""
     if not hasattr(os, "pread") or os.isatty(descriptor):
         return False
     with _ignoring(ImportError):
@@ -3680,10 +3587,7 @@ def _is_plain(stream: Any) -> bool:
 
 
 def _bottom(stream: Any) -> tuple[Any, bool]:
-    """Return the file below a stream, and whether a buffer stands in between.
-
-    Whoever writes to the stream, its buffer or the file calls `write` of the file.
-    """
+    """Return the file below a stream, and whether a buffer stands in between."""
     buffer = None
     with _ignoring(Exception):  # detached
         buffer = stream.buffer
@@ -3812,7 +3716,6 @@ class _Tap:
         return data
 
     def _copy(self, data: Any, written: Any, copied: list[int]) -> None:
-        """Append what the object has taken of `data` to the logs that lack it yet."""
         if isinstance(data, str):
             data = data.encode("utf-8", "backslashreplace")
         else:
@@ -3857,11 +3760,7 @@ class _StandIn:
 
 
 def _flush_c_streams(streams: Sequence[_Stream]) -> None:
-    """Flush the buffers of C's stdio, so that a `puts` lands in the log of its run.
-
-    Nobody but ctypes and extension modules can call it; importing ctypes takes long.
-    Only stdout and stderr: another thread may hold stdin while it waits for input.
-    """
+    """Flush the buffers of C's stdio, so that a `puts` lands in the log of its run."""
     files = [str(getattr(module, "__file__", "")) for module in [*sys.modules.values()]]
     extensions = [f for f in files if f.endswith(".so") and "lib-dynload" not in f]
     is_used = extensions or "ctypes" in sys.modules
@@ -3877,11 +3776,7 @@ def _flush_c_streams(streams: Sequence[_Stream]) -> None:
 
 
 class _Forward:
-    """Copies what is appended to a log to where the output went before.
-
-    The position is the file offset of `log`, which the process and its recorder share:
-    when one dies, the other goes on where it stopped.
-    """
+    """Copies what is appended to a log to where the output went before."""
 
     def __init__(self, log: int, target: int) -> None:
         self.log = log
@@ -3923,11 +3818,9 @@ class _Forward:
                 self.wake.clear()
 
     def has_news(self) -> bool:
-        """Tell whether something was appended to the log, or cut from it."""
         return os.fstat(self.log).st_size != self.position()
 
     def _forward(self, size: int) -> bool:
-        """Forward up to `size` bytes; return False if there is nothing new."""
         data = b""
         with _ignoring(OSError):
             data = _posix.pread(self.log, size, self.position())
@@ -3946,7 +3839,6 @@ class _Forward:
         return True
 
     def drain(self) -> None:
-        """Forward everything that is in the log now."""
         if all(kept.is_ours() for kept in self.kept):
             self.stop_at = os.fstat(self.log).st_size
             self.run()
@@ -4011,10 +3903,7 @@ class _Unknown(Exception):
 
 
 def _quick_metadata(site: _Site, document: Facts | None) -> Facts:
-    """Return metadata.json with everything that takes no time; the rest is null.
-
-    `document` is that of config.yaml, kept for readers without PyYAML.
-    """
+    """Return metadata.json with everything that takes no time; the rest is null."""
     metadata: Facts = {
         "run": os.path.basename(site.run_dir),
         "timestamp_utc": _utc(),
@@ -4057,11 +3946,7 @@ def _quick_metadata(site: _Site, document: Facts | None) -> Facts:
 
 
 def _complete_metadata(metadata: Facts, site: _Site, record: _Record) -> None:
-    """Find out what takes time, and put it and how that went into `metadata`.
-
-    In the recorder the chains run beside each other, for leaving a block waits for
-    the longest of them. A process of the user gets no threads from us.
-    """
+    """Find out what takes time, and put it and how that went into `metadata`."""
     packages = _Packages(site, record)
     code: dict[str, Callable[[], JSON]] = {
         **_git_collectors(site, record),
@@ -4121,10 +4006,7 @@ _collecting = threading.Lock()  # held while a key of metadata.json changes
 
 
 def _place(metadata: Facts, name: str, facts: JSON) -> None:
-    """Put facts at their place, "git.patch" as `patch` in `git`; None changes nothing.
-
-    Mappings are replaced, not changed: somebody may be writing them at the moment.
-    """
+    """Put facts at their place, "git.patch" as `patch` in `git`; not None."""
     name, _, inner = name.partition(".")
     if inner and facts is not None:
         facts = {inner: facts}
@@ -4201,10 +4083,7 @@ class _Site:
         return list(dict.fromkeys(filter(os.path.isdir, folders)))
 
     def package_places(self) -> list[str]:
-        """Return where packages may be installed: sys.path without the script's folder.
-
-        Python puts that first on its own, and pip does not look there.
-        """
+        """Return where packages may be: sys.path without the script's folder."""
         with self.reading:
             if not self.sys_path and self.executable is not None:
                 _ask_python(self)
@@ -4222,7 +4101,6 @@ class _Site:
 
 
 def _describe_process(site: _Site) -> None:
-    """Fill in what this very process says of itself."""
     here = site.cwd or os.sep
     file = getattr(sys.modules.get("__main__"), "__file__", None)
     # `python -m cProfile train.py` leaves train.py in argv.
@@ -4249,7 +4127,6 @@ def _script_name() -> str:
 
 
 def _stem(path: str) -> str:
-    """Return "train" of train.py, and "pkg" of pkg/__main__.py."""
     folder, name = os.path.split(path)
     stem = os.path.splitext(name)[0]
     if stem == "__main__":
@@ -4258,10 +4135,7 @@ def _stem(path: str) -> str:
 
 
 def _typed_argv() -> list[str]:
-    """Return the command line as it was typed: interpreter, flags, `-m pkg.mod`.
-
-    Python 3.9 has no sys.orig_argv; there it is the interpreter and sys.argv.
-    """
+    """Return the command line as it was typed: interpreter, flags, `-m pkg.mod`."""
     typed = getattr(sys, "orig_argv", None)
     if not typed:
         typed = ["python", *getattr(sys, "argv", [])]
@@ -4456,7 +4330,6 @@ def _python(site: _Site) -> Facts:
 
 
 def _platform() -> Facts:
-    """Return the keys of the platform module, and processors and memory."""
     facts: Facts = {
         "platform": sys.platform,
         "system": None,
@@ -4497,7 +4370,6 @@ def _match_in_file(path: str, pattern: str) -> str | int | None:
 
 
 def _loaded_cuda() -> Facts:
-    """Return what torch, if it is loaded already, says of its CUDA."""
     return {
         **dict.fromkeys(_CUDA_FACTS),
         "torch_cuda_version": _loaded("torch.version.cuda"),
@@ -4506,7 +4378,6 @@ def _loaded_cuda() -> Facts:
 
 
 def _determinism() -> Facts:
-    """Return seeds and flags that loaded modules have; nothing is drawn or imported."""
     return {
         "torch_seed": _loaded("torch.initial_seed"),
         "torch_deterministic": _loaded("torch.are_deterministic_algorithms_enabled"),
@@ -4532,10 +4403,7 @@ def _late_determinism(before: Facts) -> Facts:
 
 
 def _loaded(path: str) -> JSON:
-    """Read `torch.backends.cudnn.benchmark` if it is loaded; call a function.
-
-    A module is not asked for what it lacks: numpy would import numpy.random.
-    """
+    """Read `torch.backends.cudnn.benchmark` if it is loaded; call a function."""
     module, *names = path.split(".")
     value: Any = sys.modules.get(module)
     if type(value).__module__ == "importlib.util":  # it waits to be imported
@@ -4592,11 +4460,7 @@ def _ask_python(site: _Site) -> Facts:
 
 
 def _python_environment() -> dict[str, str]:
-    """Return the environment in which the experiment's Python is asked things.
-
-    Settings of pip would change its answer, and a folder on PYTHONPATH that has a
-    `pip` of its own would be run instead of it.
-    """
+    """Return the environment in which the experiment's Python is asked things."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("PIP_")}
     env["PIP_CONFIG_FILE"] = os.devnull
     places = []
@@ -4619,11 +4483,7 @@ class _Packages:
         self.about: Facts = {}
 
     def lines(self) -> list[str]:
-        """Return the requirement lines that `pip freeze` prints.
-
-        Where there is no pip (uv, conda) they are made from the metadata of the
-        packages, which tells by PEP 610 where each came from.
-        """
+        """Return the requirement lines that `pip freeze` prints."""
         self.state = _packages_state(self.site)
         earlier = self.earlier_lines()
         if earlier is not None:
@@ -4645,7 +4505,6 @@ class _Packages:
         return lines
 
     def earlier_lines(self) -> list[str] | None:
-        """Return the list of the newest earlier run that must have the same one."""
         if self.state is None:
             return None
         for earlier in self.record.earlier_metadata():
@@ -4661,7 +4520,6 @@ class _Packages:
 
 
 def _pip_freeze(executable: str) -> list[str]:
-    """Return what pip of this interpreter prints."""
     pip = [*_safe_python(executable), "-m", "pip", "--disable-pip-version-check"]
     printed = _run([*pip, "freeze"], env=_python_environment(), timeout=PIP_SECONDS)
     lines = printed.decode("utf-8", "surrogateescape").splitlines()
@@ -4733,10 +4591,7 @@ def _installed(places: Iterable[str]) -> list[_Installed]:
 
 
 def _head_of_file(path: str) -> str:
-    """Return the beginning of a text file, nothing if it cannot be read.
-
-    A link is followed, for uv may install packages as links.
-    """
+    """Return the beginning of a text file, nothing if it cannot be read."""
     with _ignoring(OSError), _opened(path, MAX_READ, follow=True) as file:
         return (file.read(65_536) or b"").decode("utf-8", "replace")
     return ""
@@ -4750,11 +4605,7 @@ def _stamp(path: str) -> list[int] | None:
 
 
 def _packages_state(site: _Site) -> str | None:
-    """Return a digest of all that `pip freeze` depends on, None if that is not known.
-
-    It is the interpreter, the folders it looks into, name and times of each package
-    there, and the commit of each that is installed from a folder.
-    """
+    """Return a digest of all that `pip freeze` depends on, if that is known."""
     places = site.package_places()
     if site.executable is None or not places:
         return None
@@ -4770,10 +4621,7 @@ def _packages_state(site: _Site) -> str | None:
 
 
 def _checkout(folder: str) -> list[object] | None:
-    """Return what tells one checkout of a package from another, None if nothing can.
-
-    pip prints the commit and the URL of the remote.
-    """
+    """Return what tells one checkout of a package from another, None if nothing can."""
     try:
         answer = _git_run(folder, "rev-parse", "HEAD", "--git-common-dir")
     except _Unknown as reason:
@@ -4811,7 +4659,6 @@ def _requirement(name: str, version: str, package: _Installed) -> str:
 
 
 def _local_sources(site: _Site) -> dict[str, tuple[str, bool]]:
-    """Return folder, and whether it is editable, of packages from local folders."""
     sources: dict[str, tuple[str, bool]] = {}
     for package in site.installed():
         if package.folder is not None:
@@ -5088,8 +4935,6 @@ class _Sampler:
 
 
 class _Sample:
-    """What the processes of a run had taken at one moment."""
-
     def __init__(
         self, processes: int, cpu_seconds: float, memory_bytes: int, source: str
     ) -> None:
@@ -5179,11 +5024,7 @@ class _ProcessTree:
         return found
 
     def _proportional_bytes(self, pids: Iterable[int]) -> int:
-        """Return the memory of some processes with each shared page counted once.
-
-        The kernel walks through all pages for it, and is not asked again if that
-        takes long. 0: it is not allowed, or older than Linux 4.14.
-        """
+        """Return the memory of some processes with each shared page counted once."""
         started = time.monotonic()
         total = 0
         for pid in pids:
@@ -5210,8 +5051,6 @@ def _cgroup_memory_peak() -> int | str | None:
 
 
 class _GpuMeter:
-    """Utilisation and memory of each GPU."""
-
     def __init__(self) -> None:
         self.source: str | None = None
         self.problem: str | None = None
@@ -5278,10 +5117,7 @@ _GIT_FACTS = (
 
 
 class _Head:
-    """What git says of the commit in a folder: one question, for the name of a run.
-
-    It is asked at once, and answered while something else is done.
-    """
+    """What git says of the commit in a folder: one question, for the name of a run."""
 
     def __init__(
         self, directory: str, variables: Mapping[str, str] | None = None
@@ -5303,7 +5139,6 @@ class _Head:
         return ""
 
     def close(self) -> None:
-        """Let go of a question whose answer nobody needs any more."""
         if self.program is not None:
             self.program.close()
 
@@ -5324,7 +5159,6 @@ def _commit_in(answer: str) -> str | None:
 
 
 def _git_head(directory: str) -> str | None:
-    """Return the short hash of the commit in `directory`."""
     return _commit_in(_Head(directory).answer())
 
 
@@ -5339,11 +5173,7 @@ def _git_collectors(site: _Site, record: _Record) -> dict[str, Callable[[], JSON
 
 
 def _git(site: _Site, tree: _Repository | None = None) -> Facts:
-    """Return what git says about the code of a run.
-
-    It is dirty when a tracked file or a repository inside differs from the commit, or
-    a file is neither tracked nor ignored; what was written after entry does not count.
-    """
+    """Return what git says about the code of a run."""
     tree = tree or _Repository.of(site)
     return tree.facts()
 
@@ -5376,11 +5206,7 @@ def _git_patch(site: _Site, record: _Record, tree: _Repository | None = None) ->
 def _local_packages(
     site: _Site, record: _Record, tree: _Repository | None = None
 ) -> list[Facts]:
-    """Return the repository of each package that was installed from a local folder.
-
-    What a clone lacks of its code becomes git.<package>.patch; not so for a package
-    that lies in the repository of the experiment itself.
-    """
+    """Return the repository of each package that was installed from a local folder."""
     seen = {(tree or _Repository.of(site)).root}
     problems = []
     packages = []
@@ -5403,10 +5229,7 @@ def _local_packages(
 
 
 def _package(name: str, tree: _Repository, record: _Record, seen: set[str]) -> Facts:
-    """Return what there is to say of a package's code, and write its patch.
-
-    `seen` are the roots of which there is a patch already.
-    """
+    """Return what there is to say of a package's code, and write its patch."""
     facts = tree.known_facts()
     if tree.root not in seen:
         seen.add(tree.root)
@@ -5480,7 +5303,6 @@ class _Change:
         return self.mode, self.object_id(self.data)
 
     def object_id(self, data: bytes) -> bytes:
-        """Return what git calls a content."""
         digest = _digest(self.hash_name, b"blob %d\0" % len(data))
         digest.update(data)
         name: str = digest.hexdigest()
@@ -5488,8 +5310,6 @@ class _Change:
 
 
 class _NoRepository(_Unknown):
-    """The code is in no git work tree, which is nobody's fault."""
-
     def __init__(self) -> None:
         super().__init__("the code is in no git repository", is_expected=True)
 
@@ -5667,13 +5487,11 @@ class _Repository:
                 self.switches += ["-c", f"{name}.{setting}"]
 
     def _filters(self) -> list[str]:
-        """Return the filters that are set up: "filter.lfs"."""
         keys = [key for key in self.config if key.startswith("filter.")]
         return sorted({key.rpartition(".")[0] for key in keys})
 
     @functools.cached_property
     def _pathspec(self) -> list[str]:
-        """The arguments that leave out results, and what a filter encrypts."""
         pathspec = ["--", ":/"]
         root = os.path.realpath(self.root)
         for folder in self.excluded:
@@ -5727,7 +5545,6 @@ class _Repository:
         return self.folders[folder]
 
     def _is_there(self, change: _Change) -> bool:
-        """Tell whether a file is there, unless a sparse checkout need not have it."""
         return bool(change.mode) or change.name not in self.listed.sparse
 
     def _is_of_a_run(self, name: bytes) -> bool:
@@ -5742,11 +5559,7 @@ class _Repository:
 
     @functools.cached_property
     def base(self) -> Facts | None:
-        """The newest commit of this history that a remote has, and that remote.
-
-        Without one it is None if the whole tree is small enough for the patch, and
-        else HEAD, without a remote.
-        """
+        """The newest commit of this history that a remote has, and that remote."""
         if not self.head:
             return None
         wanted = self.wanted
@@ -5858,10 +5671,7 @@ class _Repository:
 
     @functools.cached_property
     def inner(self) -> list[_Repository]:
-        """The submodules that are checked out, and untracked repositories.
-
-        What is reached by a link is none of them, so none is met twice.
-        """
+        """The submodules that are checked out, and untracked repositories."""
         if not self.is_git:
             return []
         found = []
@@ -5897,10 +5707,7 @@ class _Repository:
         return None
 
     def load(self, changes: Iterable[_Change]) -> None:
-        """Read what commits have of these files, as far as it is here and small enough.
-
-        A file that was written after entry is taken as HEAD has it.
-        """
+        """Read what commits have of these files, if it is here and small enough."""
         ids = {change.old[1] for change in changes}
         ids |= {change.committed[1] for change in changes if change.is_late}
         if any(key.endswith(".promisor") for key in self.config):
@@ -6046,7 +5853,6 @@ class _History:
 
 
 def _blob(mode: bytes, oid: bytes) -> _Blob:
-    """Return mode and id as a pair; a submodule is no file."""
     if not mode.strip(b"0") or mode == b"160000":
         return _NO_BLOB
     return mode, oid
@@ -6077,10 +5883,7 @@ def _explained(failure: _ProgramFailed, directory: str) -> _Unknown:
 
 
 def _check_git_dir(tree: _Repository, root: str) -> None:
-    """Raise _Unknown unless the work tree and its .git name each other.
-
-    A folder that somebody else has made could else bring a private repository.
-    """
+    """Raise _Unknown unless work tree and .git name each other: it may be a trap."""
     dot_git = os.path.join(root, ".git")
     line = _first_line(dot_git) or ""
     named = os.path.join(root, line.partition("gitdir: ")[2] or ".git")
@@ -6104,18 +5907,13 @@ def _check_git_dir(tree: _Repository, root: str) -> None:
 
 
 def _first_line(path: str) -> str | None:
-    """Return the first line of a small file, None where there is none."""
     with _ignoring(OSError):
         return os.fsdecode(_read_bytes(path, limit=8192).partition(b"\n")[0])
     return None
 
 
 def _loose_files(tree: _Repository) -> list[_Change]:
-    """Return the code that is in no repository: what was loaded, and texts below.
-
-    The texts of a home directory, or of a folder that is everybody's, are not one
-    program. `tree.root` becomes the folder that has them all.
-    """
+    """Return the code that is in no repository: what was loaded, and texts below."""
     top = os.path.realpath(tree.directory)
     loaded = [os.path.realpath(path) for path in tree.sources]
     paths = dict.fromkeys(loaded)
@@ -6151,17 +5949,13 @@ def _texts_below(tree: _Repository, top: str) -> Iterator[str]:
 
 
 def _is_shared_folder(folder: str) -> bool:
-    """Tell whether a folder is a home, the root, or one in which everybody writes."""
     home = os.path.realpath(os.path.expanduser("~"))
     is_everybodys = bool(os.stat(folder).st_mode & stat.S_ISVTX)
     return is_everybodys or folder in (home, os.path.dirname(home), os.sep)
 
 
 def _is_own_source(path: str, site: _Site) -> bool:
-    """Tell whether a file belongs to the experiment.
-
-    What is installed does not, and neither does this file where it lies elsewhere.
-    """
+    """Tell whether a file belongs to the experiment."""
     real = os.path.realpath(path)
     if not os.path.isfile(real) or _is_installed(path) or _is_installed(real):
         return False
@@ -6314,7 +6108,6 @@ class _Patch:
         return True
 
     def _leave_out(self, change: _Change, reason: str) -> None:
-        """List a file that the patch lacks, with its sha256 where that is cheap."""
         size = max(change.size, change.old_size)
         self.left_out_count += 1
         self.left_out_bytes += size
@@ -6341,12 +6134,7 @@ def _write_or_link(record: _Record, name: str, data: bytes) -> None:
 
 
 def _compared_by_git(changes: Sequence[_Change], seconds: float) -> bytes:
-    """Return what git writes into a patch for these files.
-
-    It compares them in a folder of our own, whose attributes have precedence over a
-    .gitattributes among the files, so that nothing is converted. An old file that must
-    not be shown is replaced by one that makes git write a binary patch.
-    """
+    """Return what git writes into a patch for these files."""
     if not changes:
         return b""
     hidden = {}
@@ -6426,11 +6214,7 @@ def _git_run(
     directory: str, *words: str, protocols: str = "none",
     timeout: float | None = None, limit: int | None = None, stdin: int | None = None,
 ) -> bytes:
-    """Return what git prints; it asks, pages, fetches, locks and executes nothing.
-
-    Raises _Unknown. `protocols` are those by which it may fetch; the rest is as `_run`
-    takes it.
-    """
+    """Return what git prints; it asks, pages, fetches, locks and executes nothing."""
     git = _git_started(directory, *words, protocols=protocols, stdin=stdin)
     return git.result(timeout, limit)
 
@@ -6439,10 +6223,7 @@ def _git_started(
     directory: str, *words: str, protocols: str = "none", stdin: int | None = None,
     variables: Mapping[str, str] | None = None,
 ) -> _Program:
-    """Start git in a folder; what it prints is to be asked for.
-
-    `variables` are a copy of the environment, which takes long to make of thousands.
-    """
+    """Start git in a folder; what it prints is to be asked for."""
     kept = ("GIT_CEILING_DIRECTORIES", "GIT_DISCOVERY_ACROSS_FILESYSTEM")
     env = dict(variables or os.environ)
     for name in [name for name in env if name.startswith("GIT_")]:
@@ -6574,10 +6355,7 @@ class _Plan:
         return str(place / f"{os.path.basename(self.run_dir)}-again")
 
     def _recorded_python(self) -> str | None:
-        """Return the Python that would run it again, None if the command needs none.
-
-        It is asked for its packages, so another user's program is not taken.
-        """
+        """Return the Python that would run it again, None if the command needs none."""
         facts = _mapping(self.metadata, "python")
         recorded = _word(facts.get("executable"))
         if not recorded or facts.get("origin") == "PATH":
@@ -6638,7 +6416,6 @@ class _Plan:
         return []
 
     def _check_inputs(self) -> None:
-        """Hold the files of other runs against what they were."""
         inputs = _read_inputs(self.run_dir)
         problems = []
         cwd = _word(self.metadata.get("working_dir"))
@@ -6677,7 +6454,6 @@ class _Plan:
             self.add("secrets", 0, f"the environment also had {', '.join(missing)}")
 
     def _check_environment(self) -> None:
-        """Compare Python, packages and GPUs with those that --exec would use."""
         if self.python is None:
             return
         site = _Site.here([self.python, "-c", ""])
@@ -6818,10 +6594,7 @@ class _Plan:
         return texts
 
     def install(self, target: str) -> None:
-        """Make the recorded environment inside the new tree, and nowhere else.
-
-        Where that fails nothing is left, so that it can be tried again.
-        """
+        """Make the recorded environment inside the new tree, and nowhere else."""
         import shutil
 
         try:
@@ -6902,7 +6675,6 @@ class _Plan:
         return [make, [python, "-m", "pip", "install", *install]]
 
     def command(self, target: str) -> tuple[list[str], str]:
-        """Return the words that run it again, and the folder to run them in."""
         cwd = _word(self.metadata.get("working_dir"))
         words = [_moved(word, self.root, target) for word in self.argv]
         is_python = bool(re.match(_PYTHON, os.path.basename(words[0])))
@@ -6966,7 +6738,6 @@ _LAUNCHER_LINES = {  # by the variable that tells the number of ranks
 
 
 def _word(value: object) -> str:
-    """Return a text of a record, empty if it is anything else."""
     if isinstance(value, str):
         return value
     return ""
@@ -7020,11 +6791,7 @@ def _input_now(entry: Facts, run_dir: str) -> tuple[str, str | None]:
 
 
 def _fetch(place: str, base: Facts, former: str) -> list[str]:
-    """Make a repository with the commit of a base; return what turns filters off.
-
-    It comes from its former place if that still has it, else from the remote. Only
-    git reads there, and it is told to start nothing.
-    """
+    """Make a repository with the commit of a base; return what turns filters off."""
     commit = _word(base.get("commit"))
     if base and not re.fullmatch("[0-9a-f]{40,64}", commit):
         raise _Unknown(f"{commit!r} is no commit")
@@ -7106,7 +6873,6 @@ def _compared(then: Run, now: Run, tolerance: float) -> Facts:
 
 
 def _outcome(run: Run) -> dict[tuple[str, str], JSON]:
-    """Return how a run ended, and its metrics, the hashes of its files and its log."""
     found: dict[tuple[str, str], JSON] = {}
     for key in ("status", "exit_code"):
         found["end", key] = run.status.get(key)
@@ -7249,7 +7015,6 @@ def _named_texts(config: JSON, argv: Sequence[str]) -> Iterator[tuple[str, str]]
 
 
 def _strings(key: str, value: JSON, depth: int = 0) -> Iterator[tuple[str, str]]:
-    """Yield the strings in plain data with their dotted keys; lists have no own."""
     if isinstance(value, str):
         yield key, value
     elif depth > MAX_DEPTH:
@@ -7263,7 +7028,6 @@ def _strings(key: str, value: JSON, depth: int = 0) -> Iterator[tuple[str, str]]
 
 
 def _existing_paths(text: str, cwd: str) -> Iterator[str]:
-    """Yield the paths that a text names and that exist, each of a list or glob."""
     if len(text) > 4096 or "\0" in text:
         return
     value = text.partition("=")[2]
@@ -7288,15 +7052,11 @@ def _without_scheme(text: str) -> str:
 
 
 def _is_glob(path: str) -> bool:
-    """Tell whether a path is a pattern, in at most two of its parts.
-
-    With more it could make us list a whole disk.
-    """
+    """Tell whether a path is a pattern, in at most two of its parts."""
     return len(re.findall(r"[*?[][^/]*", path)) in (1, 2)
 
 
 def _globbed(pattern: str) -> Iterator[str]:
-    """Yield the existing paths of a pattern, as many as are looked at."""
     import glob
 
     with _ignoring(OSError, re.error):
@@ -7343,11 +7103,7 @@ def _warn_of_inputs(inputs: Iterable[Facts]) -> None:
 
 
 def _record_use(artifact: Path, consumer: str | None, reason: str | None) -> None:
-    """Record on both sides that the run `consumer` used a file of another run.
-
-    The consumer gets a line in inputs.jsonl, the producer one in
-    artifacts/USED_BY.jsonl where that can be written.
-    """
+    """Record on both sides that the run `consumer` used a file of another run."""
     path = os.path.abspath(artifact)
     producer = _run_of(path)
     if producer is None:
@@ -7367,7 +7123,6 @@ def _record_use(artifact: Path, consumer: str | None, reason: str | None) -> Non
 
 
 def _add_input(run_dir: Path, path: str, producer: str, reason: str | None) -> None:
-    """Append a file of another run, as it is now, to inputs.jsonl, once."""
     status = _text(_status_now(producer).get("status"))
     entry = _input("mark_artifact_used", path, producer, run_dir, status)
     if reason is not None:
@@ -7388,10 +7143,7 @@ def _same_input(entry: Facts) -> list[JSON]:
 
 
 def _read_inputs(run_dir: StrPath) -> list[Facts]:
-    """Return which files of other runs a run used.
-
-    They are in metadata.json, and in inputs.jsonl if mark_artifact_used() was called.
-    """
+    """Return which files of other runs a run used."""
     folder = os.fspath(run_dir)
     different: dict[str, Facts] = {}
     for entry in [*_recorded_inputs(folder), *_read_lines(f"{folder}/inputs.jsonl")]:
@@ -7416,11 +7168,7 @@ def _recorded_inputs(folder: str) -> list[Facts]:
 
 
 class _Lineage:
-    """Which runs below a results root used which, read from the runs themselves.
-
-    `edges` has for each (producer, consumer) what was used: paths of files in the
-    producer, "(reproduced)", or "(ran inside)" of a run that another one started.
-    """
+    """Which runs below a results root used which, read from the runs themselves."""
 
     def __init__(self, root: Path, run: Path | None = None) -> None:
         """Read all runs below `root`; with `run`, only what tells who used that."""
@@ -7468,7 +7216,6 @@ class _Lineage:
                 waiting.append((depth + 1, *step))
 
     def _add_inputs(self, consumer: Path) -> None:
-        """Add what a run says it used, and the runs it is tied to."""
         for entry in _read_inputs(consumer):
             self._add(self._where_now(entry, consumer), consumer, str(entry["path"]))
         for tied, what in _ties(consumer):
@@ -7577,13 +7324,11 @@ class _Redactor:
         self.keys: dict[str, str] = {}  # of mappings, as they are without secrets
 
     def learn(self, data: JSON) -> None:
-        """Remember the secrets in plain data."""
         facts = _Facts(_Redactor())
         facts.value(data)
         self.learn_values(facts.learned)
 
     def learn_code(self, data: bytes, name: bytes) -> None:
-        """Remember the secrets in a file."""
         text, _ = _decoded(data)
         finds = _code_finds(text, name)
         if self.is_secret_file(name, data):
@@ -7601,7 +7346,6 @@ class _Redactor:
             self.learn_values(values)
 
     def learn_values(self, values: Iterable[str]) -> None:
-        """Remember values that are known to be secret."""
         before = len(self.known)
         for value in values:
             self.known.update(_worth_knowing(value))
@@ -7615,11 +7359,9 @@ class _Redactor:
         return sorted(self.known)
 
     def data(self, value: JSON) -> JSON:
-        """Return plain data of the same shape without secrets."""
         return _Facts(self).value(value)
 
     def text(self, text: str) -> str:
-        """Return a fact, such as a message or a URL, without secrets."""
         return _Facts(self).text(text)
 
     def redacted_keys(self, data: JSON) -> list[str]:
@@ -7658,10 +7400,7 @@ class _Redactor:
         return sorted({bisect.bisect_left(ends, place) + 1 for place in places})
 
     def is_secret_file(self, name: bytes, data: bytes) -> bool:
-        """Return whether a file holds secrets by nature, as `.env` and `id_rsa` do.
-
-        A PEM file with nothing but certificates or public keys does not.
-        """
+        """Return whether a file holds secrets by nature, as `.env` and `id_rsa` do."""
         if not re.search(SECRET_FILES, name):
             return False
         is_pem = name.lower().endswith((b".pem", b".key")) and b"-----BEGIN " in data
@@ -7703,10 +7442,7 @@ def _worth_knowing(value: str) -> Iterator[str]:
 
 
 def _alternation(values: Sequence[str], depth: int = 3) -> str:
-    """Return a regular expression for any of the values, which come longest first.
-
-    Grouped by their first characters, thousands cost little more than one.
-    """
+    """Return a regular expression for any of the values, which come longest first."""
     if depth == 0 or len(values) == 1:
         return "|".join(map(re.escape, values))
     groups: dict[str, list[str]] = {}
@@ -7735,7 +7471,6 @@ if TYPE_CHECKING:
 
 
 def _replaced(text: str, finds: Sequence[_Find]) -> str:
-    """Return a text with the marker in the place of each find."""
     if not finds:
         return text
     pieces = []
@@ -7779,10 +7514,7 @@ def _decoded(data: bytes) -> tuple[str, str]:
 
 
 class _Facts:
-    """A walk through plain data that replaces what is secret.
-
-    `learned` gets the values that are to be looked for everywhere else.
-    """
+    """A walk through plain data that replaces what is secret."""
 
     def __init__(self, redactor: _Redactor) -> None:
         self.redactor = redactor
@@ -7790,7 +7522,6 @@ class _Facts:
         self.depth = 0
 
     def value(self, value: JSON, name: str = "", above: int = 0) -> JSON:
-        """Return a value without secrets; `above` is the grade of what holds it."""
         if isinstance(value, str):
             return self.named_text(value, name, above)
         if not isinstance(value, (dict, list)):
@@ -8026,7 +7757,6 @@ def _graded_names(text: str) -> Iterator[tuple[re.Match[str], int]]:
 
 
 def _last_name(text: str) -> str:
-    """Return the name in which a text ends, if it ends in one."""
     return text[len(text.rstrip(_NAMED)) :]
 
 
@@ -8048,10 +7778,7 @@ def _found_by(
 
 
 def _logins_of_urls(text: str) -> Iterator[_Find]:
-    """Yield `user:password` of URLs, but no port, no template and not git@.
-
-    The password alone is looked for elsewhere.
-    """
+    """Yield `user:password` of URLs, but no port, no template and not git@."""
     if "://" not in text:
         return
     for pattern in (_WEB_USERINFO, _USERINFO):
@@ -8215,7 +7942,6 @@ def _tokens_in_code(text: str) -> Iterator[_Find]:
 
 
 def _private_keys_in_code(text: str) -> Iterator[_Find]:
-    """Yield the lines of private keys, without the quotes that may be around each."""
     if "PRIVATE KEY" not in text:
         return
     for header in _compiled(_KEY_HEADER).finditer(text):
@@ -8291,7 +8017,6 @@ def _grade_around(text: str, place: int) -> int:
 
 
 def _opener_before(text: str, place: int) -> int:
-    """Return where the bracket is that a place stands in, -1 when it is far away."""
     start = max(0, place - MAX_BEFORE)
     depth = 0
     for match in reversed(list(_compiled(r"[][(){}]").finditer(text, start, place))):
@@ -8516,7 +8241,6 @@ def _grade(name: str) -> int:
 
 
 def _grade_of_last(before: str, last: str) -> int:
-    """Return the grade of a name that ends in these two words."""
     for grade, words in _LAST_WORDS:
         if last in words:
             return grade
@@ -8685,10 +8409,7 @@ class _Audit:
         self.binary = 0  # those of them that are searched for known values only
 
     def search(self, places: Iterable[StrPath]) -> None:
-        """Search files, and all files below folders; no link is followed.
-
-        All are read twice: what one shows to be secret is looked for in every other.
-        """
+        """Search files, and all files below folders; no link is followed."""
         paths: list[str] = []
         for place in places:
             for path in _files_below(os.fspath(place)):
@@ -8699,7 +8420,6 @@ class _Audit:
             self.search_file(path, self.read(path))
 
     def read(self, path: str) -> bytes:
-        """Return the content of a file; where it cannot be read, note why."""
         try:
             return _read_bytes(path)
         except OSError as error:
@@ -8707,7 +8427,6 @@ class _Audit:
             return b""
 
     def search_file(self, path: str, data: bytes) -> None:
-        """Note the lines of a file that have secrets."""
         name = self.name(path)
         self.searched += name not in self.unread
         lines: list[int | None] = [*_redactor.secret_lines(data, os.fsencode(path))]
@@ -8872,10 +8591,7 @@ class _Conversion:
         return result
 
     def within_limits(self, items: Any) -> Iterator[Any]:
-        """Yield the items that there is room for.
-
-        One more than the limit may be the count of an earlier conversion.
-        """
+        """Yield the items that there is room for."""
         count = len(items)
         if count > MAX_ITEMS * self.scale + 1:
             count = MAX_ITEMS * self.scale
@@ -8884,11 +8600,7 @@ class _Conversion:
                 yield item
 
     def array(self, value: Any, kind: Any) -> JSON:
-        """Return the numbers of a small array or tensor, a summary of any other.
-
-        A table would lose its index by tolist(), a distributed tensor wait for the
-        other ranks, and one on the device "meta" has no numbers, and raises.
-        """
+        """Return the numbers of a small array or tensor, a summary of any other."""
         import math
 
         shape = tuple(value.shape)
@@ -8933,7 +8645,6 @@ def _type_name(kind: type) -> str:
 
 
 def _field_names(kind: Any) -> list[str] | None:
-    """Return the fields of a class that declares them: dataclass, attrs, namedtuple."""
     if hasattr(kind, "__dataclass_fields__"):
         return [field.name for field in sys.modules["dataclasses"].fields(kind)]
     if hasattr(kind, "__attrs_attrs__"):
@@ -8968,10 +8679,7 @@ def _function_name(function: Any) -> str:
 
 
 def _omegaconf_container(config: Any) -> object:
-    """Return an OmegaConf container with its interpolations resolved.
-
-    One that leads nowhere stays as it was written; the others are resolved one by one.
-    """
+    """Return an OmegaConf container with its interpolations resolved."""
     to_container = sys.modules["omegaconf"].OmegaConf.to_container
     try:
         return to_container(config, resolve=True)
@@ -9113,7 +8821,6 @@ def _without_nan(value: JSON) -> JSON:
 
 
 def _format_yaml(value: JSON) -> str:
-    """Return plain data as YAML, the same bytes with and without PyYAML."""
     return "\n".join(_yaml_lines(_yaml_tree(value))) + "\n"
 
 
@@ -9442,10 +9149,7 @@ class _Program:
         return None
 
     def close(self) -> None:
-        """Let go of the program; kill it with all it started if it has not ended.
-
-        One that cannot die is not waited for.
-        """
+        """Let go of the program; kill it with all it started if it has not ended."""
         if self.end is not None:
             os.close(self.end)
         for pipe in self.texts:
@@ -9496,11 +9200,6 @@ def _neutral_directory() -> str:
 
 
 def _safe_python(executable: str) -> list[str]:
-    """Return how to start `executable` so that it runs no file of its directory.
-
-    What follows is `-m MODULE ...`. Before Python 3.11, which has -P for this, the
-    current directory comes first on sys.path.
-    """
     code = (
         "import sys; sys.path[:1] == [''] and sys.path.pop(0); del sys.argv[:2]; "
         "import runpy; runpy.run_module(sys.argv[0], None, '__main__', True)"
@@ -9512,7 +9211,6 @@ _PYTHON = r"(?i)(python|pypy)[\d.]*t?(\.exe)?$"
 
 
 def _no_interpreter() -> str | None:
-    """Return why sys.executable is not the Python that runs this, or None."""
     if getattr(sys, "frozen", False):
         return "a frozen program"
     if not re.match(_PYTHON, os.path.basename(sys.executable or "")):
@@ -9650,7 +9348,6 @@ _HAS_DIR_FD = os.open in os.supports_dir_fd and os.rename in os.supports_dir_fd
 
 
 def _write_json(path: StrPath, value: JSON, durable: bool = False) -> None:
-    """Write plain data as redacted, strict JSON."""
     text = _format_json(_redactor.data(value))
     _write_file(path, text.encode("ascii"), durable)
 
@@ -9682,7 +9379,6 @@ def _write_file(
 
 
 def _append_line(path: StrPath, row: Facts, dir_fd: int | None = None) -> None:
-    """Append one redacted line of JSON with a single write(2)."""
     line = _format_json(_redactor.data(row), indent=None).encode("ascii")
     descriptor = _open_for_lines(path, dir_fd)
     try:
@@ -9714,7 +9410,6 @@ def _temporary_folder() -> Iterator[str]:
 
 
 def _remove_tree(path: str) -> None:
-    """Remove a folder with all that is in it; a link leads nowhere."""
     for folder, folders, names in os.walk(path, topdown=False):
         for name in [*names, *folders]:
             inside = os.path.join(folder, name)
@@ -9756,7 +9451,6 @@ def _open_for_lines(path: StrPath, dir_fd: int | None = None) -> int:
 
 
 def _write_all(descriptor: int, data: bytes) -> None:
-    """Write all of `data`, in as many pieces as the system takes."""
     while data:
         written = os.write(descriptor, data)
         data = data[written:]
@@ -9846,7 +9540,6 @@ class _Folder:
                     os.close(descriptor)
 
     def _by_path(self, inside: str, create: bool) -> _Place:
-        """Return the same where the system cannot open relative to a directory."""
         path = self.path / inside
         if create:
             path.mkdir(parents=True, exist_ok=True)
@@ -9887,7 +9580,6 @@ class _Kept:
         return self.identity is not None and _identity(self.number) == self.identity
 
     def close(self) -> None:
-        """Close it, unless the program did, or uses its number for its own file."""
         if self.is_ours():
             with _ignoring(OSError):
                 os.close(self.number)
@@ -9910,7 +9602,6 @@ def _identity_of(info: os.stat_result) -> tuple[int, int]:
 
 
 def _read_json(path: StrPath) -> Facts | None:
-    """Return the mapping in a JSON file, or None for anything else."""
     with _ignoring(OSError, ValueError, RecursionError):
         value = json.loads(_read_bytes(path))
         if isinstance(value, dict):
@@ -9948,7 +9639,6 @@ def _read_bytes(path: StrPath, limit: int = 0, tail: int | None = None) -> bytes
 
 
 def _opened(path: StrPath, limit: int, follow: bool = False) -> io.FileIO:
-    """Open a regular file of at most `limit` bytes for reading."""
     file = io.FileIO(_open(path, os.O_RDONLY, follow=follow))
     size = os.fstat(file.fileno()).st_size
     if size > limit:
@@ -10023,7 +9713,6 @@ def _is_foreign(error: BaseException) -> bool:
 
 
 def _signal_handlers() -> set[object]:
-    """Return the code of all functions that handle a signal at the moment."""
     found = set()
     for number in signal.valid_signals():
         handler = signal.getsignal(number)
@@ -10050,11 +9739,7 @@ def _warn(text: str, once: bool = False) -> None:
 
 
 def _say(text: str) -> None:
-    """Print one line on stderr, if it takes one; never fail.
-
-    A line that Python keeps in a buffer, since stderr is full or its reader is gone,
-    fails once more when Python ends, and the exit status is 120.
-    """
+    """Print one line on stderr, if it takes one; never fail."""
     stream = sys.stderr
     if stream is None:  # print() would take stdout
         return
@@ -10068,7 +9753,6 @@ def _say(text: str) -> None:
 
 
 def _utc(seconds: float | None = None) -> str:
-    """Return a time, by default now, as "2026-01-31T14:25:01Z"."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
@@ -10156,7 +9840,6 @@ def _find_own_run(text: str, root: Path, prefix: str | None) -> Path:
 
 
 def _named(text: str, walk: _Walk) -> list[str]:
-    """Return the runs that a name means, or a part of one, or "latest"."""
     if text == "latest":
         return walk.newest_first(1)
     paths = {run: os.path.relpath(run, walk.root) for run in sorted(walk.runs)}
@@ -10182,10 +9865,6 @@ def _search_root(text: str | None) -> str:
 
 
 def _run_of(path: StrPath, known: dict[str, bool] | None = None) -> str | None:
-    """Return the run directory that a path is or lies in, also through links.
-
-    `known` remembers, for many paths, which folders are runs.
-    """
     if known is None:
         known = {}
     for place in (os.path.abspath(path), os.path.realpath(path)):
@@ -10223,7 +9902,6 @@ _STAMP = r"\d{8}-\d{6}(?![^-])"  # in the name of a run: local time
 
 
 def _stamp_of(name: str) -> str:
-    """Return the time in a run's name, "20260131-142501", or nothing."""
     found = re.search(_STAMP, name)
     if found is None:
         return ""
@@ -10282,7 +9960,6 @@ class _Walk:
         return os.stat(target).st_uid == os.stat(real_root).st_uid
 
     def _enter(self, top: str, real_top: str, deadline: float = float("inf")) -> None:
-        """Collect the runs at and below a folder."""
         waiting = [(top, 0)]
         while waiting and time.monotonic() < deadline:
             folder, depth = waiting.pop()
@@ -10303,7 +9980,6 @@ class _Walk:
                     waiting.append((path, depth + 1))
 
     def _listed(self, folder: str) -> tuple[set[str], list[str]]:
-        """Return the names of the files in a folder, and of the folders in it."""
         names: set[str] = set()
         inside: list[str] = []
         try:
@@ -10332,17 +10008,12 @@ def _is_record(folder: str, names: set[str], inside: list[str]) -> bool:
 
 
 def _walk_runs(root: StrPath) -> list[str]:
-    """Return the paths of all runs below a folder, newest first."""
     return _Walk(os.fspath(root)).newest_first()
 
 
 def _newest(
     runs: Iterable[_Ranked], limit: int | None, known: Callable[[], dict[str, str]]
 ) -> list[_Ranked]:
-    """Return the newest runs in the order of their starts, at most `limit`.
-
-    Of many runs only those are asked that, by the index, may be among the newest.
-    """
     asked = list(runs)
     if limit is not None and len(asked) > max(limit, MANY_RUNS):
         starts = known()
@@ -10397,11 +10068,7 @@ class _Index:
 
 
 def _started(run_dir: StrPath) -> float:
-    """Return when a run was started, in seconds since 1970; 0 if nothing tells.
-
-    status.json has the fraction of a second. An ancestor's run may have no more than
-    the local time in its name.
-    """
+    """Return when a run was started, in seconds since 1970; 0 if nothing tells."""
     folder = os.fspath(run_dir)
     status = _small_json(f"{folder}/status.json")
     if _is_finite(status.get("started")):
@@ -10428,10 +10095,7 @@ def _small_json(path: str) -> Facts:
 
 
 def _small_text(path: str) -> str:
-    """Return the text of a file that most often is small, or raise OSError.
-
-    As _read_bytes, in half the time: `list` may read 100,000 of them.
-    """
+    """Return the text of a file that most often is small, or raise OSError."""
     descriptor = os.open(path, os.O_RDONLY | _NO_FOLLOW | _NO_WAIT | _CLOSE_ON_EXEC)
     try:
         data = os.read(descriptor, FORWARD_BYTES)
@@ -10513,7 +10177,6 @@ class _Filters:
             raise ValueError(f"limit is {self.limit}; give 0 for all, or a number")
 
     def take(self, run: Run, root: str) -> bool:
-        """Tell whether a run is asked for; the cheapest questions come first."""
         if self.contains is not None:
             if self.contains.lower() not in run.folder[len(root) :].lower():
                 return False
@@ -10530,7 +10193,6 @@ class _Filters:
         return not self.has_outputs or bool(run.outputs)
 
     def expressions(self) -> list[_Expression]:
-        """Return the values that runs are sorted and chosen by."""
         found: dict[str, _Expression] = {}
         if self.sort is not None:
             found[self.sort.text] = self.sort
@@ -10584,11 +10246,7 @@ class _Selection:
 
 
 def _select_runs(root: StrPath, filters: _Filters) -> _Selection:
-    """Return the runs below a folder that are asked for, with all their values.
-
-    What differs is decided by them and by some of the others, first those whose names
-    begin as theirs do.
-    """
+    """Return the runs below a folder that are asked for, with all their values."""
     selection = _Selection(root, filters)
     selection.runs, selection.unseen = _first_of(
         selection.candidates, filters, selection.known
@@ -10608,10 +10266,7 @@ def _select_runs(root: StrPath, filters: _Filters) -> _Selection:
 def _first_of(
     items: list[_Ranked], filters: _Filters, known: Callable[[], dict[str, str]]
 ) -> tuple[list[_Ranked], int]:
-    """Return runs, or groups of them, in their order, and how many the limit hides.
-
-    Among equals the newest comes first; only they are asked when they were started.
-    """
+    """Return runs, or groups of them, in their order, and how many the limit hides."""
     groups = [items]
     if filters.sort is not None:
         values = {id(item): item.value(filters.sort) for item in items}
@@ -10662,10 +10317,7 @@ def _sort_rank(value: object) -> tuple[int, float, str]:
 
 
 def _differing_keys(runs: Iterable[Run]) -> dict[str, list[str]]:
-    """Return by script the keys of the config that differ between its runs.
-
-    A key that a run lacks is no difference: the run may be older than the key.
-    """
+    """Return by script the keys of the config that differ between its runs."""
     values: dict[str, dict[str, set[str]]] = {}
     for run in runs:
         keys = values.setdefault(_script_of(run), {})
@@ -10734,7 +10386,6 @@ class _Expression:
             raise ValueError(f"{text!r} is no key; give one such as 'lr' or 'max(acc)'")
 
     def value(self, run: Run) -> object:
-        """Return the value that a run has, or None."""
         if self.function is None:
             return run.look_up(self.key)
         facts = _metric_facts(run, self.key)
@@ -10779,7 +10430,6 @@ class _Condition:
         return [term for terms in self.alternatives for term in terms]
 
     def holds(self, run: Run) -> bool:
-        """Tell whether all comparisons of one alternative hold."""
         return any(all(t.holds(run) for t in terms) for terms in self.alternatives)
 
     def asks_for_null(self, text: str) -> bool:
@@ -10933,11 +10583,7 @@ def _metric_summary(run_dir: str) -> Facts:
 
 
 def _metric_facts(run: Run, key: str) -> Facts:
-    """Return the summary of one metric, {} if the run has none of this name.
-
-    Of summary.json only that is parsed: with 50 metrics in each of 10,000 runs the
-    whole takes seconds.
-    """
+    """Return the summary of one metric, {} if the run has none of this name."""
     if "raw_summary" not in run.__dict__:
         with _ignoring(OSError, ValueError, RecursionError):
             text = _small_text(f"{run.folder}/metrics/summary.json")
@@ -11000,11 +10646,7 @@ def _line_blocks(path: StrPath, limit: int) -> Iterator[tuple[bytes, int]]:
 
 
 def _rows_of(lines: bytes) -> list[Facts]:
-    """Return the objects in some lines of JSON; what is torn is left out.
-
-    One list is parsed in half the time of its lines. A newline can only stand between
-    two of them, for in a text of JSON it is escaped.
-    """
+    """Return the objects in some lines of JSON; what is torn is left out."""
     rows: list[JSON] = []
     try:
         rows = json.loads(b"[" + lines.replace(b"\n", b",") + b"]")
@@ -11045,10 +10687,6 @@ _RECORD_INSIDE = ("artifacts/USED_BY.jsonl", "metrics/summary.json",
 
 
 def _output_sizes(run_dir: str) -> dict[str, int]:
-    """Return the files that a run left, by their paths in it, with their sizes.
-
-    Its record and logs are no outputs.
-    """
     sizes = {}
     for name, size in _file_sizes(run_dir, ("logs", "attempts")).items():
         is_record = name in _RECORD_INSIDE or name.endswith(".tmp")
@@ -11060,7 +10698,6 @@ def _output_sizes(run_dir: str) -> dict[str, int]:
 
 
 def _file_sizes(folder: str, skipped: Sequence[str] = ()) -> dict[str, int]:
-    """Return the sizes of the files below a folder, at most MAX_ITEMS of them."""
     sizes: dict[str, int] = {}
     waiting = [""]
     while waiting and len(sizes) < MAX_ITEMS:
@@ -11117,10 +10754,6 @@ def _makers_of(path: str, runs: Iterable[str]) -> list[str]:
 
 
 def _left(run: str, size: int, digest: str) -> bool:
-    """Tell whether a run left a file of this size and sha256.
-
-    Of a run that recorded none (an older one, or one that died) the files are read.
-    """
     metadata = b""
     with _ignoring(OSError):
         metadata = _read_bytes(f"{run}/metadata.json", MAX_RECORD)
@@ -11137,7 +10770,6 @@ def _left(run: str, size: int, digest: str) -> bool:
 
 
 def _reason(run: Run) -> str | None:
-    """Return in one line why a run failed, or what is wrong with one that did not."""
     status = run.status
     if status.get("status") in ("running", "success"):
         return _one_line(_texts(status.get("warnings"))[:1])
@@ -11271,10 +10903,7 @@ class _Group:
 def _select_groups(
     root: StrPath, filters: _Filters, over: str
 ) -> tuple[list[_Group], _Selection]:
-    """Return the runs that are asked for, folded over keys such as "seed".
-
-    They are sorted by the mean of what they are sorted by, else by the newest run.
-    """
+    """Return the runs that are asked for, folded over keys such as "seed"."""
     selection = _Selection(root, filters)
     runs = selection.candidates
     runs.sort(key=lambda run: (run.started, run.folder), reverse=True)
@@ -11292,7 +10921,6 @@ def _select_groups(
 
 
 def _fold_seeds(runs: Iterable[Run], keys: Iterable[str]) -> list[_Group]:
-    """Return groups of runs that differ only in these keys of the config."""
     left_out: set[str] = set()
     for key in keys:
         left_out.update((key, f"config.{key}"))
@@ -11346,7 +10974,6 @@ def _comparable_run(run: Run) -> Comparable:
 
 
 def _patches_of(run: Run) -> Facts:
-    """Return the texts of git.patch and of the patches of local packages."""
     patches: Facts = {}
     for path in sorted(run.path.glob("git*.patch")):
         with _ignoring(OSError):
@@ -11418,11 +11045,7 @@ def _comparable_machine(metadata: Facts) -> Facts:
 
 
 def _comparable_now(run: Run) -> Comparable:
-    """Return the same of here and now; it has no config, metrics or seeds.
-
-    The code is that of the repository in which the run ran, and its patch begins where
-    the run's does, so that an unchanged tree gives the same text.
-    """
+    """Return the same of here and now; it has no config, metrics or seeds."""
     then = _mapping(run.metadata, "git")
     site = _Site.here()
     site.run_dir = run.folder
@@ -11454,7 +11077,6 @@ def _comparable_now(run: Run) -> Comparable:
 
 
 def _files_of_patch(run: Run) -> list[str]:
-    """Return where the files of git.patch are: all the code there is without git."""
     top = _text(_mapping(_mapping(run.metadata, "git"), "patch").get("root"))
     patch = _patches_of(run).get("git.patch", "")
     names = re.findall(r"^\+\+\+ b/(.+)", patch, re.M)
@@ -11509,7 +11131,6 @@ def _prunable_runs(
 
 
 def _why_it_stays(run: Run) -> str | None:
-    """Return why a run is not thrown away, or None."""
     if _status_now(run.folder).get("status") in ("running", "unknown"):
         return "it may be running"
     if run.used_by:
@@ -11522,10 +11143,7 @@ def _why_it_stays(run: Run) -> str | None:
 
 
 def _prune(root: str, prunable: _Prunable, purge: bool) -> str | None:
-    """Move a run to ROOT/.trash, or delete it; return where it is now.
-
-    Raises OSError where that fails, and ValueError for a run that must stay.
-    """
+    """Move a run to ROOT/.trash, or delete it; return where it is now."""
     import shutil
 
     run = prunable.run
@@ -11555,7 +11173,6 @@ def _prune(root: str, prunable: _Prunable, purge: bool) -> str | None:
 
 
 def _mapping(facts: object, key: str) -> Facts:
-    """Return `facts[key]` if that is a mapping, else an empty one."""
     if isinstance(facts, dict):
         value = facts.get(key)
         if isinstance(value, dict):
@@ -11591,7 +11208,6 @@ def _text(value: object) -> str:
 
 
 def _number(value: object) -> float | None:
-    """Return a number, or a text that is one, as float; None for anything else."""
     if type(value) is float:
         return value
     if isinstance(value, (int, float, str)) and not isinstance(value, bool):
@@ -11601,7 +11217,6 @@ def _number(value: object) -> float | None:
 
 
 def _is_finite(value: object) -> bool:
-    """Tell whether a value is a number that is neither infinite nor NaN."""
     number = _number(value)
     return number is not None and number - number == 0
 
@@ -11614,10 +11229,7 @@ def _as_float(value: JSON) -> JSON:
 
 
 def _with_floats(value: JSON, depth: int = 0) -> JSON:
-    """Return plain data with floats for the texts that stand for NaN and infinities.
-
-    What is nested more deeply than anything that we write is left out.
-    """
+    """Return plain data with floats for the texts that stand for NaN and infinities."""
     if depth > MAX_DEPTH:
         return "<nested too deeply>"
     if isinstance(value, dict):
@@ -11663,11 +11275,7 @@ if TYPE_CHECKING:
 
 
 class _Column:
-    """One column of a table: a heading, and for each row a value and its text.
-
-    Where there is no room the highest `rank` is left out first, and 0 never; what is
-    `beneath` goes on a line of its own below its row.
-    """
+    """One column of a table: a heading, and for each row a value and its text."""
 
     def __init__(
         self, heading: str, values: Sequence[object],
@@ -11719,7 +11327,6 @@ def _is_number_value(value: object) -> bool:
 
 
 def _cell_text(value: object) -> str:
-    """Return a value as it stands in a table: nothing for what is not there."""
     if value is None:
         return ""
     return _text(value)
@@ -11732,11 +11339,7 @@ def _run_columns(
     runs: Sequence[Run], root: StrPath, differing: Mapping[str, Sequence[str]],
     asked: Sequence[str] = (), whole: bool = False,
 ) -> list[_Column]:
-    """Return the columns of some runs, metrics before config.
-
-    `differing` has by script the keys of the config that differ. `asked` is what
-    somebody sorted by or asked for: "max(acc)". `whole` adds inputs and users.
-    """
+    """Return the columns of some runs, metrics before config."""
     names = [os.path.relpath(run.path, root) for run in runs]
     ages = [_age(run) for run in runs]
     times = [_duration(run) for run in runs]
@@ -11789,14 +11392,12 @@ def _key_columns(
 
 
 def _status_text(run: Run) -> str:
-    """Return "success", or "success (2 attempts)"."""
     if run["attempts"] > 1:
         return f"{run['status']} ({run['attempts']} attempts)"
     return str(run["status"])
 
 
 def _age(run: Run) -> float | None:
-    """Return how many seconds ago a run was started."""
     started = _seconds(run["started_utc"])
     if started is None:
         return None
@@ -11811,14 +11412,12 @@ def _duration(run: Run) -> float | None:
 
 
 def _outputs_text(run: Run) -> str:
-    """Return how many files a run left: "2 (2.05 kB)"."""
     if not run.outputs:
         return "empty"
     return f"{len(run.outputs)} ({_format_size(sum(run.outputs.values()))})"
 
 
 def _notes_text(run: Run) -> str | None:
-    """Return "[canonical] looks good; but slow"."""
     words = [f"[{tag}]" for tag in run["tags"]]
     words.append("; ".join(_note_texts(run)))
     return " ".join(filter(None, words)) or None
@@ -11893,7 +11492,6 @@ def _spread_text(row: Mapping[str, object], key: str) -> str:
 
 
 def _print_columns(columns: Sequence[_Column], form: str | None) -> None:
-    """Print a table as Markdown ("md") or as text."""
     columns = [c for c in columns if not c.is_empty() or not (c.rank or c.beneath)]
     if form == "md":
         heading, *rows = zip(*map(_Column.cells, columns))
@@ -11930,11 +11528,7 @@ def _print_table(columns: Sequence[_Column]) -> None:
 
 
 def _shortened_widths(columns: Sequence[_Column], room: int) -> dict[_Column, int]:
-    """Return the widths of the columns for which there is room.
-
-    The run's name is shortened first, then other texts; then columns go. What room is
-    left is given back, to the name first.
-    """
+    """Return the widths of the columns for which there is room."""
     widths = {column: column.width() for column in columns}
     for column in columns:  # the name is the first
         excess = max(_total(widths) - room, 0)
@@ -11951,12 +11545,10 @@ def _shortened_widths(columns: Sequence[_Column], room: int) -> dict[_Column, in
 
 
 def _total(widths: Mapping[_Column, int]) -> int:
-    """Return the width of a line with two blanks between the columns."""
     return sum(widths.values()) + 2 * len(widths) - 2
 
 
 def _terminal_width() -> int | None:
-    """Return COLUMNS, else the width of the terminal, None where there is none."""
     with _ignoring(AttributeError, ValueError, OSError):  # stdout may be closed
         columns = os.environ.get("COLUMNS")
         return int(columns or os.get_terminal_size(sys.stdout.fileno()).columns) or None
@@ -11964,7 +11556,6 @@ def _terminal_width() -> int | None:
 
 
 def _width(text: str) -> int:
-    """Return how many columns of a terminal a text takes."""
     if text.isascii():
         return len(text)
     import unicodedata
@@ -12011,10 +11602,7 @@ def _short_name(name: str, width: int) -> str:
 
 
 def _markdown(text: str) -> str:
-    """Return a text in which GitHub finds no markup, link, @name, #number or $math$.
-
-    What is more than plain words goes into a code span.
-    """
+    """Return a text in which GitHub finds no markup, link, @name, #number or $math$."""
     text = _printable(text)
     links = re.search(r"www\.|GH-\d|[0-9a-f]{7}", text, re.I)
     if links is None and re.fullmatch(r"[A-Za-z0-9 .,+%()/-]*", text):
@@ -12058,7 +11646,6 @@ def _html_table(columns: Sequence[_Column]) -> str:
 
 
 def _html(text: str) -> str:
-    """Escape a text for HTML, in attributes too."""
     marks = {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#39;"}
     return re.sub("[&<>\"']", lambda found: marks[found[0]], _visible_text(text))
 
@@ -12067,7 +11654,6 @@ def _html(text: str) -> str:
 
 
 def _print_paragraphs(paragraphs: Iterable[Paragraph]) -> None:
-    """Print each paragraph: its name at the left, its lines beside it."""
     for line in _paragraph_lines(paragraphs):
         print(line)
 
@@ -12136,7 +11722,6 @@ def _first(lines: Sequence[str]) -> list[str]:
 
 
 def _format_end(status: Facts) -> str:
-    """Return "failed (exception), exit code 1, after 2h05m"."""
     text = _known_text(status, "status")
     if status.get("exit_reason"):
         text += f" ({_text(status['exit_reason'])})"
@@ -12177,7 +11762,6 @@ def _format_why(run: Run) -> list[str]:
 
 
 def _format_code(git: Facts) -> str:
-    """Return "1a2b3c4 on main, uncommitted changes, 2 commits not pushed, URL"."""
     if not git.get("commit_short"):
         return "no commit known"
     patch = _mapping(git, "patch")
@@ -12202,7 +11786,6 @@ def _known_text(facts: Facts, key: str) -> str:
 
 
 def _format_start(run: Run) -> str:
-    """Return when, by whom, where and with what a run was started."""
     metadata = run.metadata
     user, host = _known_text(metadata, "user"), _known_text(metadata, "hostname")
     folder = _known_text(metadata, "working_dir")
@@ -12213,7 +11796,6 @@ def _format_start(run: Run) -> str:
 
 
 def _format_input(entry: Facts) -> str:
-    """Return "key: run/path (success)", and what became of the file since."""
     name = _text(entry["path"])
     about = _known_text(entry, "status")
     try:
@@ -12227,7 +11809,6 @@ def _format_input(entry: Facts) -> str:
 
 
 def _number_series(run: Run) -> dict[str, list[float]]:
-    """Return the numbers of each metric in their order."""
     series = {}
     for name, (values, _) in _all_series(run.path).items():
         if name not in _NO_METRICS:
@@ -12237,7 +11818,6 @@ def _number_series(run: Run) -> dict[str, list[float]]:
 
 
 def _format_metrics(run: Run) -> list[str]:
-    """Return "loss: 0.1 (lowest 0.1, highest 2, 10 values) █▁" for each metric."""
     lines = []
     for name, values in _number_series(run).items():
         finite = list(filter(_is_finite, values))
@@ -12316,7 +11896,6 @@ def _format_resources(resources: Facts) -> list[str]:
 
 
 def _format_notes(run: Run) -> list[str]:
-    """Return "2026-01-31T14:25:01Z ann: looks good" for each note with a text."""
     lines = []
     for note in run.notes:
         if note.get("text"):
@@ -12372,7 +11951,6 @@ def _diff_paragraphs(run: Run, found: Differences) -> Iterator[Paragraph]:
 
 
 def _commits_between(run: Run, then: JSON, now: JSON) -> list[str]:
-    """Return the commits that only one side has, where the repository is at hand."""
     root = _text(_mapping(run.metadata, "git").get("root"))
     for commit in (then, now):
         if re.fullmatch("[0-9a-f]{4,64}", str(commit)) is None:
@@ -12442,7 +12020,6 @@ def _label(form: str, text: str) -> str:
 
 
 def _format_size(size: float) -> str:
-    """Return "512 B", "1.5 MB": bytes by powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
         if size < 999.5:
             return f"{size:.3g} {unit}"
@@ -12475,7 +12052,6 @@ def _format_count(number: object, noun: str, about: str = "") -> str:
 
 
 def _format_paths(paths: Sequence[str]) -> str:
-    """Return "a.pt, b.pt, c.pt and 7 more"."""
     text = ", ".join(paths[:3])
     if len(paths) > 3:
         text += f" and {len(paths) - 3} more"
@@ -12498,11 +12074,7 @@ def _printable(text: str) -> str:
 
 
 def _visible_text(text: str) -> str:
-    """Escape what could steer a terminal, hide text, or not be seen at all.
-
-    That is what Python calls not printable (controls, bidirectional and invisible
-    formatting, lone surrogates), and letters of which nothing is seen.
-    """
+    """Escape what could steer a terminal, hide text, or not be seen at all."""
     if text.isascii() and text.isprintable():
         return text
     letters = []
@@ -12515,10 +12087,7 @@ def _visible_text(text: str) -> str:
 
 
 def _with_progress(items: Sequence[T], what: str) -> Iterator[T]:
-    """Yield the items; when it takes long, say "reading runs: 12 of 50" on a terminal.
-
-    The line on stderr disappears at the end.
-    """
+    """Yield the items; a terminal is told how far it is when it takes long."""
     due = time.monotonic() + PROGRESS_SECONDS
     line = ""
     for number, item in enumerate(items, 1):
@@ -12541,7 +12110,6 @@ if TYPE_CHECKING:
 
 
 def _cmd_report(args: argparse.Namespace) -> int:
-    """Write one HTML page about the runs that were asked for."""
     output = os.path.abspath(args.output)
     if os.path.isdir(output):
         raise ValueError(f"{args.output!r} is a folder; give -o the name of a file")
@@ -12572,7 +12140,6 @@ _ASKED = ("where", "status", "since", "older", "contains", "tag", "has_outputs",
 
 
 def _report(page: _Page, asked: str, embed: bool) -> str:
-    """Return the page; `asked` tells the filters, `embed` puts images into it."""
     import base64
     import hashlib
 
@@ -12599,11 +12166,7 @@ def _report(page: _Page, asked: str, embed: bool) -> str:
 
 
 class _Page:
-    """What the sections of a page share: the runs in their order, colours, text.
-
-    Every run is a row of the table. The first REPORT_RUNS, the best if there is a goal,
-    are drawn and told about as well. What the page lacks is said in `left_out`.
-    """
+    """What the sections of a page share: the runs in their order, colours, text."""
 
     def __init__(
         self, selection: _Selection, goal: _Expression | None, over: list[str],
@@ -12640,7 +12203,6 @@ class _Page:
             )
 
     def best(self, run: Run) -> float | None:
-        """Return the best value of a run; None where it has no finite one."""
         if self.goal is None:
             return None
         return _finite(self.goal.value(run))
@@ -12693,7 +12255,6 @@ class _Page:
         return "\n".join(kept)
 
     def link(self, path: str) -> str:
-        """Return the address of a file as seen from the page."""
         from urllib.parse import quote
 
         with _ignoring(ValueError):  # it is on another drive
@@ -12756,7 +12317,6 @@ def _finite(value: object) -> float | None:
 
 
 def _short(key: str) -> str:
-    """Return "optimizer.lr" of "config.optimizer.lr"."""
     return key.partition(".")[2]
 
 
@@ -12764,7 +12324,6 @@ def _short(key: str) -> str:
 
 
 def _summary_html(page: _Page, asked: str) -> Iterator[str]:
-    """Yield what was selected, the states, the best run, and what differs."""
     count = _format_count(len(page.runs), "run") or "No runs"
     if asked:
         asked = f": {page.text(asked, 400)}"
@@ -12794,7 +12353,6 @@ def _state_html(page: _Page, word: str) -> str:
 
 
 def _best_html(page: _Page) -> Iterator[str]:
-    """Yield the best run, or how to say what best means."""
     run = page.runs[0]
     if page.goal is None:
         yield "<p>Nothing is ranked: no metric was chosen.</p>"
@@ -12811,7 +12369,6 @@ def _best_html(page: _Page) -> Iterator[str]:
 
 
 def _name_html(page: _Page, place: int) -> str:
-    """Return the name of a run, with its colour and the way to its details."""
     run = page.runs[place]
     name = page.text(run.name, 120)
     if place >= len(page.drawn):
@@ -12895,7 +12452,6 @@ def _plots_html(page: _Page) -> Iterator[str]:
 
 
 def _plots(page: _Page) -> list[_Plot]:
-    """Return the plots with their curves, that of the goal first."""
     ends: dict[str, list[float]] = {}  # of each metric, where its curves begin and end
     if page.goal is not None:
         ends[page.goal.key] = []
@@ -12962,7 +12518,6 @@ class _Plot:
         self.curves: list[_Curve] = []
 
     def add(self, line: _Line, courses: list[list[_Point]]) -> None:
-        """Add the curve of a line: the points of its run, or the mean of its runs."""
         courses = [course for course in courses if course]
         if len(line.runs) == 1 and courses:
             points = self.thinned(courses[0])
@@ -13225,10 +12780,6 @@ _IMAGE_KINDS = {
 
 
 def _images_html(page: _Page, embed: bool) -> Iterator[str]:
-    """Yield the images of plots/ and samples/, a strip for each name without its step.
-
-    Those that are not inside the page are links, until somebody opens the strip.
-    """
     strips: dict[str, list[tuple[Run, str]]] = {}
     count = 0
     for run in page.drawn:
@@ -13302,7 +12853,6 @@ def _details_html(page: _Page) -> Iterator[str]:
 
 
 def _run_facts(page: _Page, run: Run) -> Iterator[Paragraph]:
-    """Yield the paragraphs on one run."""
     best = page.runs[0]
     config = []
     for key in page.varying:
@@ -13329,7 +12879,6 @@ def _run_facts(page: _Page, run: Run) -> Iterator[Paragraph]:
 
 
 def _left_out_html(page: _Page) -> Iterator[str]:
-    """Yield what the page does not show, and what could not be read."""
     problems = [problem for run in page.drawn for problem in run.problems]
     if problems:
         count = _format_count(len(problems), "file")
@@ -13799,7 +13348,6 @@ def _cmd_run(args: argparse.Namespace) -> int:
 
 
 def _not_runnable(name: str) -> tuple[int, str]:
-    """Return the exit status of a shell for a program that it cannot run, and why."""
     folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
     if os.sep in name:
         folders = [""]
@@ -13819,7 +13367,6 @@ def _seconds_of(text: str | None) -> float | None:
 
 
 def _config_file(name: str | None) -> Facts:
-    """Return the mapping in a JSON file, or in a YAML file where there is PyYAML."""
     if name is None:
         return {}
     try:
@@ -13881,7 +13428,6 @@ def _arguments_of(words: Sequence[str]) -> Sequence[str]:
 
 
 def _option_value(text: str) -> JSON:
-    """Return a number, a boolean or a text."""
     if re.fullmatch(r"[-+]?\d{1,18}", text):
         return int(text)
     if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", text):
@@ -13912,7 +13458,6 @@ class _Command:
         self.typed = b""  # what the command has not taken yet
 
     def run(self, limit: float | None) -> int:
-        """Run the command; return its exit status, -n when signal n has ended it."""
         wake, waker = os.pipe()
         _posix.set_blocking(waker, False)
         try:
@@ -14002,7 +13547,6 @@ class _Command:
             self._signal(number)
 
     def _signal(self, number: int) -> None:
-        """Send a signal to the command while it is there."""
         if self.code is not None:
             return
         with _ignoring(ProcessLookupError):
@@ -14198,17 +13742,13 @@ class _Terminal:
         return False
 
     def restore(self) -> None:
-        """Make our terminal what it was."""
         with _ignoring(OSError, self.termios.error):
             if self.is_raw and _is_foreground():
                 self.termios.tcsetattr(0, self.termios.TCSADRAIN, self.saved)
         self.is_raw = False
 
     def stop_byte(self, pid: int) -> bytes:
-        """Return what is typed to stop the command; nothing if that is up to it.
-
-        A shell that runs inside stops its own jobs. Some programs ignore it.
-        """
+        """Return what is typed to stop the command; nothing if that is up to it."""
         with _ignoring(OSError, self.termios.error):
             attributes = self.termios.tcgetattr(self.master)
             is_ours = _posix.tcgetpgrp(self.master) == pid
@@ -14257,7 +13797,6 @@ def _execute(path: str, words: list[str]) -> None:
 
 
 def _ignores_stop(pid: int) -> bool:
-    """Tell whether a process ignores Ctrl-Z (Linux)."""
     ignored = re.search(rb"SigIgn:\s*(\w+)", _read_proc(f"/proc/{pid}/status"))
     return bool(ignored and int(ignored[1], 16) >> (_signals.SIGTSTP - 1) & 1)
 
@@ -14275,11 +13814,7 @@ def _descendants(pid: int) -> list[int]:
 
 @contextlib.contextmanager
 def _handling(handler: Callable[..., None], waker: int) -> Iterator[Any]:
-    """Handle the signals for a command; yield what ours of children was before.
-
-    One that we got ignored, as by nohup, stays ignored. SIGCHLD must not be: the
-    kernel would forget how the command has ended.
-    """
+    """Handle the signals for a command; yield what ours of children was before."""
     numbers: set[int] = {_signals.SIGWINCH}
     numbers.update(getattr(signal, n) for n in FORWARDED_SIGNALS if hasattr(signal, n))
     if hasattr(signal, "SIGRTMIN"):
@@ -14337,10 +13872,7 @@ def _prog() -> str:
 
 
 def _parse(words: list[str]) -> argparse.Namespace:
-    """Return the arguments of the command that `words` name, with its `function`.
-
-    Only the parser of that command is built.
-    """
+    """Return the arguments of the command that `words` name, with its `function`."""
     import argparse
 
     for name, about, function, arguments in _COMMANDS:
@@ -14417,10 +13949,7 @@ def _cmd_inspect(args: argparse.Namespace) -> int:
 
 
 def _follow(run_dir: Path) -> None:
-    """Show a run while it is running, and how it ended.
-
-    A terminal shows the newest state; elsewhere the lines that changed are printed.
-    """
+    """Show a run while it is running, and how it ended."""
     shown: list[str] = []
     while True:
         begun = time.monotonic()
@@ -14441,7 +13970,6 @@ def _follow(run_dir: Path) -> None:
 
 
 def _filters_of(args: argparse.Namespace) -> _Filters:
-    """Return the filters, the order and the limit that a command was given."""
     return _Filters(
         where=args.where, status=args.status, since=args.since, older=args.older,
         contains=args.contains, tag=args.tag, has_outputs=args.has_outputs,
@@ -14450,7 +13978,6 @@ def _filters_of(args: argparse.Namespace) -> _Filters:
 
 
 def _cmd_list(args: argparse.Namespace) -> int:
-    """Print a row for each run that was asked for, or for each group of them."""
     root = _search_root(args.root)
     if args.limit is None and args.format is None:
         args.limit = MAX_ROWS
@@ -14489,7 +14016,6 @@ def _cmd_list(args: argparse.Namespace) -> int:
 def _print_runs(
     selection: _Selection, asked: list[str], args: argparse.Namespace
 ) -> None:
-    """Print the table of the selected runs, or one for each script."""
     groups: dict[str, list[Run]] = {}
     for run in selection.runs:
         groups.setdefault(run["script_name"], []).append(run)
@@ -14519,7 +14045,6 @@ def _say_what_is_unseen(selection: _Selection, args: argparse.Namespace) -> None
 
 
 def _pasteable(run: Run) -> str:
-    """Return the line for a shell that runs the command of a run where it ran."""
     folder = run.metadata.get("working_dir")
     if isinstance(folder, str) and folder:
         return f"cd {_shell_word(folder)} && {_command_of(run)}"
@@ -14565,17 +14090,13 @@ def _cmd_lineage(args: argparse.Namespace) -> int:
 
 
 def _run_and_status(run: Path) -> str:
-    """Return "train-20260131-142501 (success)"."""
     if not _is_run(run):
         return f"{run.name} (not there now)"
     return f"{run.name} ({_text(_status_now(run).get('status'))})"
 
 
 def _cmd_note(args: argparse.Namespace) -> int:
-    """Append one line to the notes.jsonl of each run, and one to the index.
-
-    The last word is the text. Beside tags there may be none: then it is a run.
-    """
+    """Append one line to the notes.jsonl of each run, and one to the index."""
     *words, text = args.words
     if not words:
         words, text = [text], ""
