@@ -351,7 +351,7 @@ def write_config_yaml(
         if recording is not None:
             recording.add_facts({"config": document})
         elif metadata.exists():
-            _write_json(metadata, {**(_read_json(metadata) or {}), "config": document})
+            _write_json(metadata, {**_read_json(metadata), "config": document})
     return path
 
 
@@ -381,7 +381,7 @@ def capture_metadata(
             recording.wait_for_captures()
         else:
             recording.wait_for_captures()
-            metadata = _read_json(path.parent / "metadata.json") or {}
+            metadata = _read_json(path.parent / "metadata.json")
             _write_json(path, {**metadata, **more})
     return path
 
@@ -414,7 +414,7 @@ def mark_status(
     takes the place of "success" if the block then ends normally.
     """
     path = Path(run_dir) / "status.json"
-    facts: Facts = _read_json(path) or {}
+    facts: Facts = _read_json(path)
     facts.update(status=status, exit_reason=exit_reason, timestamp_utc=_utc())
     facts.update(_plain(extra) or {})
     with _tolerating("status.json"):
@@ -473,12 +473,12 @@ def log_metrics(
     try:
         if not _NUMBERS.issuperset(map(type, values.values())):
             raise ValueError("numpy scalars, strings and nested values are converted")
-        text = "".join(_row_encoder()(row, 0)) + "\n"
+        line = "".join(_row_encoder()(row, 0)).encode("ascii") + b"\n"
     except (ValueError, TypeError) as error:  # or it is a NaN
         if _is_foreign(error):
             raise
-        text = _format_json(_redactor.data(_plain(row)), indent=None)
-    _append_metrics(run_dir, text.encode("ascii"))
+        line = _redacted_json(_plain(row), indent=None)
+    _append_metrics(run_dir, line)
 
 
 _NUMBERS = frozenset((int, float, bool))
@@ -728,7 +728,7 @@ class Run(dict):  # type: ignore[type-arg]
         names: list[str] = []
         with _ignoring(OSError):
             names = sorted(filter(_is_number, os.listdir(folder)), key=int)
-        return [_small_json(f"{folder}/{name}/status.json") for name in names]
+        return [_read_json(f"{folder}/{name}/status.json") for name in names]
 
     @functools.cached_property
     def inputs(self) -> list[str]:
@@ -1030,10 +1030,7 @@ class _Recording:
         before = _set_active(self, is_inside=True)
         if rank == 0:
             self._write_start(record, site, config, parent)
-        prefix = ""
-        if rank:
-            prefix = f"rank{rank}."
-        capture = self.capture = _Capture(record, prefix)
+        capture = self.capture = _Capture(record, _rank_prefix(rank))
         if self.options.capture_output and self._owns_streams(record, before):
             with _tolerating("logs/"):
                 capture.open()
@@ -1149,7 +1146,7 @@ class _Recording:
         """
         if self.pid == os.getpid():
             return False
-        status = record.read_json("status.json") or {}
+        status = record.read_json("status.json")
         started = _mapping(status, "process").get("start_ticks")
         is_over = status.get("status") != "running"
         return is_over or started is None or _is_alive(self.pid, started)
@@ -1172,9 +1169,7 @@ class _Recording:
         more: Facts = {"duration_seconds": round(time.monotonic() - self.begun, 3)}
         _redactor.learn(self._new_variables())
         if ending.status == "failed" and ending.exception is None:
-            prefix = f"rank{self.launch.rank}."
-            if self.launch.rank == 0:
-                prefix = ""
+            prefix = _rank_prefix(self.launch.rank)
             ending.last_output = _last_output(record.path, prefix)
         with _tolerating("determinism"):
             seeds = _late_determinism(self.seeds)
@@ -1635,7 +1630,7 @@ def _changes_since_last_attempt(record: _Record, metadata: Facts) -> Facts:
     last = record.attempt - 1
     before = _read_json(record.path / "attempts" / str(last) / "metadata.json")
     changes: Facts = {"attempt": last}
-    if before is not None:
+    if before:
         then = _comparable(before)
         now = _comparable(metadata)
         for kind in ("config", "code", "packages"):
@@ -1659,7 +1654,7 @@ def _warn_of_changes(metadata: Facts, kinds: Sequence[str]) -> None:
 
 def _say_what_failed(record: _Record) -> None:
     """Say in one line if the code could not be recorded, and what has changed."""
-    metadata = record.read_json("metadata.json") or {}
+    metadata = record.read_json("metadata.json")
     capture = _mapping(metadata, "capture")
     for name in ("git", "git.patch"):
         problem = _mapping(capture, name).get("problem")
@@ -1760,7 +1755,7 @@ class _Record:
         if attempt is None:
             attempt = _attempt(path)
         record = _Record(path, attempt, _results_root(path.parent))
-        metadata = record.read_json("metadata.json") or {}
+        metadata = record.read_json("metadata.json")
         record.commit = _mapping(metadata, "git").get("commit_short")
         record.script = metadata.get("script_name")
         return record
@@ -1807,8 +1802,7 @@ class _Record:
 
     def write_json(self, name: str, value: JSON, durable: bool = False) -> None:
         """Replace a JSON file of this attempt; it is redacted."""
-        text = _format_json(_redactor.data(value))
-        self.write_bytes(name, text.encode("ascii"), durable)
+        self.write_bytes(name, _redacted_json(value), durable)
 
     def write_config(self, name: str, document: Facts) -> None:
         text = _format_yaml(_redactor.data(document))
@@ -1820,7 +1814,7 @@ class _Record:
             target = os.path.join(place.path, name)
             os.link(source, target, dst_dir_fd=place.dir_fd, follow_symlinks=False)
 
-    def read_json(self, name: str) -> Facts | None:
+    def read_json(self, name: str) -> Facts:
         return _read_json(self.folder / name)
 
     def append(self, name: str, row: Facts) -> None:
@@ -1873,12 +1867,12 @@ class _Record:
 
     def is_unwatched(self) -> None:
         """Let status.json say that no recorder touches it."""
-        status = self.read_json("status.json") or {}
+        status = self.read_json("status.json")
         self.write_json("status.json", {**status, "heartbeat_seconds": None})
 
     def finish(self, ending: Facts) -> Facts:
         """Complete status.json and return it; a word of the body's own is kept."""
-        before = self.read_json("status.json") or {}
+        before = self.read_json("status.json")
         status = {**before, **ending, "timestamp_utc": _utc()}
         own_word = before.get("status") not in (None, "running")
         if own_word and ending["exit_reason"] == "normal":
@@ -1927,7 +1921,7 @@ class _Record:
     def earlier_metadata(self) -> Iterator[Facts]:
         """Yield metadata.json of the newest runs beside this one."""
         for _, path in zip(range(10), self.earlier_runs()):
-            metadata = _read_json(path / "metadata.json") or {}
+            metadata = _read_json(path / "metadata.json")
             schema = _mapping(metadata, "run_utils").get("schema_version")
             if schema == SCHEMA_VERSION:
                 yield metadata
@@ -2224,9 +2218,7 @@ def _last_output(run_dir: Path, rank_prefix: str = "") -> list[str]:
     """Return the last lines of the log that is likeliest to say why."""
     for name in ("stderr", "output", "stdout"):
         path = run_dir / "logs" / f"{rank_prefix}{name}.log"
-        data = b""
-        with _ignoring(OSError):
-            data = _read_bytes(path, tail=MAX_MESSAGE)
+        data = _readable_bytes(path, tail=MAX_MESSAGE)
         # A private key goes over several lines, so it is searched for in all of them.
         text = _redactor.text(data.decode("utf-8", "replace"))
         lines = text.splitlines()
@@ -2301,7 +2293,7 @@ class _Launch:
                 with _ignoring(FileNotFoundError):  # somebody tidies up just now
                     names = place.names()
                     if reply in names:
-                        answer = _read_json(place.path / reply) or {}
+                        answer = _read_json(place.path / reply)
                         place.write(f"{request}.joined", b"")
                         return Path(answer["run_dir"]), answer["attempt"]
                     if request not in names:  # at first, and when it was tidied up
@@ -2545,11 +2537,11 @@ def _record_rank(record: _Record, rank: int, ending: _Ending, more: Facts) -> No
         return
     facts: Facts = {"rank": rank, **ending.to_json(), **more}
     facts.update(timestamp_utc=_utc(), pid=record.pid, hostname=_hostname())
-    text = _format_json(_redactor.data(facts))
+    name = f"{_rank_prefix(rank)}status.json"
     folder = os.path.join(record.inside, "logs")
     with record.run_folder.opened(folder, create=True) as place:
-        place.write(f"rank{rank}.status.json", text.encode("ascii"), durable=True)
-    before = (record.read_json("status.json") or {}).get("status")
+        place.write(name, _redacted_json(facts), durable=True)
+    before = record.read_json("status.json").get("status")
     after = _name_failed_rank(record)
     if after is not None and before not in ("running", after["status"]):
         record.tell_index("end", after["status"], after["exit_reason"])
@@ -2572,11 +2564,11 @@ def _name_failed_rank(record: _Record) -> Facts | None:
 
 def _with_failed_rank(record: _Record) -> Facts | None:
     """Return status.json with the outcome of the rank that failed first."""
-    status = record.read_json("status.json") or {}
+    status = record.read_json("status.json")
     failed: dict[str, Facts] = {}
     for path in sorted(record.folder.glob("logs/rank*.status.json")):
         facts = _read_json(path)
-        if facts is not None:
+        if facts:
             failed[str(facts["rank"])] = facts
     if status.get("status") in (None, "running") or not failed:
         return None
@@ -2598,6 +2590,13 @@ def _with_failed_rank(record: _Record) -> Facts | None:
 _OUTCOME = ("status", "exit_reason", "exit_code", "exception", "ended", "signal",
             "problem", "last_output")  # fmt: skip
 _RANK_OUTCOME = ("exit_reason", "exit_code", "ended")  # the rank's own file tells more
+
+
+def _rank_prefix(rank: int) -> str:
+    """Return how the names of a rank's own logs begin: "rank3.", of rank 0 ""."""
+    if rank:
+        return f"rank{rank}."
+    return ""
 
 
 def _failed_at(outcome: Facts) -> tuple[bool, float]:
@@ -3029,7 +3028,7 @@ class _RecorderProcess:
         self.record = _Record.from_json(request["record"])
         self.site = _Site.from_json(request["site"])
         self.rank = request["rank"]
-        self.metadata = self.record.read_json("metadata.json") or {}
+        self.metadata = self.record.read_json("metadata.json")
         self.metadata_lock = threading.Lock()
         self.received = b""
         self.is_over = False  # the block has been left, or its process is dead
@@ -3188,11 +3187,11 @@ class _RecorderProcess:
 
     def _record_death(self, wait_status: int | None) -> None:
         self.is_over = True
-        prefix, name = "", "status.json"
-        if self.rank:
-            prefix = f"rank{self.rank}."
-            name = f"logs/{prefix}status.json"
-        status = self.record.read_json(name) or {}
+        prefix = _rank_prefix(self.rank)
+        name = "status.json"
+        if prefix:
+            name = f"logs/{prefix}{name}"
+        status = self.record.read_json(name)
         if not isinstance(status.get("exit_code"), int):
             ending = _Ending.of_death(wait_status, _oom_kills() > self.oom_kills)
             ending.last_output = _last_output(self.record.path, prefix)
@@ -3258,7 +3257,7 @@ class _RecorderProcess:
                 self._write_death(_Ending.of_command(_exit_code(wait_status)))
 
     def _has_failed(self) -> bool:
-        status = self.record.read_json("status.json") or {}
+        status = self.record.read_json("status.json")
         return status.get("status") == "failed"
 
 
@@ -4740,7 +4739,7 @@ def _nvidia_smi(
         if b"No devices" not in printed:
             raise
     table: list[list[str | None]] = []
-    for line in printed.decode("utf-8", "replace").splitlines():
+    for line in _lines_of(printed):
         row: list[str | None] = []
         for value in line.split(", "):
             known = None
@@ -6282,7 +6281,7 @@ def _cmd_reproduce(args: argparse.Namespace) -> int:
         if not args.json:
             _show_comparison(comparison)
     if args.json:
-        print(_format_json({**plan.to_json(target), "comparison": comparison}), end="")
+        _print_json({**plan.to_json(target), "comparison": comparison})
     if comparison:
         return int(not comparison["same"])
     return plan.level()
@@ -6296,7 +6295,7 @@ def _cmd_verify(args: argparse.Namespace) -> int:
         if plan.level() < 2:
             plan.build(os.path.join(scratch, "tree"))
     if args.json:
-        print(_format_json(plan.to_json(None)), end="")
+        _print_json(plan.to_json(None))
     else:
         plan.show(None)
     return plan.level()
@@ -6781,7 +6780,7 @@ def _input_now(entry: Facts, run_dir: str) -> tuple[str, str | None]:
             return place, "is empty"
         if info.st_size != size:
             return place, f"has {info.st_size} bytes, not {size}"
-        producer = _read_json(f"{_run_of(place)}/metadata.json") or {}
+        producer = _read_json(f"{_run_of(place)}/metadata.json")
         outputs = _those(producer.get("outputs"), dict)
         known = {output.get("path"): output.get("sha256") for output in outputs}
         if known.get(entry["path"]) == _sha256(place):
@@ -7154,9 +7153,9 @@ def _read_inputs(run_dir: StrPath) -> list[Facts]:
 
 def _recorded_inputs(folder: str) -> list[Facts]:
     """Return `inputs` of metadata.json; of an ancestor's run, what its config names."""
-    with _ignoring(OSError):
-        if b'\n  "inputs": [],' in _read_bytes(f"{folder}/metadata.json", MAX_RECORD):
-            return []  # as most have it: not to parse 10,000 of them is worth a line
+    metadata = _readable_bytes(f"{folder}/metadata.json", MAX_RECORD)
+    if b'\n  "inputs": [],' in metadata:
+        return []  # as most have it: not to parse 10,000 of them is worth a line
     run = Run(folder, row=False)
     inputs = run.metadata.get("inputs")
     if inputs is not None or not run.config:
@@ -7254,7 +7253,7 @@ class _Lineage:
             self.named = {os.path.basename(run): run for run in self.runs}
         if path.name not in self.named:
             for run in self.runs:  # a renamed one knows the name it had first
-                name = _small_json(f"{run}/status.json").get("run")
+                name = _read_json(f"{run}/status.json").get("run")
                 self.named.setdefault(str(name), run)
         return Path(self.named.get(path.name, path))
 
@@ -7262,7 +7261,7 @@ class _Lineage:
 def _possible_users(run: Path, walk: _Walk) -> list[str]:
     """Return the runs that, by the index, used a run; and those it does not know."""
     runs = [path for path in walk.runs if path not in walk.index.starts]
-    first_name = _text(_small_json(f"{run}/status.json").get("run"))
+    first_name = _text(_read_json(f"{run}/status.json").get("run"))
     for name in {run.name, first_name}:
         runs += walk.index.users_of(name)
     return runs
@@ -7278,12 +7277,9 @@ def _ties(run: Path) -> Iterator[tuple[Facts, str]]:
 
     {"run": "train-20260131-142501", "run_dir": ..., "relative": "../train-..."}
     """
-    data = b""
-    with _ignoring(OSError):
-        data = _read_bytes(run / "metadata.json", MAX_RECORD)
-    if not re.search(_TIED, data):
+    if not re.search(_TIED, _readable_bytes(run / "metadata.json", MAX_RECORD)):
         return  # as with most: not to parse 10,000 of them is worth a line
-    metadata = _small_json(f"{run}/metadata.json")
+    metadata = _read_json(f"{run}/metadata.json")
     for key, what in _TIES.items():
         tied = metadata.get(key)
         if isinstance(tied, str):
@@ -9179,12 +9175,16 @@ def _pidfd(pid: int) -> int | None:
     return None
 
 
+def _lines_of(printed: bytes) -> list[str]:
+    return printed.decode("utf-8", "replace").splitlines()
+
+
 def _complaint(errors: bytes) -> str:
     """Return the line of stderr that tells best what went wrong, after a colon.
 
     fatal: detected dubious ownership in repository at '/data'
     """
-    lines = errors.decode("utf-8", "replace").strip().splitlines()
+    lines = _lines_of(errors.strip())
     fatal = [line for line in lines if line.startswith("fatal:")]
     for line in [*fatal[:1], *lines[-1:]]:
         return f": {line[:200]}"
@@ -9348,8 +9348,12 @@ _HAS_DIR_FD = os.open in os.supports_dir_fd and os.rename in os.supports_dir_fd
 
 
 def _write_json(path: StrPath, value: JSON, durable: bool = False) -> None:
-    text = _format_json(_redactor.data(value))
-    _write_file(path, text.encode("ascii"), durable)
+    _write_file(path, _redacted_json(value), durable)
+
+
+def _redacted_json(value: JSON, indent: int | None = 2) -> bytes:
+    """Return plain data as redacted, strict JSON."""
+    return _format_json(_redactor.data(value), indent).encode("ascii")
 
 
 def _write_file(
@@ -9379,7 +9383,7 @@ def _write_file(
 
 
 def _append_line(path: StrPath, row: Facts, dir_fd: int | None = None) -> None:
-    line = _format_json(_redactor.data(row), indent=None).encode("ascii")
+    line = _redacted_json(row, indent=None)
     descriptor = _open_for_lines(path, dir_fd)
     try:
         written = os.write(descriptor, line)
@@ -9601,25 +9605,45 @@ def _identity_of(info: os.stat_result) -> tuple[int, int]:
     return info.st_dev, info.st_ino
 
 
-def _read_json(path: StrPath) -> Facts | None:
+def _read_json(path: StrPath) -> Facts:
+    """Return the object in a JSON file, {} for anything else."""
     with _ignoring(OSError, ValueError, RecursionError):
-        value = json.loads(_read_bytes(path))
+        value = json.loads(_small_text(os.fspath(path)))
         if isinstance(value, dict):
             return value
-    return None
+    return {}
+
+
+def _small_text(path: str) -> str:
+    """Return the text of a file that most often is small, or raise OSError.
+
+    As _read_bytes, in half the time: `list` may read 100,000 of them.
+    """
+    descriptor = os.open(path, os.O_RDONLY | _NO_FOLLOW | _NO_WAIT | _CLOSE_ON_EXEC)
+    try:
+        data = os.read(descriptor, FORWARD_BYTES)
+    finally:
+        os.close(descriptor)
+    if len(data) == FORWARD_BYTES:
+        data = _read_bytes(path, MAX_RECORD)
+    return data.decode("utf-8")
 
 
 def _read_lines(path: StrPath, tail: int | None = None) -> Iterator[Facts]:
     """Yield the mappings of a JSONL file, or of its last bytes; skip torn lines."""
-    data = b""
-    with _ignoring(OSError):
-        data = _read_bytes(path, tail=tail)
-    for line in filter(None, data.split(b"\n")):
+    for line in _readable_bytes(path, tail=tail).split(b"\n"):
         row = None
         with _ignoring(ValueError, RecursionError):
             row = json.loads(line)
         if isinstance(row, dict):
             yield row
+
+
+def _readable_bytes(path: StrPath, limit: int = 0, tail: int | None = None) -> bytes:
+    """Return the same as _read_bytes; nothing if the file cannot be read."""
+    with _ignoring(OSError):
+        return _read_bytes(path, limit, tail)
+    return b""
 
 
 def _read_bytes(path: StrPath, limit: int = 0, tail: int | None = None) -> bytes:
@@ -10070,12 +10094,12 @@ class _Index:
 def _started(run_dir: StrPath) -> float:
     """Return when a run was started, in seconds since 1970; 0 if nothing tells."""
     folder = os.fspath(run_dir)
-    status = _small_json(f"{folder}/status.json")
+    status = _read_json(f"{folder}/status.json")
     if _is_finite(status.get("started")):
         return float(status["started"])
     seconds = _seconds(status.get("started_utc"))
     if seconds is None:
-        metadata = _small_json(f"{folder}/metadata.json")
+        metadata = _read_json(f"{folder}/metadata.json")
         seconds = _seconds(metadata.get("timestamp_utc"))
     if seconds is None:
         seconds = _seconds(status.get("timestamp_utc"))
@@ -10083,27 +10107,6 @@ def _started(run_dir: StrPath) -> float:
             stamp = _stamp_of(os.path.basename(folder))
             seconds = time.mktime(time.strptime(stamp, "%Y%m%d-%H%M%S"))
     return seconds or 0.0
-
-
-def _small_json(path: str) -> Facts:
-    """Return the object in a JSON file, {} for anything else."""
-    with _ignoring(OSError, ValueError, RecursionError):
-        value = json.loads(_small_text(path))
-        if isinstance(value, dict):
-            return value
-    return {}
-
-
-def _small_text(path: str) -> str:
-    """Return the text of a file that most often is small, or raise OSError."""
-    descriptor = os.open(path, os.O_RDONLY | _NO_FOLLOW | _NO_WAIT | _CLOSE_ON_EXEC)
-    try:
-        data = os.read(descriptor, FORWARD_BYTES)
-    finally:
-        os.close(descriptor)
-    if len(data) == FORWARD_BYTES:
-        data = _read_bytes(path, MAX_RECORD)
-    return data.decode("utf-8")
 
 
 def _status_now(run_dir: StrPath, facts: Facts | None = None) -> Facts:
@@ -10119,7 +10122,7 @@ def _status_now(run_dir: StrPath, facts: Facts | None = None) -> Facts:
         return facts
     status = _liveness(facts, path)
     latest = _read_json(path)  # it may have ended while we looked
-    if latest is not None and latest.get("status") != "running":
+    if latest and latest.get("status") != "running":
         return latest
     return {**facts, "status": status}
 
@@ -10573,7 +10576,7 @@ class _MetricSummary:
 
 def _metric_summary(run_dir: str) -> Facts:
     """Return the summary of each metric: summary.json, or if it is stale the rows'."""
-    facts = _small_json(f"{run_dir}/metrics/summary.json")
+    facts = _read_json(f"{run_dir}/metrics/summary.json")
     with _ignoring(FileNotFoundError):
         size = os.stat(f"{run_dir}/metrics/metrics.jsonl").st_size
         if _mapping(facts, "metrics.jsonl").get("bytes") != size:
@@ -10754,13 +10757,11 @@ def _makers_of(path: str, runs: Iterable[str]) -> list[str]:
 
 
 def _left(run: str, size: int, digest: str) -> bool:
-    metadata = b""
-    with _ignoring(OSError):
-        metadata = _read_bytes(f"{run}/metadata.json", MAX_RECORD)
+    metadata = _readable_bytes(f"{run}/metadata.json", MAX_RECORD)
     if b'"outputs": [' in metadata:
         if digest.encode("ascii") not in metadata:
             return False
-        outputs = _those(_small_json(f"{run}/metadata.json").get("outputs"), dict)
+        outputs = _those(_read_json(f"{run}/metadata.json").get("outputs"), dict)
         return digest in [file.get("sha256") for file in outputs]
     deadline = time.monotonic() + PROGRAM_SECONDS
     for name, length in _output_sizes(run).items():
@@ -10836,7 +10837,7 @@ def _ask_sacct(runs: Iterable[Run]) -> None:
         output = _run(command, timeout=SACCT_SECONDS)
     except _Unknown:  # there is no SLURM here, or it does not answer
         return
-    for line in output.decode("utf-8", "replace").splitlines():
+    for line in _lines_of(output):
         # 4711|TIMEOUT
         # 4711.batch|CANCELLED by 1000
         name, _, state = line.partition("|")
@@ -11960,7 +11961,7 @@ def _commits_between(run: Run, then: JSON, now: JSON) -> list[str]:
         output = _git_run(root, *words, f"{then}...{now}", "--")
     except _Unknown:  # the repository, or a commit, is not there any more
         return []
-    return [f"  {line}" for line in output.decode("utf-8", "replace").splitlines()]
+    return [f"  {line}" for line in _lines_of(output)]
 
 
 # --- A graph of runs.
@@ -13936,11 +13937,15 @@ def _add_argument(parser: argparse.ArgumentParser, usage: str, text: str) -> Non
     parser.add_argument(*names, **how)
 
 
+def _print_json(value: object) -> None:
+    print(_format_json(value), end="")
+
+
 def _cmd_inspect(args: argparse.Namespace) -> int:
     """Show what ran, how it ended, what it left, and what differs from now."""
     run_dir = _find_run(args.run)
     if args.json:
-        print(_format_json(_inspected(Run(run_dir))), end="")
+        _print_json(_inspected(Run(run_dir)))
     elif args.follow:
         _follow(run_dir)
     else:
@@ -13999,7 +14004,7 @@ def _cmd_list(args: argparse.Namespace) -> int:
         for run in selection.runs:
             print(_pasteable(run))
     elif args.format == "json":
-        print(_format_json(rows), end="")
+        _print_json(rows)
     elif args.format == "csv":
         _print_csv(rows)
     else:
@@ -14059,7 +14064,7 @@ def _cmd_diff(args: argparse.Namespace) -> int:
         now = Run(_find_run(args.other))
     found = _comparison(then, now)
     if args.json:
-        print(_format_json(found), end="")
+        _print_json(found)
     else:
         _print_paragraphs(_diff_paragraphs(then, found))
     return int(bool(found))
@@ -14122,7 +14127,7 @@ def _cmd_prune(args: argparse.Namespace) -> int:
     for warning in selection.warnings:
         _say(warning)
     if args.json:
-        print(_format_json([prunable.to_json() for prunable in found]), end="")
+        _print_json([prunable.to_json() for prunable in found])
     is_meant = args.yes or args.purge
     sizes = []
     for prunable in found:
@@ -14154,7 +14159,7 @@ def _cmd_audit(args: argparse.Namespace) -> int:
     if args.json:
         facts = {"found": audit.found, "files": audit.searched}
         facts.update(binary=audit.binary, not_searched=audit.unread)
-        print(_format_json(facts), end="")
+        _print_json(facts)
     else:
         for place in audit.found:
             where = f"line {place['line']}"
@@ -14210,10 +14215,10 @@ def _rebuilt_index(root: Path) -> list[Facts]:
 def _replace_index(root: Path, size: int, rows: Iterable[Facts]) -> None:
     """Put rows in the place of the first `size` bytes; what runs append stays."""
     folder, name = os.path.split(INDEX_FILE)
-    lines = [_format_json(_redactor.data(row), indent=None) for row in rows]
+    lines = [_redacted_json(row, indent=None) for row in rows]
     with _Folder(root).opened(folder, create=True) as place:
         with io.FileIO(place.open(name, os.O_RDWR | os.O_CREAT), "r+") as old:
-            place.write(name, "".join(lines).encode("ascii"))
+            place.write(name, b"".join(lines))
             old.seek(size)
             late = old.readall()  # of runs that started or ended meanwhile
         with io.FileIO(place.open_for_lines(name), "a") as new:
@@ -14223,9 +14228,9 @@ def _replace_index(root: Path, size: int, rows: Iterable[Facts]) -> None:
 def _cmd_env(args: argparse.Namespace) -> int:
     """Show what `capture_metadata` would record here and now; leave nothing behind."""
     with _temporary_folder() as folder:
-        facts = _read_json(capture_metadata(folder)) or {}
+        facts = _read_json(capture_metadata(folder))
     if args.json:
-        print(_format_json(facts), end="")
+        _print_json(facts)
     else:
         for line in _format_yaml(facts).splitlines():
             print(_printable(line))
