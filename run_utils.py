@@ -72,6 +72,19 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from os.path import (
+    abspath,
+    basename,
+    dirname,
+    exists,
+    isdir,
+    isfile,
+    lexists,
+    normpath,
+    realpath,
+    relpath,
+)
 from pathlib import Path
 
 TYPE_CHECKING = False
@@ -89,7 +102,7 @@ __all__ = [
     "DEFAULT_SUBDIRS", "Run", "capture_metadata", "ensure_run_dir", "find_runs",
     "load_run", "log_metrics", "main", "mark_artifact_used", "mark_status",
     "run_context", "save_json", "start_run", "write_config_yaml",
-]  # fmt: skip
+]
 __version__ = "2.0.0"
 # vendor.sh writes here which version and git blob a copy is.
 __vendored__ = None
@@ -204,7 +217,7 @@ REPORT_COLOURS = 8  # of the style sheet; with dashes and dots three times that
 LOCK_FILES = (  # of a project, whose sha256 metadata.json tells
     "uv.lock", "poetry.lock", "pdm.lock", "Pipfile.lock", "pixi.lock", "pylock.toml",
     "conda-lock.yml", "environment.yml", "environment.yaml", "requirements.txt",
-)  # fmt: skip
+)
 
 # Limits of a config: a marker stands for what lies beyond.
 MAX_DEPTH = 64  # levels of nesting
@@ -345,7 +358,7 @@ def write_config_yaml(
         text = _format_yaml(_redactor.data(document))
         _write_file(path, text.encode("utf-8"))
     with _tolerating("metadata.json"):
-        _configs[os.path.abspath(path.parent)] = document
+        _configs[abspath(path.parent)] = document
         recording = _active_for(path.parent)
         metadata = path.parent / "metadata.json"
         if recording is not None:
@@ -467,9 +480,12 @@ def log_metrics(
     numbers (numpy and torch scalars too); NaN becomes the string "NaN". A metric that
     is itself called step or time is kept as "step (2)" or "time (2)".
     """
-    row = {"step": step, "time": time.time(), **values}
+    now = time.time()
+    row = {"step": step, "time": now, **values}
     if "time" in values or "step" in values:
-        row = _without_clash(row, values, step)
+        row.update(step=step, time=now)
+        for name in values.keys() & {"step", "time"}:
+            row[f"{name} (2)"] = values[name]
     try:
         if not _NUMBERS.issuperset(map(type, values.values())):
             raise ValueError("numpy scalars, strings and nested values are converted")
@@ -492,34 +508,23 @@ def _row_encoder() -> Callable[[object, int], Iterable[str]]:
         encode: Callable[[object, int], Iterable[str]] = parts.c_make_encoder(
             None, None, parts.encode_basestring_ascii, None, ": ", ", ",
             False, False, False,
-        )  # fmt: skip
+        )
         if "".join(encode({"a": 1.5}, 0)) == '{"a": 1.5}':
             return encode
     encoder = json.JSONEncoder(allow_nan=False)
     return lambda row, _level: encoder.encode(row)
 
 
-_metrics_files: dict[StrPath, _MetricsFile] = {}  # by the run, as the caller spells it
-
-
-def _without_clash(
-    row: dict[str, object], values: Mapping[str, object], step: int | None
-) -> dict[str, object]:
-    """Return the row with metrics called step and time beside our own."""
-    row.update(step=step, time=time.time())
-    for name in ("step", "time"):
-        if name in values:
-            row[f"{name} (2)"] = values[name]
-    return row
+_metrics_files: dict[StrPath, _Kept] = {}  # by the run's path, and by other spellings
 
 
 def _append_metrics(run_dir: StrPath, line: bytes) -> None:
     """Append a line to metrics.jsonl, which stays open until the run ends."""
     try:
-        file = _metrics_files.get(run_dir)
-        if file is None or not file.kept.is_ours():  # the program may have closed it
-            file = _open_metrics(run_dir)
-        if os.write(file.kept.number, line) != len(line):
+        kept = _metrics_files.get(run_dir)
+        if kept is None or not kept.is_ours():  # the program may have closed it
+            kept = _open_metrics(run_dir)
+        if os.write(kept.number, line) != len(line):
             _close_metrics(run_dir)  # The next row ends the torn line.
             raise OSError(errno.ENOSPC, "no space left for a whole line")
     except OSError as error:
@@ -528,37 +533,25 @@ def _append_metrics(run_dir: StrPath, line: bytes) -> None:
         _warn(f"metrics.jsonl: {error}", once=True)
 
 
-class _MetricsFile:
-    """The open metrics.jsonl of a run."""
-
-    def __init__(self, run_dir: str, descriptor: int) -> None:
-        self.run_dir = run_dir
-        self.kept = _Kept(descriptor)
-
-
-def _open_metrics(run_dir: StrPath) -> _MetricsFile:
+def _open_metrics(run_dir: StrPath) -> _Kept:
     """Return the open file of a run, under whatever spelling it was opened first."""
-    path = os.path.abspath(run_dir)
-    for file in list(_metrics_files.values()):
-        if file.run_dir == path and file.kept.is_ours():
-            _metrics_files[run_dir] = file
-            return file
-    os.makedirs(path, exist_ok=True)
-    folder = _Folder(Path(path))
-    with folder.opened("metrics", create=True) as place:
-        file = _MetricsFile(path, place.open_for_lines("metrics.jsonl"))
-    _metrics_files[run_dir] = file
-    return file
+    path = abspath(run_dir)
+    kept = _metrics_files.get(path)
+    if kept is None or not kept.is_ours():
+        os.makedirs(path, exist_ok=True)
+        with _Folder(Path(path)).opened("metrics", create=True) as place:
+            kept = _Kept(place.open_for_lines("metrics.jsonl"))
+    _metrics_files[path] = kept
+    _metrics_files[run_dir] = kept
+    return kept
 
 
 def _close_metrics(run_dir: StrPath) -> None:
-    """Close metrics.jsonl of a run, however its directory was spelled."""
-    path = os.path.abspath(run_dir)
-    for key, file in list(_metrics_files.items()):
-        if file.run_dir == path:
-            _metrics_files.pop(key, None)
-            with _ignoring(OSError):
-                file.kept.close()
+    closed = _metrics_files.get(abspath(run_dir))
+    for key, kept in list(_metrics_files.items()):
+        if kept is closed:
+            del _metrics_files[key]
+            kept.close()
 
 
 # === Reading runs ===
@@ -593,8 +586,8 @@ def find_runs(
     filters = _Filters(
         where=where, status=status, since=since, older=older, contains=contains,
         tag=tag, has_outputs=has_outputs, sort=sort, top=top, limit=limit,
-    )  # fmt: skip
-    selection = _select_runs(os.path.abspath(root), filters)
+    )
+    selection = _select_runs(abspath(root), filters)
     for warning in selection.warnings:
         _warn(warning)
     return _Runs(selection.runs)
@@ -605,7 +598,7 @@ def load_run(path: StrPath) -> Run:
 
     Raises ValueError when there is no run directory at or above `path`.
     """
-    found = _run_of(os.path.abspath(path))
+    found = _run_of(abspath(path))
     if found is None:
         raise ValueError(f"{str(path)!r} is not in a run directory")
     return Run(found)
@@ -631,7 +624,7 @@ class Run(dict):  # type: ignore[type-arg]
         super().__init__()
         self.folder = os.fspath(path)
         if not self.folder.startswith(os.sep):
-            self.folder = os.path.abspath(path)
+            self.folder = abspath(path)
         if row:
             self.fill()
 
@@ -658,18 +651,18 @@ class Run(dict):  # type: ignore[type-arg]
 
     @property
     def name(self) -> str:
-        return os.path.basename(self.folder)
+        return basename(self.folder)
 
-    @functools.cached_property
+    @cached_property
     def metadata(self) -> Facts:
         return self.read_facts("metadata.json")
 
-    @functools.cached_property
+    @cached_property
     def status(self) -> Facts:
         """The content of status.json, with "lost" for a run that must have died."""
         return _status_now(self.folder, self.read_facts("status.json"))
 
-    @functools.cached_property
+    @cached_property
     def config(self) -> Facts:
         """The arguments, from metadata.json; of an ancestor's run from config.yaml."""
         config = _mapping(self.metadata, "config")
@@ -677,7 +670,7 @@ class Run(dict):  # type: ignore[type-arg]
             config = self.read_config()
         return _mapping({"config": _with_floats(config)}, "config")
 
-    @functools.cached_property
+    @cached_property
     def flat_config(self) -> Facts:
         """The config but for its command, with keys such as "config.model.lr"."""
         arguments = {k: v for k, v in self.config.items() if k != "command"}
@@ -685,7 +678,7 @@ class Run(dict):  # type: ignore[type-arg]
             return {}
         return _flattened("config", arguments)
 
-    @functools.cached_property
+    @cached_property
     def raw_summary(self) -> Facts:
         """The same as `summary`, with the texts that stand for NaN and infinities."""
         try:
@@ -717,26 +710,27 @@ class Run(dict):  # type: ignore[type-arg]
     def flat_metrics(self) -> Facts:
         return {f"metrics.{key}": value for key, value in self.metrics.items()}
 
-    @functools.cached_property
+    @cached_property
     def notes(self) -> list[Facts]:
         return list(_read_lines(f"{self.folder}/notes.jsonl"))
 
-    @functools.cached_property
+    @cached_property
     def attempts(self) -> list[Facts]:
         """The status.json of each attempt but the last."""
         folder = f"{self.folder}/attempts"
         names: list[str] = []
         with _ignoring(OSError):
-            names = sorted(filter(_is_number, os.listdir(folder)), key=int)
+            names = [name for name in os.listdir(folder) if _whole(name) is not None]
+        names.sort(key=int)
         return [_read_json(f"{folder}/{name}/status.json") for name in names]
 
-    @functools.cached_property
+    @cached_property
     def inputs(self) -> list[str]:
         """The files of other runs that it used: "train-20260131-142501/m.pt"."""
         used = _read_inputs(self.folder)
         return [f"{entry.get('run')}/{entry['path']}" for entry in used]
 
-    @functools.cached_property
+    @cached_property
     def used_by(self) -> list[str]:
         """The names of the runs that used it, which all runs of the tree are asked."""
         if self.lineage is not None:
@@ -744,12 +738,12 @@ class Run(dict):  # type: ignore[type-arg]
         root = _results_root(self.path.parent)
         return _Lineage(root, self.path).users_of(self.path)
 
-    @functools.cached_property
+    @cached_property
     def outputs(self) -> dict[str, int]:
         """The files it left, but for its record and its logs: their sizes in bytes."""
         return _output_sizes(self.folder)
 
-    @functools.cached_property
+    @cached_property
     def unread(self) -> dict[str, str]:
         """Why a file was not read, by its name."""
         return {}
@@ -761,7 +755,7 @@ class Run(dict):  # type: ignore[type-arg]
             getattr(self, name)
         return [self.unread[name] for name in sorted(self.unread)]
 
-    @functools.cached_property
+    @cached_property
     def started(self) -> float:
         return _started(self.folder)
 
@@ -844,14 +838,12 @@ class Run(dict):  # type: ignore[type-arg]
 
 
 class _Runs(list):  # type: ignore[type-arg]
-    """A list of runs that a notebook shows as a table."""
-
     def _repr_html_(self) -> str:
         return _runs_html(self)
 
 
 def _runs_html(runs: Sequence[Run]) -> str:
-    root = os.path.dirname(os.path.commonpath([run.folder for run in runs] or [os.sep]))
+    root = dirname(os.path.commonpath([run.folder for run in runs] or [os.sep]))
     return _html_table(_run_columns(runs, root, _differing_keys(runs), []))
 
 
@@ -885,7 +877,7 @@ def _script_of(run: Run) -> str:
         return words[words.index("-m") + 1]
     for word in words:
         if re.search(r"\.(py|sh|R|jl)$", word):
-            return os.path.splitext(os.path.basename(word))[0]
+            return os.path.splitext(basename(word))[0]
     return re.split(_STAMP, run.name)[0].rstrip("-")
 
 
@@ -893,7 +885,7 @@ def _script_of(run: Run) -> str:
 _ROW: dict[str, Callable[[Run], object]] = {
     "name": lambda run: run.name,
     "run_dir": lambda run: run.folder,
-    "experiment": lambda run: os.path.basename(os.path.dirname(run.folder)),
+    "experiment": lambda run: basename(dirname(run.folder)),
     "status": lambda run: _text(run.status.get("status", "?")),
     "exit_reason": lambda run: run.status.get("exit_reason"),
     "reason": lambda run: _reason(run),
@@ -1102,7 +1094,7 @@ class _Recording:
             "meeting": None,
         }
         if meeting is not None:
-            request["meeting"] = meeting.to_json()
+            request["meeting"] = meeting.facts
         if self.recorder is not None:
             try:
                 self.recorder.begin(request, capture.forwards)
@@ -1165,7 +1157,6 @@ class _Recording:
         _in_turn(steps)
 
     def _write_end(self, record: _Record, ending: _Ending) -> None:
-        """Write status.json, or a failed rank's own file, and the index line."""
         more: Facts = {"duration_seconds": round(time.monotonic() - self.begun, 3)}
         _redactor.learn(self._new_variables())
         if ending.status == "failed" and ending.exception is None:
@@ -1223,7 +1214,7 @@ class _Recording:
                     lambda: self._close_capture(is_interrupted),
                     lambda: _close_metrics(record.path),
                     lambda: _set_active(self, is_inside=False),
-                ])  # fmt: skip
+                ])
 
     def _finish_recorder(self, record: _Record, is_interrupted: bool) -> None:
         seconds = float(EXIT_WAIT_SECONDS)
@@ -1426,8 +1417,7 @@ def _set_active(recording: _Recording, is_inside: bool) -> list[_Recording]:
 
 
 def _active_for(run_dir: Path) -> _Recording | None:
-    """Return the recording that this very process makes in `run_dir`, if any."""
-    run_dir = Path(os.path.abspath(run_dir))
+    run_dir = Path(abspath(run_dir))
     for recording in list(_active):
         is_mine = recording.pid == os.getpid()
         if is_mine and recording.record and recording.record.path == run_dir:
@@ -1454,7 +1444,7 @@ def _absolute(path: StrPath, name: str) -> Path:
     if not text or "\0" in text:
         raise ValueError(f"{name} is {text!r}; give a directory such as 'results/exp'")
     try:
-        return Path(os.path.abspath(text))
+        return Path(abspath(text))
     except FileNotFoundError:
         gone = f"{name} {text!r} is relative, but the working directory is gone"
         raise FileNotFoundError(f"{gone}; give an absolute path") from None
@@ -1476,7 +1466,7 @@ def _checked_subdirs(create: bool, subdirs: Sequence[str] | None) -> list[str]:
 
 
 def _checked_filename(name: str) -> str:
-    if name in ("", ".", "..") or os.path.basename(name) != name:
+    if name in ("", ".", "..") or basename(name) != name:
         raise ValueError(f"file name {name!r} has a folder in it; give a bare name")
     return name
 
@@ -1507,14 +1497,12 @@ def _filled_prefix(prefix: str | None, config: JSON) -> str | None:
 
 
 def _learn_at_entry(variables: Facts, site: _Site, config: JSON) -> None:
-    """Learn what is secret here before anything is written."""
     _redactor.learn(variables)
     _redactor.learn({"argv": site.argv})
     _redactor.learn(config)
 
 
 def _settle_code(site: _Site, likeliest: _Head | None = None) -> str | None:
-    """Settle whose repository is recorded; return the short hash of its commit."""
     for directory in site.places():
         head = likeliest or _Head(directory)
         likeliest = None
@@ -1553,23 +1541,18 @@ def _create_record(
 
 
 def _resumable(base_dir: Path, resume: StrPath, prefix: str | None) -> Path:
-    """Return the directory that `resume` names."""
+    """Return the directory that `resume` names; "latest" is none that succeeded."""
+    missing = f"no run {str(resume)!r} under {str(base_dir)!r} to resume"
     if str(resume) != "latest":
         for candidate in (Path(resume), base_dir / resume):
             if _is_run(candidate):
                 return candidate.absolute()
-        text = f"no run {str(resume)!r} under {str(base_dir)!r} to resume"
-        raise ValueError(text)
-    name = None
-    if prefix is not None and "{" not in prefix:
-        name = _safe_name(prefix)
-    elif prefix is None:
-        name = _safe_name(_script_name())
-    try:
-        found = _find_run("latest", base_dir, name)
-    except ValueError:
-        text = f"no run 'latest' under {str(base_dir)!r} to resume"
-        raise ValueError(text) from None
+        raise ValueError(missing)
+    if prefix is None:
+        prefix = _script_name()
+    found = _latest_own_run(base_dir, prefix)
+    if found is None:
+        raise ValueError(missing)
     if _status_now(found).get("status") == "success":
         text = f"the latest run, {str(found)!r}, has ended in success"
         raise ValueError(f"{text}; give its name to resume it all the same")
@@ -1615,18 +1598,16 @@ def _entered_at(record: _Record, begun: float) -> list[int]:
 
 
 def _run_named(run_dir: str | None, record: _Record) -> Facts | None:
-    """Return how metadata.json names another run, such as that of `run -- CMD`."""
-    if not run_dir or not os.path.isfile(os.path.join(run_dir, "status.json")):
+    if not run_dir or not isfile(os.path.join(run_dir, "status.json")):
         return None
     return {
-        "run": os.path.basename(run_dir),
+        "run": basename(run_dir),
         "run_dir": run_dir,
-        "relative": os.path.relpath(run_dir, record.path),  # holds in a moved tree
+        "relative": relpath(run_dir, record.path),  # holds in a moved tree
     }
 
 
 def _changes_since_last_attempt(record: _Record, metadata: Facts) -> Facts:
-    """Return what of config, code and packages is not as it was, for metadata.json."""
     last = record.attempt - 1
     before = _read_json(record.path / "attempts" / str(last) / "metadata.json")
     changes: Facts = {"attempt": last}
@@ -1642,7 +1623,6 @@ def _changes_since_last_attempt(record: _Record, metadata: Facts) -> Facts:
 
 
 def _warn_of_changes(metadata: Facts, kinds: Sequence[str]) -> None:
-    """Say what has changed since the last attempt of a resumed run."""
     changes = _mapping(metadata, "changes")
     texts = []
     for kind in kinds:
@@ -1653,7 +1633,6 @@ def _warn_of_changes(metadata: Facts, kinds: Sequence[str]) -> None:
 
 
 def _say_what_failed(record: _Record) -> None:
-    """Say in one line if the code could not be recorded, and what has changed."""
     metadata = record.read_json("metadata.json")
     capture = _mapping(metadata, "capture")
     for name in ("git", "git.patch"):
@@ -1710,44 +1689,31 @@ class _Record:
         base_dir: Path, name: str, subdirs: Sequence[str], is_watched: bool = False
     ) -> _Record:
         """Create `base_dir/name`, or the first free of name-2, name-3, ..."""
-        try:
+        with _explaining(base_dir):
             _retried(lambda: base_dir.mkdir(parents=True, exist_ok=True))
             path = _make_run_dir(base_dir, name)
-        except OSError as error:
-            if _is_foreign(error):
+        with _explaining(path):
+            try:
+                record = _Record(path, 1, _results_root(base_dir))
+                record.begin(subdirs, is_watched)
+                return record
+            except BaseException:
+                _remove_empty(path, subdirs)
                 raise
-            raise _unwritable(base_dir, error) from None
-        try:
-            for folder in subdirs:
-                (path / folder).mkdir(parents=True, exist_ok=True)
-            record = _Record(path, 1, _results_root(base_dir))
-            _retried(lambda: record.begin(is_watched))
-            return record
-        except BaseException as error:
-            _remove_empty(path, subdirs)
-            if isinstance(error, OSError) and not _is_foreign(error):
-                raise _unwritable(path, error) from None
-            raise
 
     @staticmethod
     def reopen(
         path: Path, base_dir: Path, subdirs: Sequence[str], is_watched: bool = False
     ) -> _Record:
         """Use exactly this directory; a record that is there moves to attempts/<n>/."""
-        try:
+        with _explaining(path):
             path.mkdir(parents=True, exist_ok=True)
             root = _results_root(base_dir)
             root.mkdir(parents=True, exist_ok=True)
             _archive_attempt(path)
-            for folder in subdirs:
-                (path / folder).mkdir(parents=True, exist_ok=True)
             record = _Record(path, _attempt(path), root)
-            _retried(lambda: record.begin(is_watched))
+            record.begin(subdirs, is_watched)
             return record
-        except OSError as error:
-            if _is_foreign(error):
-                raise
-            raise _unwritable(path, error) from None
 
     @staticmethod
     def at(path: Path, attempt: int | None = None) -> _Record:
@@ -1761,7 +1727,6 @@ class _Record:
         return record
 
     def to_json(self) -> Facts:
-        """Return what the recorder has to know of it."""
         return {
             "path": str(self.path),
             "identity": self.run_folder.identity,
@@ -1786,7 +1751,7 @@ class _Record:
     def inside(self) -> str:
         """Where in the run this attempt's record is: a later one may have moved it."""
         archive = f"attempts/{self.attempt}"
-        if os.path.isdir(self.path / archive):
+        if isdir(self.path / archive):
             return archive
         return ""
 
@@ -1796,7 +1761,6 @@ class _Record:
         return self.path / self.inside
 
     def write_bytes(self, name: str, data: bytes, durable: bool = False) -> None:
-        """Replace a file of this attempt, such as git.patch, as a whole."""
         with self.run_folder.opened(self.inside) as place:
             place.write(name, data, durable)
 
@@ -1809,7 +1773,6 @@ class _Record:
         self.write_bytes(name, text.encode("utf-8"))
 
     def link(self, name: str, source: Path) -> None:
-        """Make a file of this attempt a hard link to a file with the same content."""
         with self.run_folder.opened(self.inside) as place:
             target = os.path.join(place.path, name)
             os.link(source, target, dst_dir_fd=place.dir_fd, follow_symlinks=False)
@@ -1818,7 +1781,6 @@ class _Record:
         return _read_json(self.folder / name)
 
     def append(self, name: str, row: Facts) -> None:
-        """Append a line to a file of the run as a whole, such as notes.jsonl."""
         folder, _, file = name.rpartition("/")
         with self.run_folder.opened(folder, create=True) as place:
             place.append(file, row)
@@ -1826,7 +1788,6 @@ class _Record:
     def append_note(
         self, text: str, tags: Sequence[str], untag: Sequence[str] = ()
     ) -> None:
-        """Append a line to notes.jsonl: a text, tags to add and tags to take away."""
         note: Facts = {"timestamp_utc": _utc(), "user": _user(), "text": text}
         note["tags"] = list(tags)
         if untag:
@@ -1842,8 +1803,10 @@ class _Record:
         with self.run_folder.opened("logs", create=True) as place:
             return place.open(f"{name}.log", flags)
 
-    def begin(self, is_watched: bool) -> None:
-        """Write status.json, "running"; `is_watched` if a recorder will touch it."""
+    def begin(self, subdirs: Sequence[str], is_watched: bool) -> None:
+        """Make the folders, and status.json, which a recorder may be going to touch."""
+        for folder in subdirs:
+            (self.path / folder).mkdir(parents=True, exist_ok=True)
         now = time.time()
         heartbeat = HEARTBEAT_SECONDS if is_watched else None
         status: Facts = {
@@ -1863,10 +1826,9 @@ class _Record:
             "attempt": self.attempt,
             "run": self.path.name,
         }
-        self.write_json("status.json", status)
+        _retried(lambda: self.write_json("status.json", status))
 
     def is_unwatched(self) -> None:
-        """Let status.json say that no recorder touches it."""
         status = self.read_json("status.json")
         self.write_json("status.json", {**status, "heartbeat_seconds": None})
 
@@ -1901,11 +1863,33 @@ class _Record:
         self, event: str, status: str | None = None, exit_reason: str | None = None,
         **more: JSON,
     ) -> None:
-        """Append one event of this run to the index of its results root."""
-        row = _index_row(self)
+        row = self.index_row()
         row.update(event=event, timestamp_utc=_utc(), status=status)
         row.update(exit_reason=exit_reason, **more)
-        _append_to_index(self.results_root, row)
+        folder, name = os.path.split(INDEX_FILE)
+        with _Folder(self.results_root).opened(folder, create=True) as place:
+            place.append(name, row)
+
+    def index_row(self) -> Facts:
+        """Return what all lines of a run in the index have in common."""
+        return {
+            "event": None,
+            "timestamp_utc": None,
+            "run_dir": str(self.path),
+            "run_basename": self.path.name,
+            "experiment_name": self.path.parent.name,
+            "env_name": self.path.parent.parent.name,
+            "results_root": str(self.results_root),
+            "hostname": _hostname(),
+            "user": _user(),
+            "pid": self.pid,
+            "git_commit_short": self.commit,
+            "script_name": self.script,
+            "status": None,
+            "exit_reason": None,
+            # holds in a tree that was moved
+            "path": relpath(self.path, self.results_root),
+        }
 
     def earlier_runs(self) -> Iterator[Path]:
         """Yield the runs of this user beside this one, the newest first."""
@@ -1919,7 +1903,6 @@ class _Record:
                     yield path
 
     def earlier_metadata(self) -> Iterator[Facts]:
-        """Yield metadata.json of the newest runs beside this one."""
         for _, path in zip(range(10), self.earlier_runs()):
             metadata = _read_json(path / "metadata.json")
             schema = _mapping(metadata, "run_utils").get("schema_version")
@@ -1967,17 +1950,24 @@ def _remove_empty(path: Path, subdirs: Sequence[str]) -> None:
             folder.rmdir()
 
 
-def _unwritable(path: Path, error: OSError) -> OSError:
-    """Return `error` as one sentence that names the directory and what to do."""
-    start = f"cannot create a run in {str(path)!r}"
-    blocking = path
-    while not blocking.exists() and blocking != blocking.parent:
-        blocking = blocking.parent
-    if blocking.is_file():
-        why = f"{str(blocking)!r} is a file; choose another base_dir"
-        return NotADirectoryError(f"{start}: {why}")
-    why = f"{error.strerror or error}; choose a base_dir that is writable and has space"
-    return type(error)(f"{start}: {why}")
+@contextlib.contextmanager
+def _explaining(path: Path) -> Iterator[None]:
+    """Let an OSError say in one sentence which directory it is, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        if _is_foreign(error):
+            raise
+        start = f"cannot create a run in {str(path)!r}"
+        blocking = path
+        while not blocking.exists() and blocking != blocking.parent:
+            blocking = blocking.parent
+        if blocking.is_file():
+            why = f"{str(blocking)!r} is a file; choose another base_dir"
+            raise NotADirectoryError(f"{start}: {why}") from None
+        why = error.strerror or str(error)
+        todo = "choose a base_dir that is writable and has space"
+        raise type(error)(f"{start}: {why}; {todo}") from None
 
 
 def _archive_attempt(path: Path) -> None:
@@ -2000,13 +1990,8 @@ def _archive_attempt(path: Path) -> None:
 
 def _attempt(path: Path) -> int:
     """Return the number of the attempt whose record lies in the run itself."""
-    numbers = [int(p.name) for p in path.glob("attempts/*") if _is_number(p.name)]
+    numbers = [_whole(archive.name) or 0 for archive in path.glob("attempts/*")]
     return max(numbers, default=0) + 1
-
-
-def _is_number(text: str) -> bool:
-    """Tell whether a text is a plain number; isdigit() also takes a superscript."""
-    return re.fullmatch("[0-9]{1,9}", text) is not None
 
 
 def _results_root(base_dir: Path) -> Path:
@@ -2022,7 +2007,7 @@ def _results_root(base_dir: Path) -> Path:
             return path
         if named is None and path.name == "results":
             named = path
-        is_top = os.path.lexists(path / ".git") or os.path.ismount(path)
+        is_top = lexists(path / ".git") or os.path.ismount(path)
         if str(path) == home or is_top:
             break
     if named is not None:
@@ -2051,35 +2036,6 @@ def _has_trusted_index(path: Path, base_dir: Path) -> bool:
     return index.st_uid in owners and not everybody
 
 
-def _index_row(record: _Record) -> Facts:
-    """Return what the lines of one run in the index have in common."""
-    path = record.path
-    return {
-        "event": None,
-        "timestamp_utc": None,
-        "run_dir": str(path),
-        "run_basename": path.name,
-        "experiment_name": path.parent.name,
-        "env_name": path.parent.parent.name,
-        "results_root": str(record.results_root),
-        "hostname": _hostname(),
-        "user": _user(),
-        "pid": record.pid,
-        "git_commit_short": record.commit,
-        "script_name": record.script,
-        "status": None,
-        "exit_reason": None,
-        "path": os.path.relpath(path, record.results_root),  # holds in a moved tree
-    }
-
-
-def _append_to_index(root: Path, row: Facts) -> None:
-    """Append a line to index/runs_index.jsonl below a results root."""
-    folder, name = os.path.split(INDEX_FILE)
-    with _Folder(root).opened(folder, create=True) as place:
-        place.append(name, row)
-
-
 class _Ending:
     """How a run ended: of a block, of a command, or of a process that died."""
 
@@ -2096,7 +2052,6 @@ class _Ending:
 
     @staticmethod
     def of_error(error: BaseException | None) -> _Ending:
-        """Return how a block ended that was left by this exception, or by none."""
         if error is None or _is_closed_generator(error):
             return _Ending("success", "normal", 0)
         if not isinstance(error, SystemExit):
@@ -2118,7 +2073,6 @@ class _Ending:
 
     @staticmethod
     def of_command(code: int) -> _Ending:
-        """Return how a command ended with this status, or by signal -status."""
         if code < 0:
             return _Ending.of_signal(-code)
         if code == 0:
@@ -2127,7 +2081,6 @@ class _Ending:
 
     @staticmethod
     def of_signal(number: int, why: str = "") -> _Ending:
-        """Return how a process ended that a signal killed."""
         names = {int(known): known.name for known in signal.Signals}
         name = names.get(number, f"signal {number}")
         ending = _Ending("failed", "killed", 128 + number)
@@ -2155,7 +2108,6 @@ class _Ending:
         return ending
 
     def to_json(self) -> Facts:
-        """Return the keys of status.json that tell how a run ended."""
         facts: Facts = {
             "status": self.status,
             "exit_reason": self.exit_reason,
@@ -2181,7 +2133,6 @@ def _is_closed_generator(error: BaseException) -> bool:
 
 
 def _system_code(code: object) -> int:
-    """Return the exit status that the system sees of `sys.exit(code)`."""
     if code is None:
         return 0
     if not isinstance(code, int):
@@ -2192,7 +2143,6 @@ def _system_code(code: object) -> int:
 
 
 def _exception(error: BaseException) -> Facts:
-    """Return type, message and traceback of an exception, shortened."""
     kind = type(error)
     name = kind.__qualname__
     if kind.__module__ not in ("builtins", "__main__"):
@@ -2276,21 +2226,21 @@ class _Launch:
             "launcher": self.launcher,
             "answered": [],
             "joined": [],
-        })  # fmt: skip
+        })
         with _tolerating("the other ranks"):
             meeting.remove_old_marks()
             meeting.answer_all()
         return meeting
 
     def join(self) -> tuple[Path, int]:
-        """Wait until rank 0 has created the run; return its path and attempt."""
         place = _MeetingPlace(self.base_dir, self.key)
         request = f"{self.rank}-{os.urandom(8).hex()}"
         reply = f"{request}.json"
         deadline = time.monotonic() + RANK_WAIT_SECONDS
         try:
             while time.monotonic() < deadline:
-                with _ignoring(FileNotFoundError):  # somebody tidies up just now
+                # Somebody may tidy up just now.
+                with _explaining(place.path), _ignoring(FileNotFoundError):
                     names = place.names()
                     if reply in names:
                         answer = _read_json(place.path / reply)
@@ -2299,10 +2249,6 @@ class _Launch:
                     if request not in names:  # at first, and when it was tidied up
                         place.write(request, b"")
                 time.sleep(RANK_POLL_SECONDS)
-        except OSError as error:
-            if _is_foreign(error):
-                raise
-            raise _unwritable(place.path, error) from None
         finally:
             place.remove(request, reply)
         who = f"rank {self.rank} of {self.world} waited {RANK_WAIT_SECONDS:g} s"
@@ -2313,7 +2259,6 @@ class _Launch:
         raise TimeoutError(f"{who} for {what} ({variables}); {todo}")
 
     def earlier_attempt(self) -> Path | None:
-        """Return the run that this job recorded before it was started again."""
         restarts = self.facts.get("restarts", [])
         if not any(restarts):
             return None
@@ -2335,9 +2280,6 @@ class _Meeting:
         self.until: float = facts["until"]  # by time.monotonic(), one for all of a host
         self.answered: list[str] = facts["answered"]  # the requests
         self.joined: list[str] = facts["joined"]  # those whose rank has the answer
-
-    def to_json(self) -> Facts:
-        return self.facts
 
     def answer_all(self) -> bool:
         """Answer every new request; return False once all ranks have come."""
@@ -2371,7 +2313,7 @@ class _Meeting:
         launcher = self.facts["launcher"]
         now = time.monotonic()
         is_over = launcher is not None and not _is_alive(*launcher[:2])
-        is_gone = not os.path.isdir(self.facts["answer"]["run_dir"])
+        is_gone = not isdir(self.facts["answer"]["run_dir"])
         if not self.answer_all() or now > self.until or is_over or is_gone:
             for name in self.answered:
                 self.place.remove(name, f"{name}.json")
@@ -2401,7 +2343,7 @@ class _MeetingPlace:
     @property
     def path(self) -> Path:
         name = ".ranks"
-        if os.path.lexists(self.base_dir / name) and not _is_mine(self.base_dir / name):
+        if lexists(self.base_dir / name) and not _is_mine(self.base_dir / name):
             name = f".ranks-{_posix.geteuid()}"  # beside a folder of another user
         return self.base_dir / name / self.key
 
@@ -2457,7 +2399,7 @@ _RANK_VARIABLES = (
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALNRANKS", ("PMI_JOBID",)),
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "", ("SLURM_STEP_ID",)),
     ("SLURM_PROCID", "SLURM_NTASKS", "", ("SLURM_STEP_ID",)),
-)  # fmt: skip
+)
 
 
 def _rank(
@@ -2491,6 +2433,7 @@ def _rank(
 
 
 def _whole(text: str | None) -> int | None:
+    """Return the plain number that a text is; isdigit() also takes a superscript."""
     if text is None or not re.fullmatch(r"[0-9]{1,10}", text):
         return None
     return int(text)
@@ -2563,7 +2506,6 @@ def _name_failed_rank(record: _Record) -> Facts | None:
 
 
 def _with_failed_rank(record: _Record) -> Facts | None:
-    """Return status.json with the outcome of the rank that failed first."""
     status = record.read_json("status.json")
     failed: dict[str, Facts] = {}
     for path in sorted(record.folder.glob("logs/rank*.status.json")):
@@ -2588,7 +2530,7 @@ def _with_failed_rank(record: _Record) -> Facts | None:
 
 
 _OUTCOME = ("status", "exit_reason", "exit_code", "exception", "ended", "signal",
-            "problem", "last_output")  # fmt: skip
+            "problem", "last_output")
 _RANK_OUTCOME = ("exit_reason", "exit_code", "ended")  # the rank's own file tells more
 
 
@@ -2821,7 +2763,6 @@ class _Recorder:
             connection.detach()
 
     def _answer(self, number: int, deadline: float) -> Facts | None:
-        """Return the answer to a question; None if none comes in time, or ever."""
         while self.kept.is_ours():
             line, newline, rest = self.received.partition(b"\n")
             if newline:
@@ -2935,7 +2876,7 @@ _IGNORED_SIGNALS = [
     for name in ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2",
                  "SIGALRM", "SIGVTALRM", "SIGXCPU", "SIGPIPE")
     if hasattr(signal, name)
-]  # fmt: skip
+]
 
 
 def _spawn_recorder(connection: int, path: str, environment: Mapping[str, str]) -> int:
@@ -2979,11 +2920,11 @@ def _file_to_load() -> str | None:
     """
     path = str(globals().get("__file__", ""))
     spec = globals().get("__spec__")
-    if spec is None and os.path.basename(path) != "run_utils.py":
+    if spec is None and basename(path) != "run_utils.py":
         return None
-    is_kept = os.path.isfile(getattr(spec, "cached", None) or "")
+    is_kept = isfile(getattr(spec, "cached", None) or "")
     loader = type(globals().get("__loader__")).__name__
-    if os.path.isfile(path) and (is_kept or loader != "SourceFileLoader"):
+    if isfile(path) and (is_kept or loader != "SourceFileLoader"):
         return path
     return ""
 
@@ -3082,7 +3023,6 @@ class _RecorderProcess:
         return self.meeting.tick()
 
     def _listen(self) -> None:
-        """Do what the experiment asks for."""
         data = b""
         with _ignoring(OSError):
             data, rights, _, _ = self.connection.recvmsg(65536, 1024)
@@ -3250,7 +3190,6 @@ class _RecorderProcess:
                 meeting.serve()
 
     def _wait_for_exit(self, pidfd: int) -> None:
-        """Correct the end of a run that ends with its process, by its exit status."""
         if _is_ready(pidfd, _polls.POLLIN, time.monotonic() + 10):
             wait_status = _wait_status(self.site.pid, pidfd)
             if wait_status and not self._has_failed():
@@ -3290,7 +3229,6 @@ class _Capture:
         self.lock = threading.Lock()  # two threads may find the disk full at once
 
     def open(self) -> None:
-        """Open the logs and remember where output goes; redirect nothing yet."""
         for name, descriptor in (("stdout", 1), ("stderr", 2)):
             if getattr(sys, name, None) is not None:
                 self.streams.append(_Stream(self, name, descriptor))
@@ -3316,7 +3254,6 @@ class _Capture:
             stream.start()
 
     def copy(self, name: str, data: bytes) -> None:
-        """Append to the log of a stream alone, what `run` shows on a terminal."""
         for stream in self.streams:
             if stream.name == name:
                 stream.copy(data, [])
@@ -3370,8 +3307,6 @@ _captures: list[_Capture] = []  # those that have started and not stopped, in or
 
 
 class _Stream:
-    """sys.stdout or sys.stderr while a run captures it."""
-
     def __init__(self, capture: _Capture, name: str, descriptor: int) -> None:
         self.capture = capture
         self.name = name
@@ -3459,7 +3394,6 @@ class _Stream:
 
     @contextlib.contextmanager
     def without_log(self, error: OSError) -> Iterator[None]:
-        """Go on without the log, which has failed; then say so in one line."""
         self.is_logged = False
         self.give_back()
         yield
@@ -3789,7 +3723,6 @@ class _Forward:
         return os.lseek(self.log, 0, os.SEEK_CUR)
 
     def wait(self, seconds: float) -> None:
-        """Wait until the recorder has forwarded what is in the log now."""
         deadline = time.monotonic() + seconds
         with _ignoring(OSError):  # the program has closed the log
             end = os.fstat(self.log).st_size
@@ -3904,7 +3837,7 @@ class _Unknown(Exception):
 def _quick_metadata(site: _Site, document: Facts | None) -> Facts:
     """Return metadata.json with everything that takes no time; the rest is null."""
     metadata: Facts = {
-        "run": os.path.basename(site.run_dir),
+        "run": basename(site.run_dir),
         "timestamp_utc": _utc(),
         "command": shlex.join(site.argv),
         "argv": site.argv,
@@ -4047,7 +3980,6 @@ class _Site:
 
     @staticmethod
     def here(argv: list[str] | None = None) -> _Site:
-        """Return what there is to know of this process, or of a command to be run."""
         if not argv:
             site = _Site(_typed_argv())
             _describe_process(site)
@@ -4075,11 +4007,11 @@ class _Site:
         """
         folders = []
         if self.script is not None:
-            for path in (os.path.realpath(self.script), self.script):
+            for path in (realpath(self.script), self.script):
                 if not _is_installed(path):
-                    folders.append(os.path.dirname(path))
+                    folders.append(dirname(path))
         folders += [self.cwd or os.sep, os.sep]
-        return list(dict.fromkeys(filter(os.path.isdir, folders)))
+        return list(dict.fromkeys(filter(isdir, folders)))
 
     def package_places(self) -> list[str]:
         """Return where packages may be: sys.path without the script's folder."""
@@ -4092,7 +4024,6 @@ class _Site:
         return list(dict.fromkeys(places))
 
     def installed(self) -> list[_Installed]:
-        """Return the packages of the experiment's Python; they are read once."""
         with self.reading:
             if self.packages is None:
                 self.packages = _installed(self.package_places())
@@ -4105,12 +4036,12 @@ def _describe_process(site: _Site) -> None:
     # `python -m cProfile train.py` leaves train.py in argv.
     for word in [*getattr(sys, "argv", [])[:1], str(file or "-")]:
         path = os.path.join(here, word)
-        if os.path.isfile(path) and (site.script is None or not _is_installed(path)):
+        if isfile(path) and (site.script is None or not _is_installed(path)):
             site.script = path
     site.name = _script_name()
     if _no_interpreter() is None:
         site.executable = os.path.join(here, sys.executable)
-    site.sys_path = [os.path.normpath(os.path.join(here, place)) for place in sys.path]
+    site.sys_path = [normpath(os.path.join(here, place)) for place in sys.path]
     site.prefix = sys.prefix
     site.loaded = _loaded_sources(here)
 
@@ -4120,7 +4051,7 @@ def _script_name() -> str:
     if "ipykernel" in sys.modules:
         return "notebook"
     words = getattr(sys, "argv", None) or [""]
-    if os.path.basename(words[0]) in ("", "-", "-c"):
+    if basename(words[0]) in ("", "-", "-c"):
         return "interactive"
     return _stem(words[0])
 
@@ -4129,7 +4060,7 @@ def _stem(path: str) -> str:
     folder, name = os.path.split(path)
     stem = os.path.splitext(name)[0]
     if stem == "__main__":
-        return os.path.basename(folder)
+        return basename(folder)
     return stem
 
 
@@ -4168,20 +4099,20 @@ def _is_installed(path: str) -> bool:
         return True
     if path.startswith(_STANDARD_LIBRARY):
         return True
-    folder = os.path.dirname(path)
-    if os.path.basename(folder) not in ("bin", "sbin", "shims", "Scripts"):
+    folder = dirname(path)
+    if basename(folder) not in ("bin", "sbin", "shims", "Scripts"):
         return False
     is_on_path = folder in os.environ.get("PATH", "").split(os.pathsep)
-    return is_on_path or _is_prefix(os.path.dirname(folder))
+    return is_on_path or _is_prefix(dirname(folder))
 
 
-_STANDARD_LIBRARY = os.path.dirname(os.__file__) + os.sep
+_STANDARD_LIBRARY = dirname(os.__file__) + os.sep
 
 
 def _is_prefix(folder: str) -> bool:
     """Tell whether a folder is an environment made by venv, uv or conda."""
     markers = ("pyvenv.cfg", "conda-meta")
-    return any(os.path.exists(os.path.join(folder, name)) for name in markers)
+    return any(exists(os.path.join(folder, name)) for name in markers)
 
 
 def _describe_command(site: _Site) -> None:
@@ -4195,7 +4126,7 @@ def _describe_command(site: _Site) -> None:
     program = _on_path(words[0], here) or os.path.join(here, words[0])
     site.script = program
     site.name = _stem(program)
-    if re.match(_INTERPRETER, os.path.basename(program)):
+    if re.match(_INTERPRETER, basename(program)):
         script, module = _operand(words, here)
         site.script = script
         if module:
@@ -4215,7 +4146,7 @@ def _python_beside(program: str) -> str | None:
     folder, name = os.path.split(program)
     if re.match(_PYTHON, name):
         return program
-    if _is_prefix(os.path.dirname(folder)):
+    if _is_prefix(dirname(folder)):
         return _on_path(os.path.join(folder, "python"))
     return None
 
@@ -4234,11 +4165,11 @@ def _without_launcher(words: list[str]) -> list[str]:
 
     `torchrun --nproc-per-node 2 train.py --lr 1` becomes `python train.py --lr 1`.
     """
-    if re.fullmatch(_LAUNCHER, os.path.basename(words[0])):
+    if re.fullmatch(_LAUNCHER, basename(words[0])):
         for number, word in enumerate(words):
             if word == "-m" or word.endswith(".py"):
                 return ["python", *words[number:]]
-            if re.match(_INTERPRETER, os.path.basename(word)):
+            if re.match(_INTERPRETER, basename(word)):
                 return words[number:]
     return words
 
@@ -4249,7 +4180,7 @@ def _operand(words: Sequence[str], here: str) -> tuple[str | None, str]:
     `python -u -X dev train.py` has a script, `python -um pkg.mod` a module, and
     `bash -ec "..."` neither of them.
     """
-    is_python = re.match(_PYTHON, os.path.basename(words[0]))
+    is_python = re.match(_PYTHON, basename(words[0]))
     code = "-[A-Za-z]*e$"
     if is_python or words[0].endswith("sh"):
         code = "-[A-Za-z]*c$"
@@ -4261,7 +4192,7 @@ def _operand(words: Sequence[str], here: str) -> tuple[str | None, str]:
             module = next(rest, "")
             path = os.path.join(here, *module.split("."))
             for file in (f"{path}.py", f"{path}/__main__.py"):
-                if os.path.isfile(file):
+                if isfile(file):
                     return file, module
             return None, module
         if word in ("-W", "-X", "-o", "-O", "-r"):
@@ -4278,7 +4209,7 @@ def _on_path(program: str, here: str = os.sep) -> str | None:
         folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
     for folder in folders:
         path = os.path.join(here, folder, program)
-        if os.path.isfile(path) and os.access(path, os.X_OK):
+        if isfile(path) and os.access(path, os.X_OK):
             return path
     return None
 
@@ -4438,14 +4369,12 @@ _LAUNCHER_NAMES = (
 
 
 def _python_of_command(site: _Site) -> Facts | None:
-    """Return which Python a command uses; that of this process is known already."""
     if site.origin == "this process":
         return None
     return _ask_python(site)
 
 
 def _ask_python(site: _Site) -> Facts:
-    """Ask the Python of a command what it is; fill in `prefix` and `sys_path`."""
     if site.executable is None:
         raise _Unknown("no Python was found on PATH")
     code = "import json, sys; print(json.dumps([sys.version, sys.prefix, sys.path]))"
@@ -4465,7 +4394,7 @@ def _python_environment() -> dict[str, str]:
     places = []
     for place in env.pop("PYTHONPATH", "").split(os.pathsep):
         pip = os.path.join(place, "pip")
-        if os.path.isabs(place) and not os.path.exists(pip):
+        if os.path.isabs(place) and not exists(pip):
             places.append(place)
     if places:
         env["PYTHONPATH"] = os.pathsep.join(places)
@@ -4473,8 +4402,6 @@ def _python_environment() -> dict[str, str]:
 
 
 class _Packages:
-    """The installed packages, taken from an earlier run where nothing has changed."""
-
     def __init__(self, site: _Site, record: _Record) -> None:
         self.site = site
         self.record = record
@@ -4492,7 +4419,7 @@ class _Packages:
         problem = ""
         if python is None:
             problem = _no_interpreter() or "no Python was found on PATH"
-        elif any(os.path.isdir(f"{place}/pip") for place in self.site.package_places()):
+        elif any(isdir(f"{place}/pip") for place in self.site.package_places()):
             try:
                 return _pip_freeze(python)
             except _ProgramFailed as reason:
@@ -4536,7 +4463,7 @@ class _Installed:
         self.direct: Facts = {}  # direct_url.json of PEP 610
         self.problem: str | None = None
         # Only where an installer writes is it believed where a package comes from.
-        if os.path.basename(place) in ("site-packages", "dist-packages"):
+        if basename(place) in ("site-packages", "dist-packages"):
             self.read_origin()
 
     def read_origin(self) -> None:
@@ -4545,7 +4472,7 @@ class _Installed:
             self.folder = _head_of_file(self.path).partition("\n")[0].strip()
             self.is_editable = True
         file = os.path.join(self.path, "direct_url.json")
-        if not os.path.exists(file):
+        if not exists(file):
             return
         # {"url": "file:///home/me/a", "dir_info": {"editable": true}}
         try:
@@ -4567,7 +4494,6 @@ class _Installed:
         return [self.path, *(_stamp(self.path + file) for file in files)]
 
     def names(self) -> tuple[str, str]:
-        """Return name and version; both are empty if the metadata is torn."""
         for file in ("", "/METADATA", "/PKG-INFO", "/EGG-INFO/PKG-INFO"):
             head = _head_of_file(self.path + file).partition("\n\n")[0]
             name = re.search(r"^Name: *(\S+)", head, re.M)
@@ -4578,7 +4504,6 @@ class _Installed:
 
 
 def _installed(places: Iterable[str]) -> list[_Installed]:
-    """Return all packages in some folders, and what else tells Python where to look."""
     kinds = (".dist-info", ".egg-info", ".egg-link", ".egg", ".pth")
     found = []
     for place in places:
@@ -4632,7 +4557,6 @@ def _checkout(folder: str) -> list[object] | None:
 
 
 def _requirements(installed: Iterable[_Installed]) -> tuple[list[str], list[str]]:
-    """Return requirement lines in the order of their names, and what was torn."""
     found: dict[str, str] = {}
     torn: list[str] = []
     for package in installed:
@@ -4645,7 +4569,6 @@ def _requirements(installed: Iterable[_Installed]) -> tuple[list[str], list[str]
 
 
 def _requirement(name: str, version: str, package: _Installed) -> str:
-    """Return "name==1.0", "name @ git+URL@commit" or "-e folder"."""
     if package.is_editable:
         return f"-e {package.folder}"
     url = package.direct.get("url")
@@ -4670,10 +4593,10 @@ def _local_sources(site: _Site) -> dict[str, tuple[str, bool]]:
 
 _CUDA_FACTS = (
     "available", "version", "device_count", "driver_version", "devices", "mig_devices",
-)  # fmt: skip
+)
 _GPU_FACTS = (
     "index", "name", "memory.total", "uuid", "driver_version", "mig.mode.current",
-)  # fmt: skip
+)
 NVIDIA_DRIVER = "/proc/driver/nvidia/version"
 
 
@@ -4682,7 +4605,7 @@ def _cuda() -> Facts:
     facts: Facts = {**dict.fromkeys(_CUDA_FACTS), "available": False}
     # NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 ...
     driver = _match_in_file(NVIDIA_DRIVER, r"Kernel Module +([\d.]+)")
-    if _on_path("nvidia-smi") is None and not os.path.exists(NVIDIA_DRIVER):
+    if _on_path("nvidia-smi") is None and not exists(NVIDIA_DRIVER):
         return facts  # no program and no driver: no GPU
     try:
         devices = _gpus()
@@ -4730,7 +4653,6 @@ def _gpus() -> list[Facts]:
 def _nvidia_smi(
     columns: Sequence[str], seconds: float | None = None
 ) -> list[list[str | None]]:
-    """Return a table of nvidia-smi, a row for each GPU; None for "[N/A]"."""
     query = ["--query-gpu=" + ",".join(columns), "--format=csv,noheader,nounits"]
     try:
         printed = _run(["nvidia-smi", *query], timeout=seconds)
@@ -4754,7 +4676,6 @@ def _nvidia_smi(
 
 
 def _environment(site: _Site, root: str | None) -> Facts:
-    """Return what made the experiment's environment, and the project's lock files."""
     settings = os.path.join(site.prefix, "pyvenv.cfg")
     # home = /usr/bin\nuv = 0.4.18\nversion_info = 3.12.1
     uv = _match_in_file(settings, r"^uv *= *(.+)$")
@@ -4776,7 +4697,7 @@ def _environment(site: _Site, root: str | None) -> Facts:
         manager = "uv"
     elif conda:
         manager = "conda"
-    elif os.path.exists(settings):
+    elif exists(settings):
         manager = "venv"
     return {
         "manager": manager,
@@ -4791,23 +4712,22 @@ def _environment(site: _Site, root: str | None) -> Facts:
 
 
 def _container() -> Facts:
-    """Return the kind of container this is, its image, and the limits of its cgroup."""
     env = os.environ
     apptainer = env.get("APPTAINER_CONTAINER") or env.get("SINGULARITY_CONTAINER")
     kind = None
     if apptainer:
         kind = "apptainer"
-    elif os.path.exists("/run/.containerenv"):
+    elif exists("/run/.containerenv"):
         kind = "podman"
     elif env.get("KUBERNETES_SERVICE_HOST"):
         kind = "kubernetes"
-    elif os.path.exists("/.dockerenv"):
+    elif exists("/.dockerenv"):
         kind = "docker"
     # image="docker.io/library/python:3.11"
     image = _match_in_file("/run/.containerenv", r'^image="(.*)"') or apptainer
     # Where it is told to those inside: SLURM's pyxis, GitLab, hubs of notebooks.
     for name in ("SLURM_CONTAINER_IMAGE", "CONTAINER_IMAGE", "CI_JOB_IMAGE",
-                 "JUPYTER_IMAGE", "DOCKER_IMAGE", "IMAGE_NAME"):  # fmt: skip
+                 "JUPYTER_IMAGE", "DOCKER_IMAGE", "IMAGE_NAME"):
         image = image or env.get(name)
     cpus = None
     # 150000 100000   (microseconds that may be used in each period of so many)
@@ -4829,7 +4749,7 @@ def _cgroup_limit(name: str) -> str | int | None:
         limit = _match_in_file(f"{folder}/{name}", r"^(\d.*)$")
         if limit is not None:
             return limit
-        folder = os.path.dirname(folder)
+        folder = dirname(folder)
     return None
 
 
@@ -4867,7 +4787,6 @@ class _Sampler:
         self.last = self._sample()
 
     def tick(self) -> None:
-        """Append a row to metrics/system.jsonl, whenever one is due."""
         started = time.monotonic()
         if started < self.due:
             return
@@ -4879,7 +4798,6 @@ class _Sampler:
             self.record.append("metrics/system.jsonl", row)
 
     def summary(self) -> Facts:
-        """Return peaks and means with their sources, for metadata.json."""
         self._take()
         facts: Facts = {
             "samples": self.samples,
@@ -4904,7 +4822,6 @@ class _Sampler:
         return facts
 
     def _sample(self) -> _Sample | None:
-        """Measure all processes of the run; None once they have ended."""
         try:
             return self.tree.measure()
         except _Unknown as reason:
@@ -4912,7 +4829,6 @@ class _Sampler:
             return None
 
     def _take(self) -> Facts | None:
-        """Take a sample, add it to the sums, and return its row."""
         before = self.last
         sample = self._sample()
         if sample is None or before is None:
@@ -4945,8 +4861,6 @@ class _Sample:
 
 
 class _Values:
-    """Peak, mean and sources of what was measured again and again."""
-
     def __init__(self) -> None:
         self.peak: int | None = None
         self.total = 0
@@ -4975,8 +4889,7 @@ class _ProcessTree:
         self.is_cheap = True  # to count memory by pages
 
     def measure(self) -> _Sample | None:
-        """Return what the processes take now, None if all have ended."""
-        if not os.path.isdir("/proc/self/task") or not hasattr(os, "sysconf"):
+        if not isdir("/proc/self/task") or not hasattr(os, "sysconf"):
             raise _Unknown("there is no /proc, which tells what processes take")
         found = self._processes()
         if not found:
@@ -5003,7 +4916,6 @@ class _ProcessTree:
         return _Sample(len(found), seconds, memory, source)
 
     def _processes(self) -> dict[int, list[str]]:
-        """Return the fields of /proc/<pid>/stat of each process of the run."""
         found: dict[int, list[str]] = {}
         waiting = [self.pid, *self.known]
         while waiting:
@@ -5112,7 +5024,7 @@ _GIT_FACTS = (
     "commit_short", "commit_full", "branch", "is_dirty", "remote_origin_url", "base",
     "root", "is_shallow", "unpushed", "unpushed_commits", "untracked",
     "untracked_count", "changed", "changed_after_entry", "submodules",
-)  # fmt: skip
+)
 
 
 class _Head:
@@ -5129,7 +5041,6 @@ class _Head:
                 )
 
     def answer(self) -> str:
-        """Return what git has printed; nothing if there is no commit, or no git."""
         if self.program is not None:
             with _ignoring(_Unknown):
                 printed = os.fsdecode(self.program.result(HEAD_SECONDS))
@@ -5146,7 +5057,7 @@ class _Head:
 _HEAD_QUESTION = (
     "rev-parse", "--is-inside-work-tree", "--is-shallow-repository",
     "--show-toplevel", "HEAD", "--short", "HEAD",
-)  # fmt: skip
+)
 
 
 def _commit_in(answer: str) -> str | None:
@@ -5162,7 +5073,6 @@ def _git_head(directory: str) -> str | None:
 
 
 def _git_collectors(site: _Site, record: _Record) -> dict[str, Callable[[], JSON]]:
-    """Return the collectors that read the code; they are asked in this order."""
     tree = _Repository.of(site)
     return {
         "git": lambda: _git(site, tree),
@@ -5172,7 +5082,6 @@ def _git_collectors(site: _Site, record: _Record) -> dict[str, Callable[[], JSON
 
 
 def _git(site: _Site, tree: _Repository | None = None) -> Facts:
-    """Return what git says about the code of a run."""
     tree = tree or _Repository.of(site)
     return tree.facts()
 
@@ -5205,7 +5114,6 @@ def _git_patch(site: _Site, record: _Record, tree: _Repository | None = None) ->
 def _local_packages(
     site: _Site, record: _Record, tree: _Repository | None = None
 ) -> list[Facts]:
-    """Return the repository of each package that was installed from a local folder."""
     seen = {(tree or _Repository.of(site)).root}
     problems = []
     packages = []
@@ -5228,7 +5136,6 @@ def _local_packages(
 
 
 def _package(name: str, tree: _Repository, record: _Record, seen: set[str]) -> Facts:
-    """Return what there is to say of a package's code, and write its patch."""
     facts = tree.known_facts()
     if tree.root not in seen:
         seen.add(tree.root)
@@ -5267,7 +5174,7 @@ class _Change:
 
     def look(self, tree: _Repository) -> None:
         """Fill in what the disk says; what lies behind a link is not there."""
-        if not tree.is_real(os.path.dirname(self.path)):
+        if not tree.is_real(dirname(self.path)):
             return
         with _ignoring(OSError):
             info = os.lstat(self.path)
@@ -5288,7 +5195,6 @@ class _Change:
                 self.mode = b"100644"
 
     def read(self) -> None:
-        """Read the file, or where a link leads, as far as a patch has room."""
         if self.mode == b"120000":
             self.data = os.readlink(self.path)
         elif self.mode:
@@ -5323,7 +5229,7 @@ class _Repository:
 
     def __init__(self, directory: str, excluded: Sequence[str]) -> None:
         self.directory = directory
-        self.root = os.path.realpath(directory)
+        self.root = realpath(directory)
         self.excluded = excluded
         self.entered: int | None = None
         self.sources: list[str] = []  # files that were loaded, for code without git
@@ -5348,7 +5254,6 @@ class _Repository:
 
     @staticmethod
     def of(site: _Site, folder: str | None = None) -> _Repository:
-        """Return the code of a run, or of a package; nothing is asked yet."""
         tree = _Repository(folder or site.directory, [site.results_root, site.run_dir])
         if folder is None:
             sources = [site.script or "", *site.loaded]
@@ -5364,7 +5269,6 @@ class _Repository:
         return tree
 
     def facts(self) -> Facts:
-        """Return what there is to say, or raise _Unknown with what is known of it."""
         facts: Facts = dict.fromkeys(_GIT_FACTS)
         try:
             self._describe(facts)
@@ -5374,7 +5278,6 @@ class _Repository:
         return facts
 
     def known_facts(self) -> Facts:
-        """Return what there is to say, and the `problem` if that is not all."""
         try:
             return {**self.facts(), "problem": None}
         except _Unknown as reason:
@@ -5384,7 +5287,6 @@ class _Repository:
             return {**reason.facts, "problem": problem}
 
     def _describe(self, facts: Facts) -> None:
-        """Fill in the facts, the quickest to find out first."""
         self.open()
         facts["root"] = self.root
         facts["is_shallow"] = self.is_shallow
@@ -5431,7 +5333,6 @@ class _Repository:
             self.listed  # noqa: B018
 
     def git(self, *words: str, **how: Any) -> bytes:
-        """Return what git prints; raise _Unknown, at once when git hung before."""
         if self.hung is not None:
             raise self.hung
         try:
@@ -5443,7 +5344,6 @@ class _Repository:
             raise
 
     def open(self) -> None:
-        """Find the work tree and read its settings; raise _Unknown."""
         if self.is_git:
             return
         if not _has_repository(self.directory):
@@ -5489,12 +5389,12 @@ class _Repository:
         keys = [key for key in self.config if key.startswith("filter.")]
         return sorted({key.rpartition(".")[0] for key in keys})
 
-    @functools.cached_property
+    @cached_property
     def _pathspec(self) -> list[str]:
         pathspec = ["--", ":/"]
-        root = os.path.realpath(self.root)
+        root = realpath(self.root)
         for folder in self.excluded:
-            inside = os.path.relpath(os.path.realpath(folder), root)
+            inside = relpath(realpath(folder), root)
             if inside.split(os.sep)[0] not in (os.curdir, os.pardir):
                 pathspec.append(f":(exclude,top,literal){inside}")
         for name in self._filters():
@@ -5503,22 +5403,20 @@ class _Repository:
                 pathspec.append(f":(exclude,top,attr:filter={match[1]})")
         return pathspec
 
-    @functools.cached_property
+    @cached_property
     def status(self) -> _Status:
-        """What differs from HEAD, as far as `git status` looks."""
         words = ("status", "--porcelain=v2", "--branch", "-z", "--untracked-files=all")
         options = ("--no-renames", "--ignore-submodules=dirty")
         return _Status(self.git(*words, *options, *self._pathspec))
 
-    @functools.cached_property
+    @cached_property
     def listed(self) -> _Listed:
         """The files of the index, and the submodules."""
         words = ("ls-files", "-v", "-s", "-z", *self._pathspec)
         return _Listed(self.git(*words, limit=5 * PROGRAM_BYTES))
 
-    @functools.cached_property
+    @cached_property
     def changes(self) -> list[_Change]:
-        """The files that are not as HEAD has them, by name."""
         found = {}
         for name, old in self.status.files.items():
             change = _Change(self, name, old or _NO_BLOB, is_tracked=old is not None)
@@ -5538,9 +5436,9 @@ class _Repository:
         """Tell whether a folder of this tree is reached without a link."""
         if folder not in self.folders:
             root = os.fsencode(self.root)
-            inside = os.path.relpath(folder, root)
-            real = os.path.normpath(os.path.join(os.path.realpath(root), inside))
-            self.folders[folder] = os.path.realpath(folder) == real
+            inside = relpath(folder, root)
+            real = normpath(os.path.join(realpath(root), inside))
+            self.folders[folder] = realpath(folder) == real
         return self.folders[folder]
 
     def _is_there(self, change: _Change) -> bool:
@@ -5552,11 +5450,11 @@ class _Repository:
             return True
         for match in re.finditer(rb"-\d{8}-\d{6}[^/]*/", name):
             status = os.path.join(name[: match.end()], b"status.json")
-            if os.path.exists(os.path.join(os.fsencode(self.root), status)):
+            if exists(os.path.join(os.fsencode(self.root), status)):
                 return True
         return False
 
-    @functools.cached_property
+    @cached_property
     def base(self) -> Facts | None:
         """The newest commit of this history that a remote has, and that remote."""
         if not self.head:
@@ -5576,7 +5474,7 @@ class _Repository:
                 return None
         return {"commit": self.head, "remote": None, "url": None}
 
-    @functools.cached_property
+    @cached_property
     def history(self) -> _History:
         """Which commits no remote has, and the newest that one has."""
         if self._is_pushed:
@@ -5590,9 +5488,8 @@ class _Repository:
                 words += os.fsdecode(_read_bytes(os.path.join(self.root, path))).split()
         return _History(self.git("rev-list", *words), self.head)
 
-    @functools.cached_property
+    @cached_property
     def _remotes(self) -> list[Facts]:
-        """Name and URL of the remotes, that of the branch first, then origin."""
         remotes = []
         for key, url in sorted(self.config.items()):
             match = re.fullmatch(r"remote\.(.+)\.url", key, re.S)
@@ -5601,7 +5498,7 @@ class _Repository:
                     answer = self.git("ls-remote", "--get-url", match[1])
                     url = os.fsdecode(answer).rstrip("\n")
                 if url.startswith("."):
-                    url = os.path.normpath(os.path.join(self.root, url))
+                    url = normpath(os.path.join(self.root, url))
                 remotes.append({"remote": match[1], "url": url})
         followed = self.config.get(f"branch.{self.status.branch}.remote")
         ranks = {"origin": 1, followed: 0}
@@ -5630,9 +5527,8 @@ class _Repository:
             return self._remotes[0]
         return None
 
-    @functools.cached_property
+    @cached_property
     def _whole_tree(self) -> list[_Change]:
-        """All files, as changes from nothing."""
         changed = {change.name: change for change in self.changes}
         found = []
         for name in sorted({*changed, *self.listed.files}):
@@ -5646,7 +5542,7 @@ class _Repository:
                 found.append(change)
         return found
 
-    @functools.cached_property
+    @cached_property
     def changes_from_base(self) -> list[_Change]:
         """The files that are not as the base has them; without git all there are."""
         if not self.is_git:
@@ -5668,7 +5564,7 @@ class _Repository:
                     changes[name].old = old
         return list(changes.values())
 
-    @functools.cached_property
+    @cached_property
     def inner(self) -> list[_Repository]:
         """The submodules that are checked out, and untracked repositories."""
         if not self.is_git:
@@ -5676,10 +5572,10 @@ class _Repository:
         found = []
         links = self.listed.links
         for name in sorted({*links, *(name[:-1] for name in self.status.repositories)}):
-            place = os.path.join(os.path.realpath(self.root), os.fsdecode(name))
-            if os.path.realpath(place) != place:
+            place = os.path.join(realpath(self.root), os.fsdecode(name))
+            if realpath(place) != place:
                 continue
-            if not os.path.lexists(os.path.join(place, ".git")):
+            if not lexists(os.path.join(place, ".git")):
                 continue
             if time.monotonic() > self.deadline:
                 raise _Unknown("no time left to look into all repositories inside")
@@ -5695,7 +5591,6 @@ class _Repository:
         return found
 
     def _link_in_base(self, name: str) -> str | None:
-        """Return the commit of a submodule that the base records."""
         if self.base is not None:
             with _ignoring(_Unknown):
                 # 160000 commit <id>\tname\0
@@ -5731,7 +5626,6 @@ class _Repository:
                 change.data = blobs.get(oid, b"")
 
     def _missing(self) -> set[bytes]:
-        """Return what a partial clone has not fetched: it would if it were asked."""
         commits = {self.head}
         if self.base is not None:
             commits.add(self.base["commit"])
@@ -5863,8 +5757,8 @@ def _shown(name: bytes) -> str:
 
 def _has_repository(directory: str) -> bool:
     """Tell whether there is a .git in a folder or above it."""
-    folder = Path(os.path.abspath(directory))
-    return any(os.path.lexists(place / ".git") for place in (folder, *folder.parents))
+    folder = Path(abspath(directory))
+    return any(lexists(place / ".git") for place in (folder, *folder.parents))
 
 
 def _explained(failure: _ProgramFailed, directory: str) -> _Unknown:
@@ -5886,19 +5780,19 @@ def _check_git_dir(tree: _Repository, root: str) -> None:
     dot_git = os.path.join(root, ".git")
     line = _first_line(dot_git) or ""
     named = os.path.join(root, line.partition("gitdir: ")[2] or ".git")
-    folder = os.path.realpath(named)
+    folder = realpath(named)
     back = _first_line(os.path.join(folder, "gitdir"))
     common = _first_line(os.path.join(folder, "commondir"))
-    is_own = folder == os.path.join(os.path.realpath(root), ".git")
+    is_own = folder == os.path.join(realpath(root), ".git")
     if tree.prefix and root != tree.directory:
         is_own = False  # git went up to the outer repository
     elif common is not None:  # of `git worktree add`
-        common = os.path.realpath(os.path.join(folder, common))
-        is_known = os.path.dirname(folder) == os.path.join(common, "worktrees")
+        common = realpath(os.path.join(folder, common))
+        is_known = dirname(folder) == os.path.join(common, "worktrees")
         is_own = is_known and back == dot_git
     elif "core.worktree" in tree.config:  # of a submodule: git has looked there
         is_own = True
-    elif not tree.prefix and os.path.basename(folder) != ".git":
+    elif not tree.prefix and basename(folder) != ".git":
         is_own = True  # `git init --separate-git-dir` leaves no way back
     parts = [os.path.join(folder, name) for name in ("objects", "refs", "packed-refs")]
     if not is_own or any(map(os.path.islink, parts)):
@@ -5912,16 +5806,15 @@ def _first_line(path: str) -> str | None:
 
 
 def _loose_files(tree: _Repository) -> list[_Change]:
-    """Return the code that is in no repository: what was loaded, and texts below."""
-    top = os.path.realpath(tree.directory)
-    loaded = [os.path.realpath(path) for path in tree.sources]
+    top = realpath(tree.directory)
+    loaded = [realpath(path) for path in tree.sources]
     paths = dict.fromkeys(loaded)
     if tree.is_deep and not _is_shared_folder(top):
         paths.update(dict.fromkeys(_texts_below(tree, top)))
     tree.root = os.path.commonpath([top, *paths])
     changes = []
     for path in paths:
-        name = os.fsencode(os.path.relpath(path, tree.root))
+        name = os.fsencode(relpath(path, tree.root))
         change = _Change(tree, name, _NO_BLOB, is_tracked=path in loaded)
         if change.rank and not re.search(SOURCE_FILES, path):
             change.rank = 2
@@ -5935,9 +5828,9 @@ def _texts_below(tree: _Repository, top: str) -> Iterator[str]:
     deadline = time.monotonic() + WALK_SECONDS
     marks = (".git", "pyvenv.cfg", "conda-meta", "status.json", INDEX_FILE)
     skipped = ("__pycache__", "node_modules", "site-packages", "dist-packages")
-    excluded = [os.path.realpath(path) for path in tree.excluded]
+    excluded = [realpath(path) for path in tree.excluded]
     for folder, folders, files in os.walk(top):
-        is_other = any(os.path.lexists(os.path.join(folder, mark)) for mark in marks)
+        is_other = any(lexists(os.path.join(folder, mark)) for mark in marks)
         if time.monotonic() > deadline or folder in excluded or is_other:
             folders.clear()
             continue
@@ -5948,18 +5841,17 @@ def _texts_below(tree: _Repository, top: str) -> Iterator[str]:
 
 
 def _is_shared_folder(folder: str) -> bool:
-    home = os.path.realpath(os.path.expanduser("~"))
+    home = realpath(os.path.expanduser("~"))
     is_everybodys = bool(os.stat(folder).st_mode & stat.S_ISVTX)
-    return is_everybodys or folder in (home, os.path.dirname(home), os.sep)
+    return is_everybodys or folder in (home, dirname(home), os.sep)
 
 
 def _is_own_source(path: str, site: _Site) -> bool:
-    """Tell whether a file belongs to the experiment."""
-    real = os.path.realpath(path)
-    if not os.path.isfile(real) or _is_installed(path) or _is_installed(real):
+    real = realpath(path)
+    if not isfile(real) or _is_installed(path) or _is_installed(real):
         return False
-    below = os.path.realpath(site.directory) + os.sep
-    ours = os.path.realpath(_is_own_source.__code__.co_filename)
+    below = realpath(site.directory) + os.sep
+    ours = realpath(_is_own_source.__code__.co_filename)
     return real.startswith(below) or real != ours
 
 
@@ -5979,7 +5871,6 @@ class _Patch:
         self.problems: list[str] = []
 
     def add(self, tree: _Repository) -> None:
-        """Add what differs in a tree from its base, and the repositories inside."""
         try:
             if tree.prefix:
                 tree.open()
@@ -5999,7 +5890,6 @@ class _Patch:
             self.add(each)
 
     def _add_files(self, tree: _Repository, changes: Sequence[_Change]) -> None:
-        """Add the files that there is room for, small ones first."""
         kept: list[_Change] = []
         changes = [change for change in changes if change.mode or change.old[0]]
         changes.sort(key=lambda change: (change.rank, change.size))
@@ -6038,7 +5928,6 @@ class _Patch:
                 self._leave_out(change, str(reason))
 
     def keep(self, record: _Record, name: str, root: str) -> Facts:
-        """Write the patch, if there is one, and return what there is to say of it."""
         data = bytes(self.text)
         facts: Facts = {
             "file": None,
@@ -6060,7 +5949,6 @@ class _Patch:
         return facts
 
     def _read(self, tree: _Repository, change: _Change) -> str | None:
-        """Read a file as it was at entry; return why that cannot be done."""
         if not change.is_late:
             try:
                 change.read()
@@ -6121,7 +6009,6 @@ class _Patch:
 
 
 def _write_or_link(record: _Record, name: str, data: bytes) -> None:
-    """Write a file of a run; a large one that the run before has too is linked."""
     if len(data) > LINK_BYTES:
         earlier = next(record.earlier_runs(), None)
         if earlier is not None:
@@ -6173,7 +6060,7 @@ def _compared_by_git(changes: Sequence[_Change], seconds: float) -> bytes:
 def _put(place: bytes, change: _Change, mode: bytes, data: bytes) -> None:
     """Make a file or link of this mode below a folder; nothing where git has none."""
     path = place + change.title
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+    os.makedirs(dirname(path), exist_ok=True)
     if mode == b"120000" and b"\0" not in data:
         os.symlink(data, path)
     elif mode:
@@ -6238,7 +6125,7 @@ def _git_started(
 _GIT_SETTINGS = (
     "core.fsmonitor=false", "core.hooksPath=/dev/null", "core.quotePath=true",
     "core.splitIndex=false", "log.showSignature=false", "status.submoduleSummary=false",
-)  # fmt: skip
+)
 _GIT_ENVIRONMENT = {
     "GIT_ASKPASS": "true",
     "GIT_NO_LAZY_FETCH": "1",
@@ -6261,8 +6148,8 @@ def _cmd_reproduce(args: argparse.Namespace) -> int:
     Returns 0 if all is as it was, 1 if something differs, 2 if it cannot be done.
     """
     plan = _Plan(args.run)
-    target = os.path.abspath(args.into or plan.default_target())
-    if os.path.lexists(target):
+    target = abspath(args.into or plan.default_target())
+    if lexists(target):
         raise ValueError(f"{target!r} exists; give another folder by --into")
     plan.set_values(args.set)
     plan.check()
@@ -6288,7 +6175,6 @@ def _cmd_reproduce(args: argparse.Namespace) -> int:
 
 
 def _cmd_verify(args: argparse.Namespace) -> int:
-    """Say whether a run can be done again; nothing stays of what that takes."""
     plan = _Plan(args.run)
     plan.check()
     with _temporary_folder() as scratch:
@@ -6318,9 +6204,9 @@ class _Plan:
     """What it takes to do a run again, and what is not as it was."""
 
     def __init__(self, text: str) -> None:
-        folder = os.path.abspath(text)
+        folder = abspath(text)
         is_attempt = re.search(r"/attempts/\d+$", folder)
-        if not is_attempt or not os.path.isfile(f"{folder}/metadata.json"):
+        if not is_attempt or not isfile(f"{folder}/metadata.json"):
             folder = str(_find_run(text))
         self.folder = folder  # with metadata.json, git.patch and status.json
         self.run_dir = re.sub(r"/attempts/\d+$", "", folder)
@@ -6349,9 +6235,9 @@ class _Plan:
     def default_target(self) -> str:
         """Return a folder beside the repository that we are in, else in this folder."""
         here = Path.cwd()
-        tops = [top for top in (here, *here.parents) if os.path.lexists(top / ".git")]
+        tops = [top for top in (here, *here.parents) if lexists(top / ".git")]
         place = tops[-1].parent if tops else here
-        return str(place / f"{os.path.basename(self.run_dir)}-again")
+        return str(place / f"{basename(self.run_dir)}-again")
 
     def _recorded_python(self) -> str | None:
         """Return the Python that would run it again, None if the command needs none."""
@@ -6359,7 +6245,7 @@ class _Plan:
         recorded = _word(facts.get("executable"))
         if not recorded or facts.get("origin") == "PATH":
             return None
-        if re.match(_PYTHON, os.path.basename(recorded)) and os.path.isfile(recorded):
+        if re.match(_PYTHON, basename(recorded)) and isfile(recorded):
             owners = {os.lstat(recorded).st_uid, os.stat(recorded).st_uid}
             if owners <= {_posix.getuid(), 0}:
                 return recorded
@@ -6385,7 +6271,6 @@ class _Plan:
                 raise ValueError(f"no word of the command sets {name!r}")
 
     def check(self) -> None:
-        """Find out what takes no building: inputs, secrets, packages and GPUs."""
         name = _word(self.patch.get("file"))
         digest = _sha256(os.path.join(self.folder, name))
         if name and digest is None:
@@ -6401,7 +6286,6 @@ class _Plan:
             self.add("command", 1, text, stops=True)
 
     def _launcher_words(self) -> list[str]:
-        """Return what starts all ranks of a run that had several."""
         facts = _mapping(self.metadata, "launcher")
         for key, words in _LAUNCHER_LINES.items():
             ranks = _word(facts.get(key))
@@ -6425,7 +6309,7 @@ class _Plan:
             recorded = os.path.join(_word(entry.get("run_dir")), entry["path"])
             for number, word in enumerate(self.argv):
                 start, equals, value = word.rpartition("=")
-                if os.path.normpath(os.path.join(cwd, value)) == recorded:
+                if normpath(os.path.join(cwd, value)) == recorded:
                     # The new tree has no results, so it is named by its full path.
                     self.argv[number] = start + equals + place
         if problems:
@@ -6434,7 +6318,6 @@ class _Plan:
             self.add("inputs", 0, f"{_format_count(len(inputs), 'file')}, unchanged")
 
     def _check_secrets(self) -> None:
-        """Name what was redacted and has to be supplied: it is never guessed."""
         pairs = zip(self.argv, self.argv[1:])
         flags = [a if b == REDACTED else b for a, b in pairs if REDACTED in b]
         if flags:
@@ -6448,7 +6331,7 @@ class _Plan:
         missing = [
             name for name, value in env.items()
             if REDACTED in str(value) and name not in os.environ
-        ]  # fmt: skip
+        ]
         if missing:
             self.add("secrets", 0, f"the environment also had {', '.join(missing)}")
 
@@ -6479,7 +6362,7 @@ class _Plan:
                 rows.append((_weight(name, old, new), text))
         for package in _those(self.metadata.get("local_packages"), dict):
             path = _word(package.get("path"))
-            if path and not self.is_installed and not os.path.isdir(path):
+            if path and not self.is_installed and not isdir(path):
                 text = f"{package.get('name')} was in {path}, which is gone"
                 rows.append(((1, path), text))
         lines = [text for _, text in sorted(rows)]
@@ -6489,7 +6372,6 @@ class _Plan:
             self.add("environment", 0, f"Python {then['python']} and its packages")
 
     def _known_packages(self, facts: Facts) -> Facts:
-        """Return the packages of pip freeze; one from a folder by what it is named."""
         lines = []
         for line in _texts(facts.get("pip_freeze")):
             if line.startswith("-e /"):
@@ -6505,7 +6387,7 @@ class _Plan:
             is_rebuilt = f"/.git/packages/{_safe_name(name)}" in f"{folder}/"
             if is_rebuilt or folder in (package.get("path"), package.get("root")):
                 return name
-        return os.path.basename(folder)
+        return basename(folder)
 
     def build(self, target: str) -> None:
         """Make the tree as a whole, or leave nothing at `target`."""
@@ -6513,11 +6395,11 @@ class _Plan:
 
         building = f"{target}.building"
         mark = f"{building}/.git/run_utils"
-        if os.path.lexists(building):
-            if os.listdir(building) and not os.path.isfile(mark):
+        if lexists(building):
+            if os.listdir(building) and not isfile(mark):
                 raise ValueError(f"{building!r} is not from here; remove it")
             shutil.rmtree(building)
-        os.makedirs(os.path.dirname(mark))
+        os.makedirs(dirname(mark))
         _write_file(mark, os.fsencode(self.folder))
         try:
             self._rebuild(building, self.git, self.patch, self.root)
@@ -6552,13 +6434,13 @@ class _Plan:
         for inner in waiting:
             waiting += _those(inner.get("submodules"), dict)
             path = os.path.join(place, _word(inner.get("path")))
-            if not os.path.realpath(path).startswith(os.path.realpath(place) + os.sep):
+            if not realpath(path).startswith(realpath(place) + os.sep):
                 raise _Unknown(f"{inner.get('path')!r} leads out of the tree")
             if inner.get("base"):
                 former = os.path.join(root, _word(inner.get("path")))
                 _fetch(path, _mapping(inner, "base"), former)
         if patch.get("file"):
-            file = os.path.join(self.folder, os.path.basename(_word(patch["file"])))
+            file = os.path.join(self.folder, basename(_word(patch["file"])))
             _new_git(place, *switches, "apply", "--whitespace=nowarn", file)
 
     def _missing_files(self, tree: str) -> list[str]:
@@ -6573,10 +6455,10 @@ class _Plan:
         for entry in left_out:
             source = os.path.join(self.root, _word(entry.get("path")))
             place = os.path.join(tree, _word(entry.get("path")))
-            folder = os.path.realpath(os.path.dirname(place))
-            is_inside = f"{folder}/".startswith(os.path.realpath(tree) + "/")
+            folder = realpath(dirname(place))
+            is_inside = f"{folder}/".startswith(realpath(tree) + "/")
             digest = entry.get("sha256")
-            if is_inside and os.path.isdir(folder) and digest == _sha256(source):
+            if is_inside and isdir(folder) and digest == _sha256(source):
                 shutil.copy(source, place)
             else:
                 texts.append(f"{entry.get('path')}: {entry.get('reason')}")
@@ -6625,7 +6507,6 @@ class _Plan:
                 yield f"{target}/.git/packages/{name}", package
 
     def environment_commands(self, target: str) -> list[list[str]]:
-        """Return what makes the environment, and write the requirements for it."""
         version = _word(_mapping(self.metadata, "python").get("version")).split(" ")[0]
         lines = _texts(self.metadata.get("pip_freeze"))
         if not version or not lines:
@@ -6634,8 +6515,8 @@ class _Plan:
         local = []
         for place, package in self._local_packages(target):
             path, root = _word(package.get("path")), _word(package.get("root"))
-            inside = os.path.relpath(path, root or path)
-            kept.append(f"-e {os.path.normpath(os.path.join(place, inside))}")
+            inside = relpath(path, root or path)
+            kept.append(f"-e {normpath(os.path.join(place, inside))}")
             local.append(_word(package.get("name")))
         for line in lines:
             is_local = line.startswith("-e /") or "@ file:" in line
@@ -6643,7 +6524,7 @@ class _Plan:
             if not is_local and name not in local and REDACTED not in line:
                 kept.append(line)
         file = f"{target}/.git/requirements.txt"
-        if os.path.isdir(target):
+        if isdir(target):
             _write_file(file, "\n".join([*kept, ""]).encode("utf-8"))
         install = ["--no-deps", "-r", file]
         tags = re.findall(r"\+(cu\d+|cpu|rocm[\d.]+|xpu)\b", "\n".join(kept))
@@ -6676,7 +6557,7 @@ class _Plan:
     def command(self, target: str) -> tuple[list[str], str]:
         cwd = _word(self.metadata.get("working_dir"))
         words = [_moved(word, self.root, target) for word in self.argv]
-        is_python = bool(re.match(_PYTHON, os.path.basename(words[0])))
+        is_python = bool(re.match(_PYTHON, basename(words[0])))
         if self.python and is_python:
             words[0] = self.python
         if self.launcher[:1] == ["torchrun"] and is_python:
@@ -6702,7 +6583,6 @@ class _Plan:
         return sorted(self.findings, key=lambda each: order.index(each.about))
 
     def show(self, target: str | None) -> None:
-        """Print the plan, the most important first, on one screen."""
         lines = []
         room = PLAN_DETAILS
         for finding in self._ordered():
@@ -6723,7 +6603,7 @@ class _Plan:
         for number, line in enumerate(lines, 1):
             for part in f"{number}. {line}".split("\n"):
                 print(_printable(part))
-        if target is not None and os.path.isdir(target):
+        if target is not None and isdir(target):
             print(_printable(f"To remove it: rm -rf {shlex.quote(target)}"))
 
 
@@ -6743,16 +6623,14 @@ def _word(value: object) -> str:
 
 
 def _bare(flag: str) -> str:
-    """Return the name of "--learning-rate" as it stands in a config."""
     return flag.lstrip("-").replace("-", "_")
 
 
 def _moved(word: str, root: str, target: str) -> str:
-    """Return a word with a path below the old root as one of the new tree."""
     start, equals, value = word.rpartition("=")
     if root and (value == root or value.startswith(root + os.sep)):
         moved = target + value[len(root) :]
-        if os.path.lexists(moved):
+        if lexists(moved):
             return start + equals + moved
     return word
 
@@ -6768,10 +6646,9 @@ def _weight(name: str, old: object, new: object) -> tuple[int, str]:
 
 
 def _input_now(entry: Facts, run_dir: str) -> tuple[str, str | None]:
-    """Return where an input is now, and what is wrong with it."""
-    beside = os.path.normpath(os.path.join(run_dir, _word(entry.get("relative"))))
+    beside = normpath(os.path.join(run_dir, _word(entry.get("relative"))))
     places = [f"{beside}/{entry['path']}", f"{entry.get('run_dir')}/{entry['path']}"]
-    for place in filter(os.path.exists, places):
+    for place in filter(exists, places):
         info = os.stat(place)
         size = entry.get("size")
         if size is None or entry.get("mtime") == _utc(info.st_mtime):
@@ -6807,11 +6684,11 @@ def _fetch(place: str, base: Facts, former: str) -> list[str]:
     problem = ""
     everything = "+refs/heads/*:refs/remotes/origin/*"
     sources = [url]
-    if os.path.isdir(former):
+    if isdir(former):
         sources.insert(0, former)
     for source in filter(None, sources):
         for options in (["--depth=1", "--", source, commit], ["--", source, commit],
-                        ["--", source, everything]):  # fmt: skip
+                        ["--", source, everything]):
             try:
                 _new_git(place, "fetch", "-q", *options)
                 checkout = ("checkout", "-q", "--detach", commit, "--")
@@ -6824,19 +6701,17 @@ def _fetch(place: str, base: Facts, former: str) -> list[str]:
 
 
 def _new_git(place: str, *words: str) -> bytes:
-    """Run git in a repository that we make; it may fetch."""
     protocols = "file:git:http:https:ssh"
     return _git_run(place, *words, protocols=protocols, timeout=FETCH_SECONDS)
 
 
 def _run_again(plan: _Plan, target: str, tolerance: float, is_quiet: bool) -> Facts:
-    """Run the command in the new tree as a run of its own; return how it compares."""
     import subprocess  # nosec
 
     words, place = plan.command(target)
     env = {**os.environ, REPRODUCES: plan.folder}
     venv = f"{target}/.venv"
-    if os.path.isdir(venv):
+    if isdir(venv):
         paths = os.pathsep.join([f"{venv}/bin", env.get("PATH", "")])
         env.update(VIRTUAL_ENV=venv, PATH=paths)
     if _mapping(plan.metadata, "python").get("origin") != "this process":
@@ -6848,7 +6723,7 @@ def _run_again(plan: _Plan, target: str, tolerance: float, is_quiet: bool) -> Fa
     print(end="", flush=True)
     options: Any = {"cwd": place, "env": env, "stdout": output}
     done = subprocess.run(words, **options)  # nosec
-    for root in (target, os.path.dirname(plan.run_dir)):
+    for root in (target, dirname(plan.run_dir)):
         for path in _walk_runs(root):
             again = Run(path, row=False)
             if _mapping(again.metadata, "reproduces").get("run_dir") == plan.folder:
@@ -6857,7 +6732,6 @@ def _run_again(plan: _Plan, target: str, tolerance: float, is_quiet: bool) -> Fa
 
 
 def _compared(then: Run, now: Run, tolerance: float) -> Facts:
-    """Return a table of what came out, and the level that was reached."""
     sides = [_outcome(then), _outcome(now)]
     rows: list[Facts] = []
     for kind, key in dict.fromkeys([*sides[0], *sides[1]]):
@@ -6915,7 +6789,6 @@ def _verdict(kind: str, then: JSON, now: JSON, tolerance: float) -> str:
 def _level_reached(
     then: Run, rows: Sequence[Facts], tolerance: float
 ) -> tuple[str, bool]:
-    """Return the level in a sentence, and whether it may be called the same."""
     kinds = {row["kind"] for row in rows}
     bad = {row["kind"] for row in rows if row["verdict"] not in ("same", "close")}
     if "end" in bad:
@@ -6984,7 +6857,7 @@ def _inputs(
     line: ``a/b.pt``, ``--init=a/b.pt``, ``key=a.pt,b.pt``, ``file:///a/b.pt``,
     ``a/*.pt`` and ``$OLD/b.pt``, relative to `cwd`.
     """
-    own = os.path.realpath(run_dir)
+    own = realpath(run_dir)
     known: dict[str, bool] = {}  # which folders are runs: each is looked at once
     states: dict[str, str] = {}
     deadline = time.monotonic() + INPUT_SECONDS
@@ -6994,7 +6867,7 @@ def _inputs(
             if time.monotonic() > deadline or len(entries) >= MAX_INPUTS:
                 return list(entries.values())
             producer = _run_of(path, known)
-            if producer is None or os.path.realpath(producer) == own:
+            if producer is None or realpath(producer) == own:
                 continue
             if producer not in states:
                 states[producer] = _text(_status_now(producer).get("status"))
@@ -7004,7 +6877,6 @@ def _inputs(
 
 
 def _named_texts(config: JSON, argv: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield the strings of a config with their dotted keys, then those of argv."""
     if isinstance(config, dict):
         for key, value in config.items():
             if key != "command":
@@ -7035,8 +6907,8 @@ def _existing_paths(text: str, cwd: str) -> Iterator[str]:
             continue
         path = os.path.expanduser(os.path.expandvars(_without_scheme(part)))
         path = os.path.join(cwd, path)
-        if os.path.exists(path):
-            yield os.path.abspath(path)
+        if exists(path):
+            yield abspath(path)
         elif _is_glob(path):
             yield from _globbed(path)
 
@@ -7060,21 +6932,20 @@ def _globbed(pattern: str) -> Iterator[str]:
 
     with _ignoring(OSError, re.error):
         for _, path in zip(range(MAX_INPUTS), glob.iglob(pattern)):
-            yield os.path.abspath(path)
+            yield abspath(path)
 
 
 def _input(
     key: str, path: str, producer: str, run_dir: StrPath, status: str
 ) -> Facts:
-    """Return the entry of `inputs` in metadata.json for a file of another run."""
-    inside = os.path.relpath(path, producer)
+    inside = relpath(path, producer)
     if inside.startswith(os.pardir):  # a link into the run
-        inside = os.path.relpath(os.path.realpath(path), os.path.realpath(producer))
+        inside = relpath(realpath(path), realpath(producer))
     entry: Facts = {
         "key": key,
-        "run": os.path.basename(producer),
+        "run": basename(producer),
         "run_dir": producer,
-        "relative": os.path.relpath(producer, run_dir),  # holds when a tree is moved
+        "relative": relpath(producer, run_dir),  # holds when a tree is moved
         "path": inside,
         "size": None,
         "mtime": None,
@@ -7088,7 +6959,6 @@ def _input(
 
 
 def _warn_of_inputs(inputs: Iterable[Facts]) -> None:
-    """Say which inputs come from a run that failed, is lost or is superseded."""
     for entry in inputs:
         why = []
         if entry["status"] in ("failed", "lost"):
@@ -7103,17 +6973,17 @@ def _warn_of_inputs(inputs: Iterable[Facts]) -> None:
 
 def _record_use(artifact: Path, consumer: str | None, reason: str | None) -> None:
     """Record on both sides that the run `consumer` used a file of another run."""
-    path = os.path.abspath(artifact)
+    path = abspath(artifact)
     producer = _run_of(path)
     if producer is None:
         return
-    inside = re.sub("^artifacts/", "", os.path.relpath(path, producer))
+    inside = re.sub("^artifacts/", "", relpath(path, producer))
     about: Facts = {"artifact_relpath": inside, "consumer_run_dir": consumer}
     about["reason"] = reason
-    is_own = os.path.realpath(consumer or "") == os.path.realpath(producer)
+    is_own = realpath(consumer or "") == realpath(producer)
     if consumer is not None and not is_own:
         with _tolerating("inputs.jsonl"):
-            _add_input(Path(os.path.abspath(consumer)), path, producer, reason)
+            _add_input(Path(abspath(consumer)), path, producer, reason)
     used: Facts = {"when": _utc(), **about, "host": _hostname(), "user": _user()}
     with _ignoring(OSError):  # the producer's tree may be read-only
         record = _Record.at(Path(producer))
@@ -7187,11 +7057,10 @@ class _Lineage:
             self._add_users(Path(folder))
 
     def users_of(self, run: Path) -> list[str]:
-        """Return the names of the runs that used a run."""
         names = {
             consumer.name for producer, consumer in self.edges
-            if os.path.realpath(producer) == os.path.realpath(run)
-        }  # fmt: skip
+            if realpath(producer) == realpath(run)
+        }
         return sorted(names)
 
     def walk(self, start: Path, users: bool) -> Iterator[tuple[int, Path, str]]:
@@ -7221,15 +7090,14 @@ class _Lineage:
             self._add(self._where_now(tied, consumer), consumer, what)
 
     def _add_users(self, producer: Path) -> None:
-        """Add what mark_artifact_used, ours or the ancestors', left in a producer."""
         for row in _read_lines(producer / "artifacts" / "USED_BY.jsonl"):
             consumer = Path(str(row.get("consumer_run_dir") or "?"))
             if not _is_run(consumer):
                 consumer = self._find(consumer)
             path = str(row.get("artifact_relpath"))
             inside = f"artifacts/{path}"
-            is_beside = os.path.lexists(producer / path)
-            if os.path.lexists(producer / inside) or not is_beside:
+            is_beside = lexists(producer / path)
+            if lexists(producer / inside) or not is_beside:
                 path = inside
             self._add(producer, consumer, path)
 
@@ -7241,16 +7109,16 @@ class _Lineage:
     def _where_now(self, entry: Facts, consumer: Path) -> Path:
         """Return where a producer is now: moved with us, in its place, or renamed."""
         recorded = str(entry.get("run_dir") or "?")
-        beside = os.path.normpath(consumer / str(entry.get("relative") or "?"))
+        beside = normpath(consumer / str(entry.get("relative") or "?"))
         for place in (beside, recorded):
-            if os.path.basename(place) == entry.get("run") and _is_run(place):
-                return Path(os.path.realpath(place))
+            if basename(place) == entry.get("run") and _is_run(place):
+                return Path(realpath(place))
         return self._find(Path(recorded))
 
     def _find(self, path: Path) -> Path:
         """Return the run that had this name; the path itself when there is none."""
         if not self.named:
-            self.named = {os.path.basename(run): run for run in self.runs}
+            self.named = {basename(run): run for run in self.runs}
         if path.name not in self.named:
             for run in self.runs:  # a renamed one knows the name it had first
                 name = _read_json(f"{run}/status.json").get("run")
@@ -7283,7 +7151,7 @@ def _ties(run: Path) -> Iterator[tuple[Facts, str]]:
     for key, what in _TIES.items():
         tied = metadata.get(key)
         if isinstance(tied, str):
-            tied = {"run": os.path.basename(tied), "run_dir": tied}
+            tied = {"run": basename(tied), "run_dir": tied}
         if isinstance(tied, dict):
             yield tied, what
 
@@ -7351,7 +7219,6 @@ class _Redactor:
             self.keys = {}
 
     def secrets(self) -> list[str]:
-        """Return the known values, to tell them to the recorder."""
         return sorted(self.known)
 
     def data(self, value: JSON) -> JSON:
@@ -7361,7 +7228,6 @@ class _Redactor:
         return _Facts(self).text(text)
 
     def redacted_keys(self, data: JSON) -> list[str]:
-        """Return the dotted keys of plain data whose values would be replaced."""
         clean = _flattened("", self.data(data)).values()
         pairs = zip(_flattened("", data).items(), clean)
         return [key for (key, before), after in pairs if before != after]
@@ -7383,7 +7249,6 @@ class _Redactor:
         return clean.encode(encoding, "surrogatepass")
 
     def replace_known(self, data: bytes) -> bytes:
-        """Return bytes of any kind without the values that are known."""
         return self.without_known(data.decode("latin-1")).encode("latin-1")
 
     def secret_lines(self, data: bytes, name: bytes) -> list[int]:
@@ -7591,7 +7456,6 @@ class _Facts:
         return sorted(found)
 
     def key(self, key: str) -> str:
-        """Return a key of a mapping; the same keys come again and again."""
         keys = self.redactor.keys
         clean = keys.get(key)
         if clean is None:
@@ -7627,7 +7491,6 @@ class _Facts:
         return clean
 
     def word(self, word: str, flag: str) -> str:
-        """Return a word of a command line; `flag` is the one whose value it may be."""
         option = _compiled(_OPTION).match(word)
         if option:
             return option[1] + self.named_text(word[option.end() :], option[2], _NONE)
@@ -7814,13 +7677,13 @@ def _is_token(word: str) -> bool:
 _STEMS = (
     "pass", "pw", "secret", "token", "key", "cred", "auth", "cookie", "jwt",
     "bearer", "psk", "pat", "sas", "dsn", "login",
-)  # fmt: skip
+)
 # One of these, or a long word, is in any text that has a secret.
 _HINTS = (
     *_STEMS, "://", "earer ", "asic ", "hook", "/t/", "-u", "?", "&", ";", "eyj",
     "aiza", "xox", "xapp", "live", "test", "prod", "sandbox", "api", "tkn", "sk",
     "seck",
-)  # fmt: skip
+)
 _ALNUM = bytes(n if chr(n).isalnum() and n < 128 else 32 for n in range(256))
 _WORD_CHARACTERS = frozenset(
     "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_.-"
@@ -7910,7 +7773,6 @@ _PLACE_RULES = (  # in facts and in code
 
 
 def _code_finds(text: str, name: bytes) -> list[_Find]:
-    """Return the secrets in a file of code or of configuration."""
     finds = [*_tokens_in_code(text), *_private_keys_in_code(text)]
     finds += _literals_in_code(text)
     finds += _assigned_in_code(text)
@@ -7921,7 +7783,6 @@ def _code_finds(text: str, name: bytes) -> list[_Find]:
 
 
 def _tokens_in_code(text: str) -> Iterator[_Find]:
-    """Yield what is a token by its beginning alone, and no example of one."""
     # To look at the long words is quicker than to search for forty beginnings.
     words = text.encode("latin-1", "replace").translate(_WORD_BYTES).split()
     for word in {word.decode() for word in words if len(word) >= 20}:
@@ -8041,7 +7902,6 @@ def _is_secret_in_code(grade: int, value: str) -> bool:
 
 
 def _assigned_in_code(text: str) -> Iterator[_Find]:
-    """Yield the long values after `=` or `:`, by the name before them."""
     for match in _compiled(_ASSIGNED_VALUE).finditer(text):
         if not _compiled(_NO_WORD).search(match[1]):
             continue
@@ -8099,7 +7959,6 @@ _CODE_RULES = (
 
 
 def _values_in_configuration(text: str) -> Iterator[_Find]:
-    """Yield the values under the names of secrets, wherever a format puts them."""
     done = 0
     for name, grade in _graded_names(text):
         if name.start() < done:
@@ -8338,7 +8197,7 @@ _FOLLOWERS = {
     "q": "u", "r": "acdefgiklmnoprstuvy", "s": "acdefhiklmnoprstuwy",
     "t": "acdehilmoprstuy", "u": "abcdefgilmnprst", "v": "aeio", "w": "aehinors",
     "x": "ceilpt", "y": "eimnpst", "z": "aeiu",
-}  # fmt: skip
+}
 
 
 @functools.lru_cache(maxsize=8192)
@@ -8382,7 +8241,7 @@ def _is_harmless(value: str) -> bool:
         return True
     if _compiled(_PATH).fullmatch(value) and not _is_like_token(value):
         return True
-    return value.startswith("/") and "\0" not in value and os.path.lexists(value)
+    return value.startswith("/") and "\0" not in value and lexists(value)
 
 
 @functools.cache
@@ -8433,7 +8292,7 @@ class _Audit:
         self.found += [{"file": name, "line": line} for line in lines]
 
     def name(self, path: str) -> str:
-        return _redactor.text(os.path.relpath(path, self.root))
+        return _redactor.text(relpath(path, self.root))
 
 
 def _files_below(place: str) -> Iterator[str]:
@@ -8443,7 +8302,7 @@ def _files_below(place: str) -> Iterator[str]:
         folders.sort()
         paths += [os.path.join(folder, name) for name in sorted(names)]
     for path in paths:
-        if os.path.isfile(path) and not os.path.islink(path):
+        if isfile(path) and not os.path.islink(path):
             yield path
 
 
@@ -8464,11 +8323,6 @@ def _audit_finds(text: str, name: bytes) -> list[_Find]:
 
 
 def _config_document(command: str, args: object) -> Facts:
-    """Return the document of config.yaml: `command`, and below it the arguments.
-
-    `command` is the line to paste into a shell. Arguments that are not a mapping, or
-    that have a `command` of their own, go under the key `args`.
-    """
     plain = _plain(args)
     if plain is None:
         return {"command": command}
@@ -8495,8 +8349,6 @@ def _plain(value: object, whole: bool = False) -> JSON:
 
 
 class _Conversion:
-    """One conversion: how much may still be written, and which objects are around."""
-
     def __init__(self) -> None:
         self.scale = 1  # of the limits
         self.room = MAX_NODES  # values that may still be written
@@ -8651,7 +8503,6 @@ def _field_names(kind: Any) -> list[str] | None:
 
 
 def _array_items(value: Any) -> object:
-    """Return the numbers of an array as lists, those that Python lacks as text."""
     if getattr(value.dtype, "char", "") in ("M", "m", "g", "G"):  # times, long doubles
         value = value.astype(str)
     return value.tolist()
@@ -8942,11 +8793,11 @@ def _pyyaml() -> Any:
     if hasattr(loaded, "SafeLoader"):
         return loaded
     found = machinery.PathFinder.find_spec("yaml")
-    here = os.path.join(os.path.realpath(os.curdir), "yaml")
+    here = os.path.join(realpath(os.curdir), "yaml")
     try:
         if found is None or not found.submodule_search_locations:
             raise ImportError("there is no such package")
-        if here in map(os.path.realpath, found.submodule_search_locations):
+        if here in map(realpath, found.submodule_search_locations):
             raise ImportError("the current folder has one, which is not run")
         return import_module("yaml")
     except (Exception, SystemExit) as error:
@@ -8982,13 +8833,6 @@ def _run(
     env: Mapping[str, str] | None = None, timeout: float | None = None,
     limit: int | None = None, stdin: int | None = None,
 ) -> bytes:
-    """Run a foreign program and return what it printed to stdout.
-
-    It may take `timeout` seconds (PROGRAM_SECONDS) and print `limit` bytes
-    (PROGRAM_BYTES). It has no stdin but a descriptor that it is given, its own
-    session, and a working directory in which nobody can have put a module or a
-    program. Raises _ProgramFailed.
-    """
     program = _Program(argv, cwd or _neutral_directory(), env or os.environ, stdin)
     return program.result(timeout, limit)
 
@@ -9003,7 +8847,7 @@ class _Program:
     def __init__(
         self, argv: Sequence[str], cwd: str, env: Mapping[str, str], stdin: int | None
     ) -> None:
-        self.name = os.path.basename(argv[0])
+        self.name = basename(argv[0])
         self.pid = 0
         self.end: int | None = None  # a descriptor that tells of its end
         self.status: int | None = None  # as _exit_code() tells it, once it has ended
@@ -9065,7 +8909,6 @@ class _Program:
         self.pid = self.child.pid
 
     def result(self, timeout: float | None = None, limit: int | None = None) -> bytes:
-        """Wait for its end and return what it has printed, or raise _ProgramFailed."""
         read = self._read
         if self.child is not None:
             read = self._communicate
@@ -9110,7 +8953,6 @@ class _Program:
                 return f"did not end within {timeout:g} s"
 
     def _pause(self, deadline: float) -> float:
-        """Return how long to wait for something to read, or for the end."""
         if self.status is not None:
             return 0.0
         pause = max(0.0, deadline - time.monotonic())
@@ -9194,7 +9036,7 @@ def _complaint(errors: bytes) -> str:
 def _neutral_directory() -> str:
     """Return a directory into which nobody can put a module or a program."""
     for path in ("/proc", "/var/empty"):
-        if os.path.isdir(path):
+        if isdir(path):
             return path
     return os.sep
 
@@ -9213,7 +9055,7 @@ _PYTHON = r"(?i)(python|pypy)[\d.]*t?(\.exe)?$"
 def _no_interpreter() -> str | None:
     if getattr(sys, "frozen", False):
         return "a frozen program"
-    if not re.match(_PYTHON, os.path.basename(sys.executable or "")):
+    if not re.match(_PYTHON, basename(sys.executable or "")):
         return f"sys.executable is {sys.executable!r}, not a Python"
     return None
 
@@ -9295,7 +9137,6 @@ def _wait_status(pid: int, pidfd: int | None) -> int | None:
 
 
 def _exit_code(wait_status: int) -> int:
-    """Return the exit status of a wait status, or -n for signal n."""
     return os.waitstatus_to_exitcode(wait_status)
 
 
@@ -9403,7 +9244,7 @@ def _temporary_folder() -> Iterator[str]:
         with _ignoring(OSError):
             if path is None and place:
                 os.mkdir(os.path.join(place, name), 0o700)
-                path = os.path.join(os.path.abspath(place), name)
+                path = os.path.join(abspath(place), name)
     if path is None:
         raise _Unknown("no folder is to be had for temporary files")
     try:
@@ -9426,7 +9267,6 @@ def _remove_tree(path: str) -> None:
 
 @contextlib.contextmanager
 def _unnamed_file(data: bytes) -> Iterator[int]:
-    """Open a file without a name, from which a program can read `data`."""
     if hasattr(os, "memfd_create"):
         descriptor = _above_stderr(os.memfd_create("run_utils"))
     else:
@@ -9493,7 +9333,7 @@ def _check_owner(path: StrPath, info: os.stat_result, dir_fd: int | None) -> Non
     if info.st_nlink > 1:
         problem = "the file has another name as well (a hard link)"
     elif hasattr(os, "geteuid") and info.st_uid != os.geteuid():
-        folder = os.path.dirname(os.fspath(path)) or os.curdir
+        folder = dirname(os.fspath(path)) or os.curdir
         if info.st_uid != os.stat(folder, dir_fd=dir_fd).st_uid:
             problem = "the file belongs to another user"
     if problem is not None:
@@ -9553,8 +9393,6 @@ class _Folder:
 
 
 class _Place:
-    """Where the names of some files are looked up: below a path or a descriptor."""
-
     def __init__(self, path: str, dir_fd: int | None) -> None:
         self.path = path
         self.dir_fd = dir_fd
@@ -9591,7 +9429,6 @@ class _Kept:
 
 
 def _identity(descriptor: int) -> tuple[int, int] | None:
-    """Return device and inode of an open descriptor, None of a closed one."""
     try:  # log_metrics has no time for _ignoring
         info = os.fstat(descriptor)
     except OSError as error:
@@ -9732,7 +9569,7 @@ def _is_foreign(error: BaseException) -> bool:
         trace = trace.tb_next
     if not isinstance(error, OSError) or error.errno is not None or file == ours:
         return False
-    is_standard = file.startswith(os.path.dirname(os.__file__) + os.sep)
+    is_standard = file.startswith(dirname(os.__file__) + os.sep)
     return not is_standard or "-packages" in file
 
 
@@ -9781,7 +9618,6 @@ def _utc(seconds: float | None = None) -> str:
 
 
 def _seconds(utc: object) -> float | None:
-    """Return the seconds since 1970 of "2026-01-31T14:25:01Z", None of all else."""
     parts = re.match(
         r"(\d{4})-(\d\d)-(\d\d)[T ](\d\d):(\d\d):(\d\d)(\.\d{1,9})?", str(utc)
     )
@@ -9809,31 +9645,27 @@ if TYPE_CHECKING:
     Differences = dict[str, dict[str, list[JSON]]]  # by section and key: then and now
 
 
-def _find_run(text: str, root: Path | None = None, prefix: str | None = None) -> Path:
+def _find_run(text: str) -> Path:
     """Return the run that `text` means, as an absolute path.
 
     It may be a path of a run or of anything inside one, a copy of a file that a run
     left, a run's name, a unique part of one, or "latest". Names are looked for below
-    results/, else in the current folder. With `root`, as `resume` gives it, only the
-    runs of this user that lie directly in it are meant, with `prefix` those of this
-    prefix. Raises ValueError with one sentence.
+    results/, else in the current folder. Raises ValueError with one sentence.
     """
-    if root is not None:
-        return _find_own_run(text, root, prefix)
-    if os.path.lexists(text):
+    if lexists(text):
         found = _run_of(text)
         if found is not None:
-            return Path(os.path.realpath(found))
+            return Path(realpath(found))
     walk = _Walk(_search_root(None))
     runs = _named(text, walk)
-    if not runs and os.path.isfile(text):
+    if not runs and isfile(text):
         runs = _makers_of(text, walk.runs)[:1]
     if not runs:
         raise ValueError(_not_found(text, walk))
     if len(runs) == 1:
         return Path(runs[0])
-    names = ", ".join(os.path.relpath(run, walk.root) for run in runs[:3])
-    if os.path.basename(runs[0]) == text:
+    names = ", ".join(relpath(run, walk.root) for run in runs[:3])
+    if basename(runs[0]) == text:
         many = f"{len(runs)} runs ({names})"
         raise ValueError(f"{text!r} is the name of {many}; give one of the paths")
     many = f"{len(runs)} names ({names}, ...)"
@@ -9841,7 +9673,6 @@ def _find_run(text: str, root: Path | None = None, prefix: str | None = None) ->
 
 
 def _not_found(text: str, walk: _Walk) -> str:
-    """Return the sentence that says why a text means no run."""
     sentences = [f"no run {text!r} below {walk.root!r}", *walk.problems]
     with _ignoring(OSError, ValueError):
         try:
@@ -9852,46 +9683,45 @@ def _not_found(text: str, walk: _Walk) -> str:
     return "; ".join(sentences[:2])
 
 
-def _find_own_run(text: str, root: Path, prefix: str | None) -> Path:
-    """Return the run of this user in `root` that has this name, or is its latest."""
+def _latest_own_run(root: Path, prefix: str) -> Path | None:
+    """Return the latest run of this user in `root`, of this prefix if it is fixed."""
+    start = f"{_safe_name(prefix)}-"
     for run in _walk_runs(root):
         folder, name = os.path.split(run)
-        if folder == str(root) and _is_mine(run):
-            is_meant = prefix is None or re.split(_STAMP, name)[0] == f"{prefix}-"
-            if text == name or (text == "latest" and is_meant):
-                return Path(run)
-    raise ValueError(f"no run {text!r} under {str(root)!r}")
+        is_meant = "{" in prefix or re.split(_STAMP, name)[0] == start
+        if is_meant and folder == str(root) and _is_mine(run):
+            return Path(run)
+    return None
 
 
 def _named(text: str, walk: _Walk) -> list[str]:
     if text == "latest":
         return walk.newest_first(1)
-    paths = {run: os.path.relpath(run, walk.root) for run in sorted(walk.runs)}
-    found = [run for run in paths if os.path.basename(run) == text]
+    paths = {run: relpath(run, walk.root) for run in sorted(walk.runs)}
+    found = [run for run in paths if basename(run) == text]
     if not found:
-        found = [run for run in paths if paths[run] == os.path.normpath(text)]
-    if found or os.path.lexists(text):
+        found = [run for run in paths if paths[run] == normpath(text)]
+    if found or lexists(text):
         return found
     pieces = [re.escape(piece) for piece in re.split(r"\.\.\.|…", text)]
     part = re.compile(".*".join(pieces))  # `list` shortens a name to "tra…-142501"
-    found = [run for run in paths if part.search(os.path.basename(run))]
+    found = [run for run in paths if part.search(basename(run))]
     return found or [run for run in paths if part.search(paths[run])]
 
 
 def _search_root(text: str | None) -> str:
-    """Return the folder to look for runs in, as an absolute path without links."""
     root = text or os.curdir
-    if text is None and os.path.isdir("results"):
+    if text is None and isdir("results"):
         root = "results"
-    if not os.path.isdir(root):
+    if not isdir(root):
         raise ValueError(f"{root!r} is not a folder; give one that holds runs")
-    return os.path.realpath(root)
+    return realpath(root)
 
 
 def _run_of(path: StrPath, known: dict[str, bool] | None = None) -> str | None:
     if known is None:
         known = {}
-    for place in (os.path.abspath(path), os.path.realpath(path)):
+    for place in (abspath(path), realpath(path)):
         for folder in _folders_above(place):
             if folder not in known:
                 known[folder] = _is_run(folder)
@@ -9901,7 +9731,6 @@ def _run_of(path: StrPath, known: dict[str, bool] | None = None) -> str | None:
 
 
 def _folders_above(path: str) -> Iterator[str]:
-    """Yield a path, and each folder above it."""
     yield path
     yield from map(str, Path(path).parents)
 
@@ -9909,11 +9738,11 @@ def _folders_above(path: str) -> Iterator[str]:
 def _is_run(path: StrPath) -> bool:
     """Tell whether a folder holds a record; a data set has a metadata.json too."""
     path = os.fspath(path)
-    if os.path.isfile(f"{path}/status.json"):
+    if isfile(f"{path}/status.json"):
         return True
-    if not os.path.isfile(f"{path}/metadata.json"):
+    if not isfile(f"{path}/metadata.json"):
         return False
-    if _is_stamped(os.path.basename(path)) or os.path.isfile(f"{path}/config.yaml"):
+    if _is_stamped(basename(path)) or isfile(f"{path}/config.yaml"):
         return True
     with _ignoring(OSError), _opened(f"{path}/metadata.json", sys.maxsize) as file:
         return b'"timestamp_utc"' in (file.read(FORWARD_BYTES) or b"")
@@ -9949,11 +9778,11 @@ class _Walk:
         self.found: set[str] = set()
         self.links: list[str] = []
         self.entered: set[str] = set()  # folders, by their paths without links
-        real_root = os.path.realpath(root)
+        real_root = realpath(root)
         self._enter(root, real_root)
         deadline = time.monotonic() + LINK_SECONDS
         for link in list(self.links):
-            target = os.path.realpath(link)
+            target = realpath(link)
             if self._leads_elsewhere(target, real_root):
                 if time.monotonic() > deadline:
                     self.problems.append("not all links were followed in the time")
@@ -9962,22 +9791,19 @@ class _Walk:
         self.runs = sorted(self.found, reverse=True)  # mostly the newest first
 
     def newest_first(self, limit: int | None = None) -> list[str]:
-        """Return the runs in the order of their starts, at most `limit` of them."""
         runs = [Run(folder, row=False) for folder in self.runs]
         return [run.folder for run in _newest(runs, limit, self.known)]
 
-    @functools.cached_property
+    @cached_property
     def index(self) -> _Index:
-        """The index of the results root; read only for many runs."""
         return _Index(_results_root(Path(self.root)))
 
     def known(self) -> dict[str, str]:
-        """Return when the runs began that the index knows."""
         return self.index.starts
 
     def _leads_elsewhere(self, target: str, real_root: str) -> bool:
         """Tell whether a link's target is a folder that may be entered, and is new."""
-        if target in _folders_above(real_root) or not os.path.isdir(target):
+        if target in _folders_above(real_root) or not isdir(target):
             return False
         if not self.entered.isdisjoint(_folders_above(target)):
             return False
@@ -10028,7 +9854,7 @@ def _is_record(folder: str, names: set[str], inside: list[str]) -> bool:
     if not names.isdisjoint(("status.json", "metadata.json")):
         return _is_run(folder)
     rest = {*DEFAULT_SUBDIRS, "attempts"}
-    return _is_stamped(os.path.basename(folder)) and rest.issuperset(inside)
+    return _is_stamped(basename(folder)) and rest.issuperset(inside)
 
 
 def _walk_runs(root: StrPath) -> list[str]:
@@ -10070,13 +9896,11 @@ class _Index:
                     self.starts[f"{root}/{path}"] = line[utc].decode("latin-1")
 
     def _lines(self) -> Iterator[bytes]:
-        """Yield the lines, many at a time."""
         with _ignoring(OSError):
             for lines, _ in _line_blocks(self.root / INDEX_FILE, MAX_INDEX):
                 yield lines
 
     def users_of(self, name: str) -> Iterator[str]:
-        """Yield the runs of whose lines `inputs` or `tied` have the name of a run."""
         wanted = json.dumps(name).encode("ascii")
         for lines in self._lines():
             if wanted not in lines:
@@ -10104,7 +9928,7 @@ def _started(run_dir: StrPath) -> float:
     if seconds is None:
         seconds = _seconds(status.get("timestamp_utc"))
         with _ignoring(ValueError, OverflowError):
-            stamp = _stamp_of(os.path.basename(folder))
+            stamp = _stamp_of(basename(folder))
             seconds = time.mktime(time.strptime(stamp, "%Y%m%d-%H%M%S"))
     return seconds or 0.0
 
@@ -10206,7 +10030,6 @@ class _Filters:
 
 
 def _moment(text: str | None, name: str) -> float | None:
-    """Return the seconds since 1970 of an age ("90s", "12h", "7d") or of a UTC date."""
     if text is None:
         return None
     age = re.fullmatch(r"(\d{1,9}(?:\.\d+)?)([smhdw])", text)
@@ -10249,7 +10072,6 @@ class _Selection:
 
 
 def _select_runs(root: StrPath, filters: _Filters) -> _Selection:
-    """Return the runs below a folder that are asked for, with all their values."""
     selection = _Selection(root, filters)
     selection.runs, selection.unseen = _first_of(
         selection.candidates, filters, selection.known
@@ -10320,7 +10142,6 @@ def _sort_rank(value: object) -> tuple[int, float, str]:
 
 
 def _differing_keys(runs: Iterable[Run]) -> dict[str, list[str]]:
-    """Return by script the keys of the config that differ between its runs."""
     values: dict[str, dict[str, set[str]]] = {}
     for run in runs:
         keys = values.setdefault(_script_of(run), {})
@@ -10334,7 +10155,6 @@ def _differing_keys(runs: Iterable[Run]) -> dict[str, list[str]]:
 
 
 def _unknown_words(filters: _Filters, runs: list[Run]) -> list[str]:
-    """Return a sentence for each key, status or tag that no run has."""
     sentences = []
     for expression in filters.expressions():
         if filters.where is None or not filters.where.asks_for_null(expression.text):
@@ -10353,7 +10173,6 @@ def _unknown_words(filters: _Filters, runs: list[Run]) -> list[str]:
 
 
 def _unknown_key(expression: _Expression, runs: Iterable[Run]) -> list[str]:
-    """Return a sentence that no run has a value, or nothing if one has."""
     known: dict[str, None] = dict.fromkeys([*_ROW, *_COUNTED])
     for run in runs:
         if expression.value(run) is not None or expression.key in _ROW:
@@ -10436,7 +10255,6 @@ class _Condition:
         return any(all(t.holds(run) for t in terms) for terms in self.alternatives)
 
     def asks_for_null(self, text: str) -> bool:
-        """Tell whether a run may also lack this value: "acc==null"."""
         return any(t.expression.text == text and t.wants_null for t in self.terms())
 
 
@@ -10537,7 +10355,6 @@ class _MetricSummary:
         self.nan: JSON = None  # what min and max are of a metric that is nothing else
 
     def add(self, values: list[JSON], steps: list[JSON]) -> None:
-        """Take in some values, in their order, and the step of each."""
         if self.count == 0:
             self.first = values[0], steps[0]
         self.last = values[-1], steps[-1]
@@ -10555,7 +10372,6 @@ class _MetricSummary:
     def _numbers_of(
         self, values: list[JSON], steps: list[JSON]
     ) -> tuple[list[JSON], list[JSON]]:
-        """Return the numbers among some values that are not NaN, and their steps."""
         numbers, their_steps = [], []
         for value, step in zip(map(_as_float, values), steps):
             if type(value) in (int, float) and value == value:
@@ -10609,7 +10425,6 @@ def _member_start(key: str) -> str:
 
 
 def _all_series(run_dir: StrPath) -> dict[str, tuple[list[JSON], list[JSON]]]:
-    """Return for each metric its values and their steps, in their order."""
     series: dict[str, tuple[list[JSON], list[JSON]]] = {}
     with _ignoring(OSError):
         for rows, _ in _metric_rows(run_dir):
@@ -10621,7 +10436,6 @@ def _all_series(run_dir: StrPath) -> dict[str, tuple[list[JSON], list[JSON]]]:
 
 
 def _metric_rows(run_dir: StrPath) -> Iterator[tuple[list[Facts], int]]:
-    """Yield the rows of metrics.jsonl, thousands at a time, and how far that goes."""
     path = f"{os.fspath(run_dir)}/metrics/metrics.jsonl"
     for lines, position in _line_blocks(path, MAX_METRICS):
         yield _rows_of(lines), position
@@ -10686,7 +10500,7 @@ _RECORD_FILE = (
     r"|git(\..+)?\.(patch|bundle)|\..*)$"
 )
 _RECORD_INSIDE = ("artifacts/USED_BY.jsonl", "metrics/summary.json",
-                  "metrics/system.jsonl")  # fmt: skip
+                  "metrics/system.jsonl")
 
 
 def _output_sizes(run_dir: str) -> dict[str, int]:
@@ -10747,7 +10561,6 @@ def _sha256(
 
 
 def _makers_of(path: str, runs: Iterable[str]) -> list[str]:
-    """Return the runs that left a file with the same content, the first one first."""
     size = os.stat(path).st_size
     digest = _sha256(path, time.monotonic() + PROGRAM_SECONDS, follow=True)
     if size == 0 or digest is None:
@@ -10807,12 +10620,11 @@ def _one_line(parts: Iterable[str]) -> str | None:
 
 # How SLURM ended a job, where that explains the end of a run.
 _JOB_ENDS = ("TIMEOUT", "DEADLINE", "OUT_OF_MEMORY", "PREEMPTED", "NODE_FAIL",
-             "BOOT_FAIL", "CANCELLED")  # fmt: skip
+             "BOOT_FAIL", "CANCELLED")
 _job_ends: dict[str, str | None] = {}  # what sacct told of a job; it is asked once
 
 
 def _unexplained_job(run: Run) -> str | None:
-    """Return the SLURM job of a run that was killed or is lost."""
     status = run.status
     if status.get("status") != "lost" and status.get("exit_reason") != "killed":
         return None
@@ -10883,11 +10695,9 @@ class _Group:
         return _Spread(expression.value(run) for run in self.runs)
 
     def value(self, expression: _Expression) -> object:
-        """Return what the group is sorted by."""
         return self.spread(expression).mean
 
     def warnings(self) -> Iterator[str]:
-        """Yield a sentence if the code or the packages differ between the runs."""
         first = self.runs[0]
         facts = _comparable_run(first)
         others: dict[str, list[str]] = {"code": [], "packages": []}
@@ -10904,7 +10714,6 @@ class _Group:
 def _select_groups(
     root: StrPath, filters: _Filters, over: str
 ) -> tuple[list[_Group], _Selection]:
-    """Return the runs that are asked for, folded over keys such as "seed"."""
     selection = _Selection(root, filters)
     runs = selection.candidates
     runs.sort(key=lambda run: (run.started, run.folder), reverse=True)
@@ -11054,7 +10863,7 @@ def _comparable_now(run: Run) -> Comparable:
     site.script = None
     site.loaded = _files_of_patch(run)
     for folder in (then.get("directory"), then.get("root")):
-        if isinstance(folder, str) and os.path.isdir(folder):
+        if isinstance(folder, str) and isdir(folder):
             site.directory = folder
     repository = _Repository.of(site)
     base = _mapping(then, "base").get("commit")
@@ -11126,7 +10935,6 @@ class _Prunable:
 def _prunable_runs(
     root: StrPath, filters: _Filters
 ) -> tuple[list[_Prunable], _Selection]:
-    """Return the runs that are asked for, and for each why it must stay, or None."""
     selection = _select_runs(root, filters)
     return [_Prunable(run) for run in selection.runs], selection
 
@@ -11156,16 +10964,16 @@ def _prune(root: str, prunable: _Prunable, purge: bool) -> str | None:
     if purge:
         shutil.rmtree(run.folder)
         return None
-    inside = os.path.relpath(run.folder, root)
+    inside = relpath(run.folder, root)
     if inside.startswith(os.curdir):
         inside = run.name  # found through a link, or given as the root itself
     wanted = os.path.join(root, TRASH_FOLDER, inside)
     place = wanted
     number = 1
-    while os.path.lexists(place):
+    while lexists(place):
         number += 1
         place = f"{wanted}-{number}"
-    os.makedirs(os.path.dirname(place), exist_ok=True)
+    os.makedirs(dirname(place), exist_ok=True)
     os.rename(run.folder, place)
     return place
 
@@ -11182,7 +10990,6 @@ def _mapping(facts: object, key: str) -> Facts:
 
 
 def _those(value: object, kind: type[_Item]) -> list[_Item]:
-    """Return the items of this kind in a list; nothing of anything else."""
     if not isinstance(value, list):
         return []
     return [item for item in value if isinstance(item, kind)]
@@ -11193,7 +11000,6 @@ def _texts(value: object) -> list[str]:
 
 
 def _text(value: object) -> str:
-    """Return a value of a JSON file as one short line."""
     if isinstance(value, str):
         text = value
     elif isinstance(value, float):
@@ -11300,7 +11106,6 @@ class _Column:
         return [self.heading, *self.texts]
 
     def width(self) -> int:
-        """Return the columns of the terminal that it would like to have."""
         return max(map(_width, self.cells()))
 
     def least(self) -> int:
@@ -11341,7 +11146,7 @@ def _run_columns(
     asked: Sequence[str] = (), whole: bool = False,
 ) -> list[_Column]:
     """Return the columns of some runs, metrics before config."""
-    names = [os.path.relpath(run.path, root) for run in runs]
+    names = [relpath(run.path, root) for run in runs]
     ages = [_age(run) for run in runs]
     times = [_duration(run) for run in runs]
     counts = [len(run.outputs) for run in runs]
@@ -11358,7 +11163,7 @@ def _run_columns(
         *_key_columns(runs, config, asked, 2, 6),
         _Column("outputs", counts, map(_outputs_text, runs), rank=7),
         _Column("why", [run["reason"] for run in runs], beneath=True),
-    ]  # fmt: skip
+    ]
     if whole:
         used = [", ".join([*run.inputs, *_tied_names(run)]) for run in runs]
         columns.append(_Column("inputs", used))
@@ -11374,14 +11179,13 @@ _NO_METRICS = ("step", "time")
 _COLUMN_OF = {  # some keys: the heading of the column that shows them
     "name": "run", "status": "status", "started_utc": "age", "duration_seconds": "time",
     "outputs": "outputs", "size": "outputs", "reason": "why", "tags": "notes",
-}  # fmt: skip
+}
 
 
 def _key_columns(
     rows: Sequence[Mapping[str, object]], keys: Iterable[str], asked: Sequence[str],
     first: int, others: int,
 ) -> Iterator[_Column]:
-    """Yield a column for each key, what most rows have before what few have."""
     counts = {key: sum(key in row for row in rows) for key in dict.fromkeys(keys)}
     rank = first
     for key in sorted(counts, key=lambda key: -counts[key]):
@@ -11406,7 +11210,6 @@ def _age(run: Run) -> float | None:
 
 
 def _duration(run: Run) -> float | None:
-    """Return how many seconds a run took, or has been running."""
     if run["status"] == "running":
         return _age(run)
     return _number(run["duration_seconds"])
@@ -11429,9 +11232,8 @@ def _note_texts(run: Run) -> list[str]:
 
 
 def _run_row(run: Run, root: StrPath, shown: Iterable[str] = ()) -> Facts:
-    """Return a run as `list --json` and `--csv` give it to programs."""
     row: Facts = {
-        "path": os.path.relpath(run.path, root),
+        "path": relpath(run.path, root),
         "outputs": len(run.outputs),
         "size": sum(run.outputs.values()),
         "inputs": run.inputs,
@@ -11446,7 +11248,6 @@ def _run_row(run: Run, root: StrPath, shown: Iterable[str] = ()) -> Facts:
 
 
 def _group_row(group: _Group, asked: Iterable[str]) -> Facts:
-    """Return runs that differ only in their seeds as one row: means and deviations."""
     first = group.runs[0]  # the newest
     states = group.states().items()
     row: Facts = {
@@ -11469,7 +11270,6 @@ def _group_row(group: _Group, asked: Iterable[str]) -> Facts:
 def _group_columns(
     rows: Sequence[Facts], differing: Mapping[str, Sequence[str]], asked: Sequence[str]
 ) -> list[_Column]:
-    """Return the columns of groups: means as "0.912 ± 0.021 (5)"."""
     config = [key for keys in differing.values() for key in keys]
     means = [key for row in rows for key in row if f"{key} count" in row]
     columns = []
@@ -11504,7 +11304,6 @@ def _print_columns(columns: Sequence[_Column], form: str | None) -> None:
 
 
 def _print_table(columns: Sequence[_Column]) -> None:
-    """Print a table; where the terminal is narrow, shorten and leave out."""
     for column in columns:
         column.texts = [_printable(text) for text in column.texts]
     room = _terminal_width() or sys.maxsize
@@ -11615,7 +11414,6 @@ def _markdown(text: str) -> str:
 
 
 def _print_csv(rows: Sequence[Facts]) -> None:
-    """Print CSV (RFC 4180): a line of keys, and one for each row."""
     import csv
 
     keys = dict.fromkeys(key for row in rows for key in row)
@@ -11668,11 +11466,10 @@ def _paragraph_lines(paragraphs: Iterable[Paragraph]) -> Iterator[str]:
 
 
 def _inspected(run: Run) -> Facts:
-    """Return a run as `inspect --json` gives it to programs."""
     names = (
         "status", "attempts", "config", "metadata", "summary", "outputs", "used_by",
         "notes", "problems",
-    )  # fmt: skip
+    )
     facts: Facts = {name: getattr(run, name) for name in names}
     facts.update(run_dir=str(run.path), tags=run["tags"], metrics=_number_series(run))
     facts["now"] = _differences_from_now(run)
@@ -11716,7 +11513,6 @@ def _live_paragraphs(run: Run) -> Iterator[Paragraph]:
 
 
 def _first(lines: Sequence[str]) -> list[str]:
-    """Return the first lines, and how many more there are."""
     if len(lines) <= MAX_SHOWN:
         return list(lines)
     return [*lines[:MAX_SHOWN], f"... {len(lines) - MAX_SHOWN} more lines"]
@@ -11734,7 +11530,6 @@ def _format_end(status: Facts) -> str:
 
 
 def _format_attempts(run: Run) -> Iterator[str]:
-    """Yield how the earlier attempts of a resumed run ended, and what changed."""
     if run.attempts:
         took = _format_seconds(run["duration_seconds"])
         yield f"{run['attempts']} attempts, {took} in all"
@@ -11748,7 +11543,6 @@ def _format_attempts(run: Run) -> Iterator[str]:
 
 
 def _format_why(run: Run) -> list[str]:
-    """Return the reason and the last frames, or the last output of a failed run."""
     status = run.status
     trace = _mapping(status, "exception").get("traceback")
     lines: list[str] = []
@@ -11852,11 +11646,10 @@ def _sparkline(values: Sequence[float]) -> str:
 
 
 def _format_outputs(run: Run) -> list[str]:
-    """Return how much is in each folder and at the top, and the largest files."""
     _, names, _ = next(os.walk(run.path), ("", [], []))
     folders: dict[str, list[int]] = {name: [] for name in names}
     for path, size in run.outputs.items():
-        folder = os.path.dirname(path).partition("/")[0] or "at the top"
+        folder = dirname(path).partition("/")[0] or "at the top"
         folders.setdefault(folder, []).append(size)
     lines = []
     for folder in sorted(set(folders) - {"logs", "attempts"}):
@@ -11930,7 +11723,7 @@ def _differences_from_now(run: Run) -> dict[str, str]:
     then = _comparable_machine(run.metadata)
     now = _comparable_machine(_quick_metadata(_Site.here(), None))
     then["commit"], now["commit"] = git.get("commit_short"), None
-    if os.path.isdir(_text(git.get("root"))):
+    if isdir(_text(git.get("root"))):
         now["commit"] = _git_head(git["root"])
     changes = {}
     for key in ("commit", "python", "hostname", "platform"):
@@ -11941,7 +11734,6 @@ def _differences_from_now(run: Run) -> dict[str, str]:
 
 
 def _diff_paragraphs(run: Run, found: Differences) -> Iterator[Paragraph]:
-    """Yield a paragraph for each section in which two runs differ."""
     for section, pairs in found.items():
         lines = []
         for key, (then, now) in pairs.items():
@@ -11987,7 +11779,6 @@ def _format_change(key: str, then: JSON, now: JSON) -> list[str]:
 def _format_graph(
     form: str, runs: Sequence[Path], edges: Sequence[tuple[Path, Path, str]]
 ) -> Iterator[str]:
-    """Yield the lines of a graph from producers to consumers."""
     if form == "json":
         keys = ("producer", "consumer", "path")
         rows = [dict(zip(keys, map(str, edge))) for edge in edges]
@@ -12111,8 +11902,8 @@ if TYPE_CHECKING:
 
 
 def _cmd_report(args: argparse.Namespace) -> int:
-    output = os.path.abspath(args.output)
-    if os.path.isdir(output):
+    output = abspath(args.output)
+    if isdir(output):
         raise ValueError(f"{args.output!r} is a folder; give -o the name of a file")
     goal = None
     if args.metric is not None:
@@ -12123,7 +11914,7 @@ def _cmd_report(args: argparse.Namespace) -> int:
     selection = _select_runs(_search_root(args.root), _filters_of(args))
     for warning in selection.warnings:
         _warn(warning)
-    page = _Page(selection, goal, args.over.split(","), os.path.dirname(output))
+    page = _Page(selection, goal, args.over.split(","), dirname(output))
     asked = [
         f"{name} {value}"
         for name, value in vars(args).items()
@@ -12137,7 +11928,7 @@ def _cmd_report(args: argparse.Namespace) -> int:
 
 
 _ASKED = ("where", "status", "since", "older", "contains", "tag", "has_outputs", "sort",
-          "top", "limit")  # fmt: skip
+          "top", "limit")
 
 
 def _report(page: _Page, asked: str, embed: bool) -> str:
@@ -12158,7 +11949,7 @@ def _report(page: _Page, asked: str, embed: bool) -> str:
     return _REPORT_MARKUP.lstrip().format(
         policy="; ".join(policy),
         version=__version__,
-        title=page.text(os.path.basename(page.root)),
+        title=page.text(basename(page.root)),
         body="\n".join(parts),
         curves=json.dumps(page.curves, separators=(",", ":")),
         style=_REPORT_STYLE,
@@ -12209,7 +12000,6 @@ class _Page:
         return _finite(self.goal.value(run))
 
     def fixed_columns(self, selection: _Selection) -> list[_Column]:
-        """Return the columns of `list`, without what depends on when it is asked."""
         asked = []
         if self.goal is not None:
             asked.append(self.goal.text)
@@ -12259,13 +12049,11 @@ class _Page:
         from urllib.parse import quote
 
         with _ignoring(ValueError):  # it is on another drive
-            path = os.path.relpath(path, self.folder)
+            path = relpath(path, self.folder)
         return quote(path.replace(os.sep, "/"), errors="surrogateescape")
 
 
 class _Line:
-    """Runs that are drawn as one: a run, or those that differ only in their seed."""
-
     def __init__(self, number: int, runs: list[Run], keys: Sequence[str]) -> None:
         self.number = number  # the place in the order of the table, from 0
         self.runs = runs
@@ -12346,7 +12134,6 @@ def _summary_html(page: _Page, asked: str) -> Iterator[str]:
 
 
 def _state_html(page: _Page, word: str) -> str:
-    """Return a state by its word; the style sheet adds symbol and colour."""
     known = word.partition(" ")[0]
     if known not in ("success", "failed", "running", "lost"):
         known = "other"
@@ -12378,7 +12165,6 @@ def _name_html(page: _Page, place: int) -> str:
 
 
 def _values_html(page: _Page, key: str) -> str:
-    """Return "16, 32, 64", or of many values "0.0001 to 0.3, 24 values"."""
     values = {_text(run[key]): run[key] for run in page.runs if key in run}
     ordered = _in_order(list(values), values.__getitem__, False)
     texts = [page.text(equals[0], 40) for equals in ordered]
@@ -12388,7 +12174,6 @@ def _values_html(page: _Page, key: str) -> str:
 
 
 def _table_html(page: _Page) -> Iterator[str]:
-    """Yield the table of all runs, and hidden tools that the script makes work."""
     if not page.runs:
         return
     yield '<section><h2>Runs</h2><p class="tools" hidden>'
@@ -12431,7 +12216,6 @@ def _cell_html(page: _Page, column: _Column, place: int) -> str:
 
 
 def _plots_html(page: _Page) -> Iterator[str]:
-    """Yield a plot for each metric that was logged more than once."""
     plots = _plots(page)
     if not plots:
         return
@@ -12500,8 +12284,6 @@ def _course(values: Sequence[object], steps: Sequence[object]) -> list[_Point]:
 
 
 class _Curve:
-    """What is drawn of a line in one plot; several runs also have a band."""
-
     def __init__(self, line: _Line, points: list[_Point], spreads: list[float]) -> None:
         self.line = line
         self.points = points
@@ -12509,8 +12291,6 @@ class _Curve:
 
 
 class _Plot:
-    """The curves of one metric."""
-
     def __init__(self, key: str, last: float, count: int) -> None:
         self.key = key
         self.stretches = count // 2
@@ -12589,7 +12369,6 @@ class _Axis:
         return (self.scaled(value) - self.ends[0]) / (self.ends[1] - self.ends[0])
 
     def marks(self) -> list[float]:
-        """Return a few round numbers on the axis."""
         import math
 
         low, high = self.ends
@@ -12645,7 +12424,7 @@ def _plot_html(page: _Page, plot: _Plot) -> Iterator[str]:
         "x": across.ends, "y": axis.ends, "log": logarithm and logarithm.ends,
         "bits": 32 if many else 64,
         "curves": [_exact(curve, "f" if many else "d") for curve in plot.curves],
-    })  # fmt: skip
+    })
 
 
 def _exact(curve: _Curve, kind: str) -> JSON:
@@ -12671,7 +12450,6 @@ def _in_base64(numbers: Sequence[float], kind: str) -> str:
 
 
 def _outline(curve: _Curve) -> list[_Point]:
-    """Return the outline of a curve's band, or the curve where it has none."""
     if not curve.spreads:
         return curve.points
     pairs = list(zip(curve.points, curve.spreads))
@@ -12697,7 +12475,7 @@ def _format_mark(number: float) -> str:
 def _path(points: Sequence[_Point], across: _Axis, axis: _Axis) -> str:
     """Return the path through some points of a plot's area, in few bytes: M0 9l3-2."""
     places = [(round(1144 * across.place(step)), round(524 - 524 * axis.place(value)))
-              for step, value in points]  # fmt: skip
+              for step, value in points]
     x, y = places[0]
     parts = []
     for next_x, next_y in places[1:]:
@@ -12710,7 +12488,6 @@ def _path(points: Sequence[_Point], across: _Axis, axis: _Axis) -> str:
 
 
 def _parallel_html(page: _Page) -> Iterator[str]:
-    """Yield a line for each drawn run through the values that varied."""
     names = page.varying[:REPORT_AXES]
     if page.goal is not None:
         names.append(page.goal.text)
@@ -12777,7 +12554,7 @@ class _Scale:
 _IMAGE_KINDS = {
     ".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".gif": "gif", ".webp": "webp",
     ".svg": "svg+xml",
-}  # fmt: skip
+}
 
 
 def _images_html(page: _Page, embed: bool) -> Iterator[str]:
@@ -12803,7 +12580,7 @@ def _images_html(page: _Page, embed: bool) -> Iterator[str]:
         for run, name in strips[pattern]:
             path = f"{run.folder}/{name}"
             line = page.line_of[run.folder]
-            about = page.text(f"{run.name}, {os.path.basename(name)}")
+            about = page.text(f"{run.name}, {basename(name)}")
             image = ""
             if embed:
                 image = _embedded(path, room)
@@ -12815,7 +12592,6 @@ def _images_html(page: _Page, embed: bool) -> Iterator[str]:
 
 
 def _embedded(path: str, room: int) -> str:
-    """Return an image with its bytes; "" where it does not fit into the room."""
     import base64
 
     with _ignoring(OSError):
@@ -12826,7 +12602,6 @@ def _embedded(path: str, room: int) -> str:
 
 
 def _details_html(page: _Page) -> Iterator[str]:
-    """Yield what is known of each drawn run, folded up."""
     if not page.runs:
         return
     yield '<section id="runs"><h2>Run by run</h2>'
@@ -12846,7 +12621,7 @@ def _details_html(page: _Page) -> Iterator[str]:
         yield "<dt>files</dt><dd>"
         for name in ("", "logs/stdout.log", "logs/stderr.log", "logs/output.log"):
             path = f"{run.folder}/{name}"
-            if os.path.exists(path):
+            if exists(path):
                 yield f'<a href="{page.link(path)}">{name or "folder"}</a>'
         yield "</dd></dl></details>"
         run.forget()
@@ -13309,7 +13084,7 @@ function hidePoint(plot) {
 FORWARDED_SIGNALS = (
     "SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGALRM",
     "SIGCONT", "SIGXCPU", "SIGVTALRM", "SIGPROF", "SIGIO", "SIGPWR", "SIGABRT",
-)  # fmt: skip
+)
 
 
 def _cmd_run(args: argparse.Namespace) -> int:
@@ -13352,13 +13127,12 @@ def _not_runnable(name: str) -> tuple[int, str]:
     folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
     if os.sep in name:
         folders = [""]
-    if any(os.path.exists(os.path.join(folder, name)) for folder in folders):
+    if any(exists(os.path.join(folder, name)) for folder in folders):
         return 126, f"{name!r} is not executable"
     return 127, f"{name!r} is not a program on PATH"
 
 
 def _seconds_of(text: str | None) -> float | None:
-    """Return the seconds of a time limit such as "90", "90s", "30m", "2h" or "1d"."""
     if text is None:
         return None
     parts = re.fullmatch(r"(\d+\.?\d*)([smhd]?)", text)
@@ -13402,7 +13176,7 @@ def _command_options(words: Sequence[str]) -> Facts:
             name = option[2]
             config[name] = []
         elif name is not None:
-            if config[name] and word.endswith(".py") and os.path.isfile(word):
+            if config[name] and word.endswith(".py") and isfile(word):
                 name = None  # the script that a launcher starts
             else:
                 config[name].append(word)
@@ -13418,7 +13192,6 @@ def _command_options(words: Sequence[str]) -> Facts:
 
 
 def _arguments_of(words: Sequence[str]) -> Sequence[str]:
-    """Return the words after the script or module of a command."""
     site = _Site.here(list(words))
     for number, word in enumerate(words):
         if number and word in ("-m", "-c"):
@@ -13650,7 +13423,6 @@ class _Channel:
         self.is_terminal = os.isatty(reader)
 
     def show(self, capture: _Capture) -> bool:
-        """Show and log what there is to read; return False at its end."""
         data = b""
         with _ignoring(OSError):  # EIO: nobody has the other side any more
             data = os.read(self.reader, FORWARD_BYTES)
@@ -13681,7 +13453,6 @@ class _TerminalText:
         self.due = 0.0  # when to log a line that is written over and over
 
     def add(self, data: bytes) -> bytes:
-        """Return what is to be appended to the log."""
         result = b""
         *lines, self.line = re.sub(rb"\r+\n", b"\n", self.line + data).split(b"\n")
         for line in lines:
@@ -13712,8 +13483,6 @@ class _TerminalText:
 
 
 class _Terminal:
-    """The terminal that we are on, and the one that the command gets instead."""
-
     def __init__(self) -> None:
         self.termios: Any = __import__("termios")
         self.saved = self.termios.tcgetattr(0)
@@ -13867,9 +13636,9 @@ def _prog() -> str:
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     if spec is None:
         words: list[str] = getattr(sys, "argv", None) or ["run_utils"]
-        return os.path.basename(words[0])
+        return basename(words[0])
     module = str(spec.name).removesuffix(".__main__")
-    return f"{os.path.basename(sys.executable)} -m {module}"
+    return f"{basename(sys.executable)} -m {module}"
 
 
 def _parse(words: list[str]) -> argparse.Namespace:
@@ -13883,7 +13652,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
             parser = argparse.ArgumentParser(
                 prog=f"{_prog()} {name}", description=about, allow_abbrev=False,
                 formatter_class=functools.partial(argparse.HelpFormatter, width=width),
-            )  # fmt: skip
+            )
             for usage, text in arguments:
                 _add_argument(parser, usage, text)
             parser.set_defaults(function=function)
@@ -13913,7 +13682,7 @@ def _add_argument(parser: argparse.ArgumentParser, usage: str, text: str) -> Non
             formats.add_argument(
                 name, dest="format", action="store_const", const=name[2:],
                 help=f"as {name[2:]}",
-            )  # fmt: skip
+            )
         return
     if value.startswith("-"):
         parser.add_argument(*names, value, action="store_true", help=text)
@@ -13942,7 +13711,6 @@ def _print_json(value: object) -> None:
 
 
 def _cmd_inspect(args: argparse.Namespace) -> int:
-    """Show what ran, how it ended, what it left, and what differs from now."""
     run_dir = _find_run(args.run)
     if args.json:
         _print_json(_inspected(Run(run_dir)))
@@ -13979,7 +13747,7 @@ def _filters_of(args: argparse.Namespace) -> _Filters:
         where=args.where, status=args.status, since=args.since, older=args.older,
         contains=args.contains, tag=args.tag, has_outputs=args.has_outputs,
         sort=args.sort, top=args.top, limit=args.limit,
-    )  # fmt: skip
+    )
 
 
 def _cmd_list(args: argparse.Namespace) -> int:
@@ -14057,7 +13825,6 @@ def _pasteable(run: Run) -> str:
 
 
 def _cmd_diff(args: argparse.Namespace) -> int:
-    """Print what differs; return 0 when nothing does, else 1."""
     then = Run(_find_run(args.run))
     now = None
     if args.other is not None:
@@ -14140,7 +13907,7 @@ def _cmd_prune(args: argparse.Namespace) -> int:
                 what = f"is now {place or 'deleted'}"
         if not args.json:
             run = prunable.run
-            name = os.path.relpath(run.path, selection.root)
+            name = relpath(run.path, selection.root)
             about = f"{run['status']}, {_format_seconds(_age(run))} old"
             size = _format_size(prunable.size)
             print(_printable(f"{name} ({about}, {size}): {what}"))
@@ -14199,11 +13966,10 @@ def _cmd_reindex(args: argparse.Namespace) -> int:
 
 
 def _rebuilt_index(root: Path) -> list[Facts]:
-    """Return one "backfill" line for each run below `root`, the oldest first."""
     rows = []
     for path in _with_progress(_walk_runs(root)[::-1], "reading runs"):
         run = Run(path)
-        row = _index_row(_Record(run.path, 1, root))
+        row = _Record(run.path, 1, root).index_row()
         row.update(event="backfill", timestamp_utc=run.status.get("timestamp_utc"))
         row.update(pid=run.status.get("pid"), git_commit_short=run["git_commit"])
         for key in ("status", "exit_reason", "hostname", "user", "script_name"):
@@ -14239,10 +14005,10 @@ def _cmd_env(args: argparse.Namespace) -> int:
 
 _RUN: Argument = (
     "RUN", "a path, anything in a run or copied from it, a part of a name, or latest",
-)  # fmt: skip
+)
 _ROOT: Argument = (
     "[ROOT]", "a folder with runs (default: results, else the current folder)",
-)  # fmt: skip
+)
 _JSON: Argument = ("--json", "for programs")
 _FILTERS: list[Argument] = [
     ("--where EXPR", "'lr<1e-3 and max(acc)>0.9'"),
@@ -14317,7 +14083,7 @@ _COMMANDS: list[Command] = [
         _ROOT, ("--dry-run", "only say what would change"),
     ]),
     ("env", "show what would be recorded here, for a bug report", _cmd_env, [_JSON]),
-]  # fmt: skip
+]
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -4081,7 +4081,7 @@ class WithoutProc(RunCase):
     """Where there is no /proc, that is said."""
 
     def test_the_reason_is_kept(self) -> None:
-        with mock.patch("os.path.isdir", return_value=False):
+        with mock.patch.object(run_utils, "isdir", return_value=False):
             sampler = run_utils._Sampler(os.getpid(), mock.Mock())
             found = sampler.summary()
         self.assertEqual((found["samples"], found["cpu_seconds"]), (0, None))
@@ -8152,15 +8152,11 @@ class WhichRun(ReadingCase):
         ):
             start = self.start(f"2026-01-0{day}T00:00:00Z")
             self.make_run(f"exp/{name}-2026010{day}-000000", status=start)
-        find = run_utils._find_run
-        self.assertEqual(find("latest", base, "train").name, "train-20260101-000000")
-        self.assertEqual(find("latest", base).name, "eval-20260103-000000")
-        self.assertEqual(
-            find("eval-20260103-000000", base).name, "eval-20260103-000000"
-        )
+        latest = run_utils._latest_own_run
+        self.assertEqual(latest(base, "train").name, "train-20260101-000000")
+        self.assertEqual(latest(base, "{model}").name, "eval-20260103-000000")
         with mock.patch.object(run_utils, "_is_mine", return_value=False):
-            with self.assertRaisesRegex(ValueError, "no run 'latest' under"):
-                find("latest", base, "train")
+            self.assertIsNone(latest(base, "train"))
 
 
 class WhereRunsAre(ReadingCase):
