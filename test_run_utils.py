@@ -145,15 +145,11 @@ class RunCase(unittest.TestCase):
 
     def redirected(self, words: list[str], redirect: str) -> tuple[int, str]:
         """Return the exit status of a command of a shell, and what it printed."""
-        import fcntl
-
-        reader, low = os.pipe()
-        writer = fcntl.fcntl(low, fcntl.F_DUPFD, 3)  # no standard stream
+        reader, writer = os.pipe()
         os.close(reader)
-        os.close(low)
-        command = f"exec 9>&{writer}; exec {shlex.join(words)} {redirect}"
+        command = f"exec 9>&0; exec {shlex.join(words)} </dev/null {redirect}"
         done = subprocess.run(
-            ["sh", "-c", command], env=self.environment(), pass_fds=[writer],
+            ["sh", "-c", command], env=self.environment(), stdin=writer,
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=60, text=True,
         )  # fmt: skip
         os.close(writer)
