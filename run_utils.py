@@ -2372,9 +2372,8 @@ class _MeetingPlace:
     @contextlib.contextmanager
     def _opened(self) -> Iterator[_Place]:
         """Open the folder, made if need be; raise PermissionError if it is not safe."""
-        folder = _Folder(self.base_dir)
-        inside = f"{self.path.parent.name}/{self.key}"
-        with folder.opened(inside, create=True) as place:
+        with contextlib.ExitStack() as stack:
+            place = self._enter(stack)
             if place.dir_fd is not None:
                 ranks = os.stat(os.pardir, dir_fd=place.dir_fd)
                 # A network disk may tell a wrong owner, then of base_dir as well.
@@ -2385,6 +2384,15 @@ class _MeetingPlace:
                 if stat.S_IMODE(ranks.st_mode) != 0o700:
                     os.chmod(os.pardir, 0o700, dir_fd=place.dir_fd)
             yield place
+
+    def _enter(self, stack: contextlib.ExitStack) -> _Place:
+        """Open the folder; again if the last of an earlier meeting just removed it."""
+        inside = f"{self.path.parent.name}/{self.key}"
+        for _ in range(100):
+            with _ignoring(FileNotFoundError):
+                opened = _Folder(self.base_dir).opened(inside, create=True)
+                return stack.enter_context(opened)
+        raise FileNotFoundError(errno.ENOENT, "it is removed all the time", inside)
 
 
 _entered: dict[tuple[int, Path, str | None], int] = {}  # how often this process has
