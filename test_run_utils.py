@@ -8112,8 +8112,8 @@ class WhichRun(ReadingCase):
         status = json.dumps(self.start(utc[last + 1]))
         (resumed / "status.json").write_text(status, "utf-8")
         self.write_start(resumed, utc[last + 1])
-        self.make_run("exp/é-20260101-000000", status=self.start(utc[last]))
-        expected = ["t5", "é", f"t{last - 1}", f"t{last - 2}", f"t{last - 3}"]
+        self.make_run("exp/new-20260101-000000", status=self.start(utc[last]))
+        expected = ["t5", "new", f"t{last - 1}", f"t{last - 2}", f"t{last - 3}"]
         for _ in range(2):  # with the index, and without it
             found = run_utils.find_runs("results", limit=5)
             self.assertEqual([run.name.split("-")[0] for run in found], expected)
