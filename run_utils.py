@@ -176,6 +176,7 @@ MAX_CONFIG = 1_000_000  # a larger YAML file is not read
 MAX_METRICS = 4_000_000_000  # a larger metrics.jsonl is not read
 METRICS_BYTES = 262_144  # how much of it is read at a time
 MAX_INDEX = 400_000_000  # a larger index is not read
+MAX_EARLIER = 100  # runs beside a new one that are asked for their packages
 MAX_WALK = 6  # folders between a results root and a run
 LINK_SECONDS = 10.0  # what following links in a results tree may take
 TRASH_FOLDER = ".trash"  # in a results root, where prune moves runs
@@ -1903,7 +1904,11 @@ class _Record:
                     yield path
 
     def earlier_metadata(self) -> Iterator[Facts]:
-        for _, path in zip(range(10), self.earlier_runs()):
+        """Yield metadata.json of the newest runs beside this one.
+
+        Those that were started together with this one know little yet.
+        """
+        for path in itertools.islice(self.earlier_runs(), MAX_EARLIER):
             metadata = _read_json(path / "metadata.json")
             schema = _mapping(metadata, "run_utils").get("schema_version")
             if schema == SCHEMA_VERSION:

@@ -3648,6 +3648,17 @@ class PackagesAreReused(RunCase):
                 found = self.record(python)
                 self.assertEqual((found[0]["pip_freeze"], found[1]), (lines, was_asked))
 
+    def test_many_that_start_together_take_the_list_of_one_that_has_ended(self) -> None:
+        found, _ = self.record()
+        together = f"{found['run']}-{{}}"
+        for number in range(2, 60):  # which know nothing of their packages yet
+            folder = self.tmp / "results/exp" / together.format(number)
+            folder.mkdir()
+            known = {**found, "pip_freeze": None, "packages": None, "capture": {}}
+            (folder / "metadata.json").write_text(json.dumps(known), "utf-8")
+        found, was_asked = self.record()
+        self.assertEqual((found["pip_freeze"], was_asked), (["alpha==1.0"], False))
+
     def test_of_runs_of_one_second_the_last_counts(self) -> None:
         names = [f"t-20260101-000000{suffix}" for suffix in ("", "-2", "-9", "-10")]
         for name in [*reversed(names), "t-20250101-000000-11"]:
