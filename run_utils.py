@@ -180,6 +180,8 @@ MAX_EARLIER = 100  # runs beside a new one that are asked for their packages
 MAX_WALK = 6  # folders between a results root and a run
 LINK_SECONDS = 10.0  # what following links in a results tree may take
 TRASH_FOLDER = ".trash"  # in a results root, where prune moves runs
+MANY_RUNS = 100  # of more than these in a folder, or to be sorted, the index is asked
+INDEX_SECONDS = 300  # how long after its start the line of a run may be written
 MAX_COMPARED = 200  # runs beside the shown ones that decide what differs
 MAX_SHOWN = 40  # lines of config that inspect shows
 MAX_ROWS = 50  # runs that list shows
@@ -1038,6 +1040,7 @@ class _Recording:
     def _write_start(
         self, record: _Record, site: _Site, config: JSON, parent: str | None
     ) -> None:
+        """Write config.yaml, metadata.json, notes.jsonl and the index line."""
         options = self.options
         document = _config_document(shlex.join(site.argv), config)
         with _tolerating(options.config_filename):
@@ -1158,6 +1161,7 @@ class _Recording:
         _in_turn(steps)
 
     def _write_end(self, record: _Record, ending: _Ending) -> None:
+        """Write status.json, or a failed rank's own file, and the index line."""
         more: Facts = {"duration_seconds": round(time.monotonic() - self.begun, 3)}
         _redactor.learn(self._new_variables())
         if ending.status == "failed" and ending.exception is None:
@@ -2057,6 +2061,7 @@ class _Ending:
 
     @staticmethod
     def of_error(error: BaseException | None) -> _Ending:
+        """Return how a block ended that was left by this exception, or by none."""
         if error is None or _is_closed_generator(error):
             return _Ending("success", "normal", 0)
         if not isinstance(error, SystemExit):
@@ -2148,6 +2153,7 @@ def _system_code(code: object) -> int:
 
 
 def _exception(error: BaseException) -> Facts:
+    """Return type, message and traceback of an exception, shortened."""
     kind = type(error)
     name = kind.__qualname__
     if kind.__module__ not in ("builtins", "__main__"):
@@ -2220,6 +2226,7 @@ class _Launch:
             self.world = 1
 
     def publish(self, record: _Record) -> _Meeting | None:
+        """Begin to tell the other ranks where the run is; None if there are none."""
         if self.world == 1:
             return None
         meeting = _Meeting({
@@ -2238,6 +2245,7 @@ class _Launch:
         return meeting
 
     def join(self) -> tuple[Path, int]:
+        """Wait until rank 0 has created the run; return its path and attempt."""
         place = _MeetingPlace(self.base_dir, self.key)
         request = f"{self.rank}-{os.urandom(8).hex()}"
         reply = f"{request}.json"
@@ -2519,6 +2527,7 @@ def _name_failed_rank(record: _Record) -> Facts | None:
 
 
 def _with_failed_rank(record: _Record) -> Facts | None:
+    """Return status.json with the outcome of the rank that failed first."""
     status = record.read_json("status.json")
     failed: dict[str, Facts] = {}
     for path in sorted(record.folder.glob("logs/rank*.status.json")):
@@ -2776,6 +2785,7 @@ class _Recorder:
             connection.detach()
 
     def _answer(self, number: int, deadline: float) -> Facts | None:
+        """Return the answer to a question; None if none comes in time, or ever."""
         while self.kept.is_ours():
             line, newline, rest = self.received.partition(b"\n")
             if newline:
@@ -3036,6 +3046,7 @@ class _RecorderProcess:
         return self.meeting.tick()
 
     def _listen(self) -> None:
+        """Do what the experiment asks for."""
         data = b""
         with _ignoring(OSError):
             data, rights, _, _ = self.connection.recvmsg(65536, 1024)
@@ -3320,6 +3331,8 @@ _captures: list[_Capture] = []  # those that have started and not stopped, in or
 
 
 class _Stream:
+    """sys.stdout or sys.stderr while a run captures it."""
+
     def __init__(self, capture: _Capture, name: str, descriptor: int) -> None:
         self.capture = capture
         self.name = name
@@ -3407,6 +3420,7 @@ class _Stream:
 
     @contextlib.contextmanager
     def without_log(self, error: OSError) -> Iterator[None]:
+        """Go on without the log, which has failed; then say so in one line."""
         self.is_logged = False
         self.give_back()
         yield
@@ -3766,6 +3780,7 @@ class _Forward:
         return os.fstat(self.log).st_size != self.position()
 
     def _forward(self, size: int) -> bool:
+        """Forward up to `size` bytes; return False if there is nothing new."""
         data = b""
         with _ignoring(OSError):
             data = _posix.pread(self.log, size, self.position())
@@ -4273,6 +4288,7 @@ def _python(site: _Site) -> Facts:
 
 
 def _platform() -> Facts:
+    """Return the keys of the platform module, and processors and memory."""
     facts: Facts = {
         "platform": sys.platform,
         "system": None,
@@ -4415,6 +4431,8 @@ def _python_environment() -> dict[str, str]:
 
 
 class _Packages:
+    """The installed packages, taken from an earlier run where nothing has changed."""
+
     def __init__(self, site: _Site, record: _Record) -> None:
         self.site = site
         self.record = record
@@ -4666,6 +4684,7 @@ def _gpus() -> list[Facts]:
 def _nvidia_smi(
     columns: Sequence[str], seconds: float | None = None
 ) -> list[list[str | None]]:
+    """Return a table of nvidia-smi, a row for each GPU; None for "[N/A]"."""
     query = ["--query-gpu=" + ",".join(columns), "--format=csv,noheader,nounits"]
     try:
         printed = _run(["nvidia-smi", *query], timeout=seconds)
@@ -4689,6 +4708,7 @@ def _nvidia_smi(
 
 
 def _environment(site: _Site, root: str | None) -> Facts:
+    """Return what made the experiment's environment, and the project's lock files."""
     settings = os.path.join(site.prefix, "pyvenv.cfg")
     # home = /usr/bin\nuv = 0.4.18\nversion_info = 3.12.1
     uv = _match_in_file(settings, r"^uv *= *(.+)$")
@@ -4725,6 +4745,7 @@ def _environment(site: _Site, root: str | None) -> Facts:
 
 
 def _container() -> Facts:
+    """Return the kind of container this is, its image, and the limits of its cgroup."""
     env = os.environ
     apptainer = env.get("APPTAINER_CONTAINER") or env.get("SINGULARITY_CONTAINER")
     kind = None
@@ -4811,6 +4832,7 @@ class _Sampler:
             self.record.append("metrics/system.jsonl", row)
 
     def summary(self) -> Facts:
+        """Return peaks and means with their sources, for metadata.json."""
         self._take()
         facts: Facts = {
             "samples": self.samples,
@@ -4842,6 +4864,7 @@ class _Sampler:
             return None
 
     def _take(self) -> Facts | None:
+        """Take a sample, add it to the sums, and return its row."""
         before = self.last
         sample = self._sample()
         if sample is None or before is None:
@@ -4874,6 +4897,8 @@ class _Sample:
 
 
 class _Values:
+    """Peak, mean and sources of what was measured again and again."""
+
     def __init__(self) -> None:
         self.peak: int | None = None
         self.total = 0
@@ -4902,6 +4927,7 @@ class _ProcessTree:
         self.is_cheap = True  # to count memory by pages
 
     def measure(self) -> _Sample | None:
+        """Return what the processes take now, None if all have ended."""
         if not isdir("/proc/self/task") or not hasattr(os, "sysconf"):
             raise _Unknown("there is no /proc, which tells what processes take")
         found = self._processes()
@@ -4929,6 +4955,7 @@ class _ProcessTree:
         return _Sample(len(found), seconds, memory, source)
 
     def _processes(self) -> dict[int, list[str]]:
+        """Return the fields of /proc/<pid>/stat of each process of the run."""
         found: dict[int, list[str]] = {}
         waiting = [self.pid, *self.known]
         while waiting:
@@ -4975,6 +5002,8 @@ def _cgroup_memory_peak() -> int | str | None:
 
 
 class _GpuMeter:
+    """Utilisation and memory of each GPU."""
+
     def __init__(self) -> None:
         self.source: str | None = None
         self.problem: str | None = None
@@ -5127,6 +5156,11 @@ def _git_patch(site: _Site, record: _Record, tree: _Repository | None = None) ->
 def _local_packages(
     site: _Site, record: _Record, tree: _Repository | None = None
 ) -> list[Facts]:
+    """Return the repository of each package that was installed from a local folder.
+
+    What a clone lacks of its code becomes git.<package>.patch; not so for a package
+    that lies in the repository of the experiment itself.
+    """
     seen = {(tree or _Repository.of(site)).root}
     problems = []
     packages = []
@@ -5300,6 +5334,7 @@ class _Repository:
             return {**reason.facts, "problem": problem}
 
     def _describe(self, facts: Facts) -> None:
+        """Fill in the facts, the quickest to find out first."""
         self.open()
         facts["root"] = self.root
         facts["is_shallow"] = self.is_shallow
@@ -5357,6 +5392,7 @@ class _Repository:
             raise
 
     def open(self) -> None:
+        """Find the work tree and read its settings; raise _Unknown."""
         if self.is_git:
             return
         if not _has_repository(self.directory):
@@ -5430,6 +5466,7 @@ class _Repository:
 
     @cached_property
     def changes(self) -> list[_Change]:
+        """The files that are not as HEAD has them, by name."""
         found = {}
         for name, old in self.status.files.items():
             change = _Change(self, name, old or _NO_BLOB, is_tracked=old is not None)
@@ -5503,6 +5540,7 @@ class _Repository:
 
     @cached_property
     def _remotes(self) -> list[Facts]:
+        """Name and URL of the remotes, that of the branch first, then origin."""
         remotes = []
         for key, url in sorted(self.config.items()):
             match = re.fullmatch(r"remote\.(.+)\.url", key, re.S)
@@ -5819,6 +5857,11 @@ def _first_line(path: str) -> str | None:
 
 
 def _loose_files(tree: _Repository) -> list[_Change]:
+    """Return the code that is in no repository: what was loaded, and texts below.
+
+    The texts of a home directory, or of a folder that is everybody's, are not one
+    program. `tree.root` becomes the folder that has them all.
+    """
     top = realpath(tree.directory)
     loaded = [realpath(path) for path in tree.sources]
     paths = dict.fromkeys(loaded)
@@ -5884,6 +5927,7 @@ class _Patch:
         self.problems: list[str] = []
 
     def add(self, tree: _Repository) -> None:
+        """Add what differs in a tree from its base, and the repositories inside."""
         try:
             if tree.prefix:
                 tree.open()
@@ -5903,6 +5947,7 @@ class _Patch:
             self.add(each)
 
     def _add_files(self, tree: _Repository, changes: Sequence[_Change]) -> None:
+        """Add the files that there is room for, small ones first."""
         kept: list[_Change] = []
         changes = [change for change in changes if change.mode or change.old[0]]
         changes.sort(key=lambda change: (change.rank, change.size))
@@ -5941,6 +5986,7 @@ class _Patch:
                 self._leave_out(change, str(reason))
 
     def keep(self, record: _Record, name: str, root: str) -> Facts:
+        """Write the patch, if there is one, and return what there is to say of it."""
         data = bytes(self.text)
         facts: Facts = {
             "file": None,
@@ -6312,6 +6358,7 @@ class _Plan:
         return []
 
     def _check_inputs(self) -> None:
+        """Hold the files of other runs against what they were."""
         inputs = _read_inputs(self.run_dir)
         problems = []
         cwd = _word(self.metadata.get("working_dir"))
@@ -6331,6 +6378,7 @@ class _Plan:
             self.add("inputs", 0, f"{_format_count(len(inputs), 'file')}, unchanged")
 
     def _check_secrets(self) -> None:
+        """Name what was redacted and has to be supplied: it is never guessed."""
         pairs = zip(self.argv, self.argv[1:])
         flags = [a if b == REDACTED else b for a, b in pairs if REDACTED in b]
         if flags:
@@ -6349,6 +6397,7 @@ class _Plan:
             self.add("secrets", 0, f"the environment also had {', '.join(missing)}")
 
     def _check_environment(self) -> None:
+        """Compare Python, packages and GPUs with those that --exec would use."""
         if self.python is None:
             return
         site = _Site.here([self.python, "-c", ""])
@@ -6520,6 +6569,7 @@ class _Plan:
                 yield f"{target}/.git/packages/{name}", package
 
     def environment_commands(self, target: str) -> list[list[str]]:
+        """Return what makes the environment, and write the requirements for it."""
         version = _word(_mapping(self.metadata, "python").get("version")).split(" ")[0]
         lines = _texts(self.metadata.get("pip_freeze"))
         if not version or not lines:
@@ -6596,6 +6646,7 @@ class _Plan:
         return sorted(self.findings, key=lambda each: order.index(each.about))
 
     def show(self, target: str | None) -> None:
+        """Print the plan, the most important first, on one screen."""
         lines = []
         room = PLAN_DETAILS
         for finding in self._ordered():
@@ -6659,6 +6710,7 @@ def _weight(name: str, old: object, new: object) -> tuple[int, str]:
 
 
 def _input_now(entry: Facts, run_dir: str) -> tuple[str, str | None]:
+    """Return where an input is now, and what is wrong with it."""
     beside = normpath(os.path.join(run_dir, _word(entry.get("relative"))))
     places = [f"{beside}/{entry['path']}", f"{entry.get('run_dir')}/{entry['path']}"]
     for place in filter(exists, places):
@@ -6719,6 +6771,7 @@ def _new_git(place: str, *words: str) -> bytes:
 
 
 def _run_again(plan: _Plan, target: str, tolerance: float, is_quiet: bool) -> Facts:
+    """Run the command in the new tree as a run of its own; return how it compares."""
     import subprocess  # nosec
 
     words, place = plan.command(target)
@@ -6759,6 +6812,7 @@ def _compared(then: Run, now: Run, tolerance: float) -> Facts:
 
 
 def _outcome(run: Run) -> dict[tuple[str, str], JSON]:
+    """Return how a run ended, and its metrics, the hashes of its files and its log."""
     found: dict[tuple[str, str], JSON] = {}
     for key in ("status", "exit_code"):
         found["end", key] = run.status.get(key)
@@ -6802,6 +6856,7 @@ def _verdict(kind: str, then: JSON, now: JSON, tolerance: float) -> str:
 def _level_reached(
     then: Run, rows: Sequence[Facts], tolerance: float
 ) -> tuple[str, bool]:
+    """Return the level in a sentence, and whether it may be called the same."""
     kinds = {row["kind"] for row in rows}
     bad = {row["kind"] for row in rows if row["verdict"] not in ("same", "close")}
     if "end" in bad:
@@ -6951,6 +7006,7 @@ def _globbed(pattern: str) -> Iterator[str]:
 def _input(
     key: str, path: str, producer: str, run_dir: StrPath, status: str
 ) -> Facts:
+    """Return the entry of `inputs` in metadata.json for a file of another run."""
     inside = relpath(path, producer)
     if inside.startswith(os.pardir):  # a link into the run
         inside = relpath(realpath(path), realpath(producer))
@@ -7059,7 +7115,7 @@ class _Lineage:
         self.runs = walk.runs
         self.named: dict[str, str] = {}  # where the run of a name is
         self.edges: dict[tuple[Path, Path], list[str]] = {}
-        consumers = self.runs
+        consumers: Iterable[str] = self.runs
         producers = self.runs
         if run is not None:
             consumers = _possible_users(run, walk)
@@ -7139,13 +7195,13 @@ class _Lineage:
         return Path(self.named.get(path.name, path))
 
 
-def _possible_users(run: Path, walk: _Walk) -> list[str]:
+def _possible_users(run: Path, walk: _Walk) -> Iterable[str]:
     """Return the runs that, by the index, used a run; and those it does not know."""
     runs = [path for path in walk.runs if path not in walk.index.starts]
     first_name = _text(_read_json(f"{run}/status.json").get("run"))
     for name in {run.name, first_name}:
         runs += walk.index.users_of(name)
-    return runs
+    return dict.fromkeys(runs)
 
 
 # Keys of metadata.json that tie a run to one other, and what that is called.
@@ -7396,6 +7452,7 @@ class _Facts:
         self.depth = 0
 
     def value(self, value: JSON, name: str = "", above: int = 0) -> JSON:
+        """Return a value without secrets; `above` is the grade of what holds it."""
         if isinstance(value, str):
             return self.named_text(value, name, above)
         if not isinstance(value, (dict, list)):
@@ -7972,6 +8029,7 @@ _CODE_RULES = (
 
 
 def _values_in_configuration(text: str) -> Iterator[_Find]:
+    """Yield the values under the names of secrets, wherever a format puts them."""
     done = 0
     for name, grade in _graded_names(text):
         if name.start() < done:
@@ -8109,6 +8167,7 @@ def _grade(name: str) -> int:
 
 
 def _grade_of_last(before: str, last: str) -> int:
+    """Return the grade of a name that ends in these two words."""
     for grade, words in _LAST_WORDS:
         if last in words:
             return grade
@@ -8362,6 +8421,8 @@ def _plain(value: object, whole: bool = False) -> JSON:
 
 
 class _Conversion:
+    """One conversion: how much may still be written, and which objects are around."""
+
     def __init__(self) -> None:
         self.scale = 1  # of the limits
         self.room = MAX_NODES  # values that may still be written
@@ -8922,6 +8983,7 @@ class _Program:
         self.pid = self.child.pid
 
     def result(self, timeout: float | None = None, limit: int | None = None) -> bytes:
+        """Wait for its end and return what it has printed, or raise _ProgramFailed."""
         read = self._read
         if self.child is not None:
             read = self._communicate
@@ -9406,6 +9468,8 @@ class _Folder:
 
 
 class _Place:
+    """Where the names of some files are looked up: below a path or a descriptor."""
+
     def __init__(self, path: str, dir_fd: int | None) -> None:
         self.path = path
         self.dir_fd = dir_fd
@@ -9481,7 +9545,7 @@ def _small_text(path: str) -> str:
 
 def _read_lines(path: StrPath, tail: int | None = None) -> Iterator[Facts]:
     """Yield the mappings of a JSONL file, or of its last bytes; skip torn lines."""
-    for line in _readable_bytes(path, tail=tail).split(b"\n"):
+    for line in filter(None, _readable_bytes(path, tail=tail).split(b"\n")):
         row = None
         with _ignoring(ValueError, RecursionError):
             row = json.loads(line)
@@ -9762,8 +9826,6 @@ def _is_run(path: StrPath) -> bool:
     return False
 
 
-MANY_RUNS = 100  # of more, the index is asked
-INDEX_SECONDS = 300  # how late a line of the index may be
 _STAMP = r"\d{8}-\d{6}(?![^-])"  # in the name of a run: local time
 
 
@@ -9787,6 +9849,7 @@ class _Walk:
 
     def __init__(self, root: str) -> None:
         self.root = root
+        self.index = _Index(_results_root(Path(root)))
         self.problems: list[str] = []
         self.found: set[str] = set()
         self.links: list[str] = []
@@ -9805,14 +9868,7 @@ class _Walk:
 
     def newest_first(self, limit: int | None = None) -> list[str]:
         runs = [Run(folder, row=False) for folder in self.runs]
-        return [run.folder for run in _newest(runs, limit, self.known)]
-
-    @cached_property
-    def index(self) -> _Index:
-        return _Index(_results_root(Path(self.root)))
-
-    def known(self) -> dict[str, str]:
-        return self.index.starts
+        return [run.folder for run in _newest(runs, limit, self.index)]
 
     def _leads_elsewhere(self, target: str, real_root: str) -> bool:
         """Tell whether a link's target is a folder that may be entered, and is new."""
@@ -9823,6 +9879,7 @@ class _Walk:
         return os.stat(target).st_uid == os.stat(real_root).st_uid
 
     def _enter(self, top: str, real_top: str, deadline: float = float("inf")) -> None:
+        """Collect the runs at and below a folder."""
         waiting = [(top, 0)]
         while waiting and time.monotonic() < deadline:
             folder, depth = waiting.pop()
@@ -9833,7 +9890,7 @@ class _Walk:
                 continue
             known: Mapping[str, str] = {}
             if len(inside) > MANY_RUNS:
-                known = self.known()
+                known = self.index.starts
             for name in inside:
                 path = f"{folder}/{name}"
                 # A folder with a time in its name is nearly always a run: no look.
@@ -9875,11 +9932,15 @@ def _walk_runs(root: StrPath) -> list[str]:
 
 
 def _newest(
-    runs: Iterable[_Ranked], limit: int | None, known: Callable[[], dict[str, str]]
+    runs: Iterable[_Ranked], limit: int | None, index: _Index
 ) -> list[_Ranked]:
+    """Return the newest runs in the order of their starts, at most `limit`.
+
+    Of many only those are asked that, by the index, may be among the newest.
+    """
     asked = list(runs)
     if limit is not None and len(asked) > max(limit, MANY_RUNS):
-        starts = known()
+        starts = index.starts
         by_index = sorted(asked, key=lambda run: starts.get(run.folder, "9"))[-limit:]
         least = min(run.started for run in by_index)
         bound = _utc(least - INDEX_SECONDS)
@@ -9891,14 +9952,20 @@ def _newest(
 class _Index:
     """What index/runs_index.jsonl says of runs; a cache, which may not know a run.
 
-    `starts` has by path when a run began, "2026-01-31T14:25:01Z", which is true within
-    INDEX_SECONDS; only of runs whose inputs were told then. To parse all lines would
-    take longer than to ask the runs, so their ends are looked for as we write them.
+    It is read when it is asked. To parse all lines would take longer than to ask the
+    runs, so what is wanted is looked for as we write it.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.starts: dict[str, str] = {}
+
+    @cached_property
+    def starts(self) -> dict[str, str]:
+        """By path when runs began, "2026-01-31T14:25:01Z", that told their inputs then.
+
+        It is true within INDEX_SECONDS.
+        """
+        starts = {}
         event = b'{"event": "start", "timestamp_utc": "'
         utc = slice(len(event), len(event) + len("2026-01-31T14:25:01Z"))
         for lines in self._lines():
@@ -9906,7 +9973,8 @@ class _Index:
                 line = part[part.rfind(b"\n") + 1 :]
                 if line.startswith(event):
                     path = line[line.rindex(b'"') + 1 :].decode("latin-1")
-                    self.starts[f"{root}/{path}"] = line[utc].decode("latin-1")
+                    starts[f"{self.root}/{path}"] = line[utc].decode("latin-1")
+        return starts
 
     def _lines(self) -> Iterator[bytes]:
         with _ignoring(OSError):
@@ -9914,6 +9982,7 @@ class _Index:
                 yield lines
 
     def users_of(self, name: str) -> Iterator[str]:
+        """Yield the runs of whose lines `inputs` or `tied` have the name of a run."""
         wanted = json.dumps(name).encode("ascii")
         for lines in self._lines():
             if wanted not in lines:
@@ -10017,6 +10086,7 @@ class _Filters:
             raise ValueError(f"limit is {self.limit}; give 0 for all, or a number")
 
     def take(self, run: Run, root: str) -> bool:
+        """Tell whether a run is asked for; the cheapest questions come first."""
         if self.contains is not None:
             if self.contains.lower() not in run.folder[len(root) :].lower():
                 return False
@@ -10043,6 +10113,7 @@ class _Filters:
 
 
 def _moment(text: str | None, name: str) -> float | None:
+    """Return the seconds since 1970 of an age ("90s", "12h", "7d") or of a UTC date."""
     if text is None:
         return None
     age = re.fullmatch(r"(\d{1,9}(?:\.\d+)?)([smhdw])", text)
@@ -10070,7 +10141,7 @@ class _Selection:
         self.differing: dict[str, list[str]] = {}  # by script: keys as "config.lr"
         walk = _Walk(self.root)
         self.warnings = walk.problems
-        self.known = walk.known
+        self.index = walk.index
         self.everything = [Run(path, row=False) for path in walk.runs]
         root_of_all = _results_root(Path(self.root))
         lineage = functools.lru_cache(None)(lambda: _Lineage(root_of_all))
@@ -10086,9 +10157,8 @@ class _Selection:
 
 def _select_runs(root: StrPath, filters: _Filters) -> _Selection:
     selection = _Selection(root, filters)
-    selection.runs, selection.unseen = _first_of(
-        selection.candidates, filters, selection.known
-    )
+    candidates = selection.candidates
+    selection.runs, selection.unseen = _first_of(candidates, filters, selection.index)
     _ask_sacct(selection.runs)
     for run in selection.runs:
         run.fill()
@@ -10096,13 +10166,13 @@ def _select_runs(root: StrPath, filters: _Filters) -> _Selection:
     starts = tuple({re.split(_STAMP, run.name)[0] for run in selection.runs})
     others = [run for run in selection.everything if run.folder not in shown]
     alike = (run for run in others if run.name.startswith(starts))
-    compared = [*itertools.islice(alike, MAX_COMPARED), *others][:MAX_COMPARED]
+    compared = itertools.islice(itertools.chain(alike, others), MAX_COMPARED)
     selection.differing = _differing_keys([*selection.runs, *compared])
     return selection
 
 
 def _first_of(
-    items: list[_Ranked], filters: _Filters, known: Callable[[], dict[str, str]]
+    items: list[_Ranked], filters: _Filters, index: _Index
 ) -> tuple[list[_Ranked], int]:
     """Return runs, or groups of them, in their order, and how many the limit hides."""
     groups = [items]
@@ -10117,7 +10187,7 @@ def _first_of(
     for group in groups:
         if len(first) >= limit:
             break
-        first += _newest(group, limit - len(first), known)
+        first += _newest(group, limit - len(first), index)
     return first, count - len(first)
 
 
@@ -10168,6 +10238,7 @@ def _differing_keys(runs: Iterable[Run]) -> dict[str, list[str]]:
 
 
 def _unknown_words(filters: _Filters, runs: list[Run]) -> list[str]:
+    """Return a sentence for each key, status or tag that no run has."""
     sentences = []
     for expression in filters.expressions():
         if filters.where is None or not filters.where.asks_for_null(expression.text):
@@ -10597,6 +10668,7 @@ def _left(run: str, size: int, digest: str) -> bool:
 
 
 def _reason(run: Run) -> str | None:
+    """Return in one line why a run failed, or what is wrong with one that did not."""
     status = run.status
     if status.get("status") in ("running", "success"):
         return _one_line(_texts(status.get("warnings"))[:1])
@@ -10727,6 +10799,10 @@ class _Group:
 def _select_groups(
     root: StrPath, filters: _Filters, over: str
 ) -> tuple[list[_Group], _Selection]:
+    """Return the runs that are asked for, folded over keys such as "seed".
+
+    They are sorted by the mean of what they are sorted by, else by the newest run.
+    """
     selection = _Selection(root, filters)
     runs = selection.candidates
     runs.sort(key=lambda run: (run.started, run.folder), reverse=True)
@@ -10735,7 +10811,7 @@ def _select_groups(
     for key in keys:
         selection.warnings += _unknown_key(_Expression(key), selection.everything)
     groups = _fold_seeds(runs, keys)
-    shown, selection.unseen = _first_of(groups, filters, selection.known)
+    shown, selection.unseen = _first_of(groups, filters, selection.index)
     for group in shown:
         selection.runs += [run.fill() for run in group.runs]
         selection.warnings += group.warnings()
@@ -11261,6 +11337,7 @@ def _run_row(run: Run, root: StrPath, shown: Iterable[str] = ()) -> Facts:
 
 
 def _group_row(group: _Group, asked: Iterable[str]) -> Facts:
+    """Return runs that differ only in their seeds as one row: means and deviations."""
     first = group.runs[0]  # the newest
     states = group.states().items()
     row: Facts = {
@@ -11317,6 +11394,7 @@ def _print_columns(columns: Sequence[_Column], form: str | None) -> None:
 
 
 def _print_table(columns: Sequence[_Column]) -> None:
+    """Print a table; where the terminal is narrow, shorten and leave out."""
     for column in columns:
         column.texts = [_printable(text) for text in column.texts]
     room = _terminal_width() or sys.maxsize
@@ -11570,6 +11648,7 @@ def _format_why(run: Run) -> list[str]:
 
 
 def _format_code(git: Facts) -> str:
+    """Return "1a2b3c4 on main, uncommitted changes, 2 commits not pushed, URL"."""
     if not git.get("commit_short"):
         return "no commit known"
     patch = _mapping(git, "patch")
@@ -11659,6 +11738,7 @@ def _sparkline(values: Sequence[float]) -> str:
 
 
 def _format_outputs(run: Run) -> list[str]:
+    """Return how much is in each folder and at the top, and the largest files."""
     _, names, _ = next(os.walk(run.path), ("", [], []))
     folders: dict[str, list[int]] = {name: [] for name in names}
     for path, size in run.outputs.items():
@@ -11792,6 +11872,7 @@ def _format_change(key: str, then: JSON, now: JSON) -> list[str]:
 def _format_graph(
     form: str, runs: Sequence[Path], edges: Sequence[tuple[Path, Path, str]]
 ) -> Iterator[str]:
+    """Yield the lines of a graph from producers to consumers."""
     if form == "json":
         keys = ("producer", "consumer", "path")
         rows = [dict(zip(keys, map(str, edge))) for edge in edges]
@@ -11915,6 +11996,7 @@ if TYPE_CHECKING:
 
 
 def _cmd_report(args: argparse.Namespace) -> int:
+    """Write one HTML page about the runs that were asked for."""
     output = abspath(args.output)
     if isdir(output):
         raise ValueError(f"{args.output!r} is a folder; give -o the name of a file")
@@ -11945,6 +12027,7 @@ _ASKED = ("where", "status", "since", "older", "contains", "tag", "has_outputs",
 
 
 def _report(page: _Page, asked: str, embed: bool) -> str:
+    """Return the page; `asked` tells the filters, `embed` puts images into it."""
     import base64
     import hashlib
 
@@ -12013,6 +12096,7 @@ class _Page:
         return _finite(self.goal.value(run))
 
     def fixed_columns(self, selection: _Selection) -> list[_Column]:
+        """Return the columns of `list`, without what depends on when it is asked."""
         asked = []
         if self.goal is not None:
             asked.append(self.goal.text)
@@ -12067,6 +12151,8 @@ class _Page:
 
 
 class _Line:
+    """Runs that are drawn as one: a run, or those that differ only in their seed."""
+
     def __init__(self, number: int, runs: list[Run], keys: Sequence[str]) -> None:
         self.number = number  # the place in the order of the table, from 0
         self.runs = runs
@@ -12126,6 +12212,7 @@ def _short(key: str) -> str:
 
 
 def _summary_html(page: _Page, asked: str) -> Iterator[str]:
+    """Yield what was selected, the states, the best run, and what differs."""
     count = _format_count(len(page.runs), "run") or "No runs"
     if asked:
         asked = f": {page.text(asked, 400)}"
@@ -12187,6 +12274,7 @@ def _values_html(page: _Page, key: str) -> str:
 
 
 def _table_html(page: _Page) -> Iterator[str]:
+    """Yield the table of all runs, and hidden tools that the script makes work."""
     if not page.runs:
         return
     yield '<section><h2>Runs</h2><p class="tools" hidden>'
@@ -12229,6 +12317,7 @@ def _cell_html(page: _Page, column: _Column, place: int) -> str:
 
 
 def _plots_html(page: _Page) -> Iterator[str]:
+    """Yield a plot for each metric that was logged more than once."""
     plots = _plots(page)
     if not plots:
         return
@@ -12250,6 +12339,7 @@ def _plots_html(page: _Page) -> Iterator[str]:
 
 
 def _plots(page: _Page) -> list[_Plot]:
+    """Return the plots with their curves, that of the goal first."""
     ends: dict[str, list[float]] = {}  # of each metric, where its curves begin and end
     if page.goal is not None:
         ends[page.goal.key] = []
@@ -12304,6 +12394,8 @@ class _Curve:
 
 
 class _Plot:
+    """The curves of one metric."""
+
     def __init__(self, key: str, last: float, count: int) -> None:
         self.key = key
         self.stretches = count // 2
@@ -12382,6 +12474,7 @@ class _Axis:
         return (self.scaled(value) - self.ends[0]) / (self.ends[1] - self.ends[0])
 
     def marks(self) -> list[float]:
+        """Return a few round numbers on the axis."""
         import math
 
         low, high = self.ends
@@ -12501,6 +12594,7 @@ def _path(points: Sequence[_Point], across: _Axis, axis: _Axis) -> str:
 
 
 def _parallel_html(page: _Page) -> Iterator[str]:
+    """Yield a line for each drawn run through the values that varied."""
     names = page.varying[:REPORT_AXES]
     if page.goal is not None:
         names.append(page.goal.text)
@@ -12571,6 +12665,10 @@ _IMAGE_KINDS = {
 
 
 def _images_html(page: _Page, embed: bool) -> Iterator[str]:
+    """Yield the images of plots/ and samples/, a strip for each name without its step.
+
+    Those that are not inside the page are links, until somebody opens the strip.
+    """
     strips: dict[str, list[tuple[Run, str]]] = {}
     count = 0
     for run in page.drawn:
@@ -12615,6 +12713,7 @@ def _embedded(path: str, room: int) -> str:
 
 
 def _details_html(page: _Page) -> Iterator[str]:
+    """Yield what is known of each drawn run, folded up."""
     if not page.runs:
         return
     yield '<section id="runs"><h2>Run by run</h2>'
@@ -12642,6 +12741,7 @@ def _details_html(page: _Page) -> Iterator[str]:
 
 
 def _run_facts(page: _Page, run: Run) -> Iterator[Paragraph]:
+    """Yield the paragraphs on one run."""
     best = page.runs[0]
     config = []
     for key in page.varying:
@@ -13245,6 +13345,7 @@ class _Command:
         self.typed = b""  # what the command has not taken yet
 
     def run(self, limit: float | None) -> int:
+        """Run the command; return its exit status, -n when signal n has ended it."""
         wake, waker = os.pipe()
         _posix.set_blocking(waker, False)
         try:
@@ -13496,6 +13597,8 @@ class _TerminalText:
 
 
 class _Terminal:
+    """The terminal that we are on, and the one that the command gets instead."""
+
     def __init__(self) -> None:
         self.termios: Any = __import__("termios")
         self.saved = self.termios.tcgetattr(0)
@@ -13764,6 +13867,7 @@ def _filters_of(args: argparse.Namespace) -> _Filters:
 
 
 def _cmd_list(args: argparse.Namespace) -> int:
+    """Print a row for each run that was asked for, or for each group of them."""
     root = _search_root(args.root)
     if args.limit is None and args.format is None:
         args.limit = MAX_ROWS
@@ -13802,6 +13906,7 @@ def _cmd_list(args: argparse.Namespace) -> int:
 def _print_runs(
     selection: _Selection, asked: list[str], args: argparse.Namespace
 ) -> None:
+    """Print the table of the selected runs, or one for each script."""
     groups: dict[str, list[Run]] = {}
     for run in selection.runs:
         groups.setdefault(run["script_name"], []).append(run)
