@@ -8247,6 +8247,10 @@ def _is_random(value: str, length: int) -> bool:
         return False
     if _compiled(_HEX).fullmatch(value):
         return True
+    # No name goes so often from letters to digits and back without a separator.
+    changes = _compiled(r"(?i)[a-z](?=\d)|\d(?=[a-z])").findall(value)
+    if len(value) >= 30 and len(changes) >= 4 and value.isalnum():
+        return True
     # How many neighbours do not go together in words: of random letters and digits two
     # pairs in three, of hexadecimal digits one in two, of names in code one in ten.
     surprise = sum(map(_pair_surprise, value, value[1:]))

@@ -7035,6 +7035,14 @@ class SecretsInCode(unittest.TestCase):
             b"\0key='" + RANDOM.encode(),
         )
 
+    def test_a_random_value_of_mostly_digits(self) -> None:
+        value = "78" * 5 + "a" + "80" * 4 + "f2" + "73" * 3 + "aa" + "28" * 2 + "cZz9"
+        argv = ["python", "train.py", "--token", value]
+        self.assertEqual(redactor().data({"argv": argv})["argv"][-1], MARKER)
+        for name in ("sentence-transformers-2024-12-31-v2", "1234567890" * 4):
+            argv = ["python", "train.py", "--token_id", name]
+            self.assertEqual(redactor().data({"argv": argv})["argv"], argv)
+
     def test_our_own_source_and_tests_stay(self) -> None:
         for path in (SOURCE, Path(__file__), HERE / "vendor.sh", HERE / "README.md"):
             data = path.read_bytes()
