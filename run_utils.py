@@ -5137,7 +5137,7 @@ def _git_patch(site: _Site, record: _Record, tree: _Repository | None = None) ->
     limit: these are listed. Nothing is written when nothing differs.
     """
     tree = tree or _Repository.of(site)
-    patch = _Patch()
+    patch = _Patch(_EarlierPatch(record))
     try:
         tree.open()
         base = tree.base
@@ -5655,7 +5655,7 @@ class _Repository:
         """Read what commits have of these files, if it is here and small enough."""
         ids = {change.old[1] for change in changes}
         ids |= {change.committed[1] for change in changes if change.is_late}
-        if any(key.endswith(".promisor") for key in self.config):
+        if ids and any(key.endswith(".promisor") for key in self.config):
             ids -= self._missing()
         try:
             blobs = _blobs_in(self._of_each(ids, "--batch", limit=PATCH_FILE_BYTES))
@@ -5914,7 +5914,8 @@ def _is_own_source(path: str, site: _Site) -> bool:
 class _Patch:
     """A patch in the making: its text, and what it leaves out."""
 
-    def __init__(self) -> None:
+    def __init__(self, earlier: _EarlierPatch | None = None) -> None:
+        self.earlier = earlier or _EarlierPatch()
         self.deadline = time.monotonic() + PATCH_SECONDS
         self.text = bytearray()
         self.room = 0, 0  # limits of bytes and files
@@ -5934,7 +5935,7 @@ class _Patch:
             changes = tree.changes_from_base
             self.room = PATCH_BYTES, PATCH_FILES
             if tree.is_git:
-                tree.load(changes)
+                tree.load([c for c in changes if not self.earlier.may_have(c)])
             else:
                 self.room = WHOLE_BYTES, WHOLE_FILES
             self._add_files(tree, changes)
@@ -5967,8 +5968,11 @@ class _Patch:
                 kept.append(change)
                 if b"\0" not in change.data:
                     _redactor.learn_code(change.data, change.title)
+        known = {change for change in kept if self.earlier.has(change)}
+        rest = [change for change in kept if change not in known]
+        tree.load([change for change in rest if self.earlier.may_have(change)])
         compared = []
-        for change in sorted(kept, key=lambda each: each.title):
+        for change in sorted(rest, key=lambda each: each.title):
             if not self._redact(change):
                 self._leave_out(change, "a binary file that holds a secret")
             elif change.old == _NO_BLOB and b"\0" not in change.data:
@@ -5976,6 +5980,8 @@ class _Patch:
                 self.files += 1
             else:
                 compared.append(change)
+        self.text += self.earlier.parts_of(known)
+        self.files += len(known)
         try:
             left = max(self.deadline - time.monotonic(), 1.0)
             self.text += _compared_by_git(compared, left)
@@ -6065,6 +6071,61 @@ class _Patch:
         if is_limit and is_cheap and change.mode.startswith(b"100"):
             facts["sha256"] = _sha256(os.fsdecode(change.path))
         self.left_out.append(facts)
+
+
+class _EarlierPatch:
+    """The git.patch of the newest run beside a new one, which may have the same in it.
+
+    What stands there of a file is taken over if it is about the same two contents, by
+    the names that git gives them, and if nothing was redacted or left out.
+    """
+
+    def __init__(self, record: _Record | None = None) -> None:
+        self.parts: dict[bytes, bytes] = {}  # by their first lines
+        if record is not None:
+            for path in itertools.islice(record.earlier_runs(), 1):
+                self._read(path)
+
+    def _read(self, run_dir: Path) -> None:
+        metadata = _read_json(run_dir / "metadata.json")
+        facts = _mapping(_mapping(metadata, "git"), "patch")
+        is_ours = _mapping(metadata, "run_utils").get("version") == __version__
+        if not is_ours or facts.get("redacted") != [] or facts.get("left_out") != []:
+            return
+        data = b""
+        with _ignoring(OSError):
+            data = _read_bytes(run_dir / "git.patch")
+        if _digest("sha256", data).hexdigest() == facts.get("sha256"):
+            for part in re.split(rb"(?m)^(?=diff --git )", data)[1:]:
+                self.parts[part[: part.index(b"\n")]] = part
+
+    def may_have(self, change: _Change) -> bool:
+        """Tell whether there is a part that begins with the old content of a file."""
+        return self._part(change, b"") != b""
+
+    def has(self, change: _Change) -> bool:
+        part = self._part(change, change.blob()[1] + b" " + change.mode + b"\n")
+        texts = [part, change.data]
+        return part != b"" and all(_redactor.code(t, change.title) == t for t in texts)
+
+    def parts_of(self, changes: Iterable[_Change]) -> bytes:
+        """Return the parts about these files, in the order they have here."""
+        wanted = {self._part(change, b"") for change in changes}
+        return b"".join(part for part in self.parts.values() if part in wanted)
+
+    def _part(self, change: _Change, new: bytes) -> bytes:
+        """Return the part about a file from its old content to a new one, or b"".
+
+        diff --git a/name b/name
+        index <old id>..<new id> 100644
+        """
+        names = _quoted(b"a/" + change.title), _quoted(b"b/" + change.title)
+        first_line = b"diff --git %s %s" % names
+        start = first_line + b"\nindex " + change.old[1] + b".." + new
+        part = self.parts.get(first_line, b"")
+        if part.startswith(start) and not change.is_late:
+            return part
+        return b""
 
 
 def _write_or_link(record: _Record, name: str, data: bytes) -> None:

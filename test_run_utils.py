@@ -4854,6 +4854,102 @@ class GitPatch(CodeCase):
         return (captured.folder / "git.patch").stat().st_ino
 
 
+class PartsOfAnEarlierPatch(CodeCase):
+    """What an earlier run says of the same two contents of a file is taken over."""
+
+    OLD = "".join(f"line {number}\n" for number in range(40)).encode()
+
+    def setUp(self) -> None:
+        super().setUp()
+        names = ("a b.py", "b\u00fc.py", "c/d.py", "mode.py", "gone.py", "bin")
+        self.pushed_repo(files=dict.fromkeys(names, self.OLD))
+        for number, name in enumerate(names[:4]):
+            self.write(name, self.OLD.replace(b"line %d\n" % (5 * number), b"new\n"))
+        self.write("bin", bytes(range(256)))
+        self.write("untracked.py", b"x = 1\n")
+        (self.repo / "gone.py").unlink()
+        (self.repo / "mode.py").chmod(0o755)
+
+    def record(self, **more: Any) -> Captured:
+        """Leave a run as it is once it has ended."""
+        captured = self.capture()
+        facts = {"git": {"patch": {**captured.patch, **more}}}
+        about = {"run_utils": {"version": run_utils.__version__}}
+        file = captured.folder / "metadata.json"
+        file.write_text(json.dumps({**facts, **about}), "utf-8")
+        return captured
+
+    def poison(self, captured: Captured) -> None:
+        """Change a word of a patch, so that one sees where it comes from."""
+        patch = captured.folder / "git.patch"
+        data = patch.read_bytes().replace(b"+new\n", b"+old\n")
+        patch.write_bytes(data)
+        metadata = json.loads((captured.folder / "metadata.json").read_bytes())
+        metadata["git"]["patch"]["sha256"] = sha256(data)
+        (captured.folder / "metadata.json").write_text(json.dumps(metadata), "utf-8")
+
+    def patch_of(self, captured: Captured) -> bytes:
+        return (captured.folder / "git.patch").read_bytes()
+
+    def test_all_of_it(self) -> None:
+        first = self.record()
+        second = self.assert_round_trip()
+        self.assertEqual(self.patch_of(second), self.patch_of(first))
+        self.assertEqual(second.patch, first.patch)
+
+    def test_what_has_changed_is_compared_anew(self) -> None:
+        self.poison(self.record())
+        self.write("c/d.py", self.OLD.replace(b"line 3\n", b"newer\n"))
+        self.write("a.txt", b"two\n")
+        data = self.patch_of(self.capture())
+        self.assertEqual(data.count(b"+old\n"), 2)  # as they stood there
+        self.assertEqual(data.count(b"+new\n"), 1)  # the one whose mode has changed
+        self.assertIn(b"+newer\n", data)
+        self.commit({}, "all of it")
+        self.push()
+        self.write("a b.py", self.OLD)
+        self.assert_round_trip()
+
+    def test_not_of_a_file_that_was_written_after_entry(self) -> None:
+        self.commit({"a.txt": b"as committed\n"})
+        self.write("a.txt", b"as written\n")
+        self.assertIn(b"+as written\n", self.patch_of(self.record()))
+        written = (self.repo / "a.txt").stat().st_ctime_ns
+        captured = self.capture(entered=written - 1)
+        self.assertIn(b"+as committed\n", self.patch_of(captured))
+
+    def test_not_from_a_patch_that_is_torn(self) -> None:
+        first = self.record()
+        fresh = self.patch_of(first)
+        (first.folder / "git.patch").write_bytes(fresh[: fresh.index(b"+new") + 3])
+        self.assertEqual(self.patch_of(self.capture()), fresh)
+
+    def test_not_where_something_was_left_out_or_redacted(self) -> None:
+        for key in ("left_out", "redacted"):
+            with self.subTest(key):
+                self.poison(self.record(**{key: ["x"]}))
+                self.assertNotIn(b"+old\n", self.patch_of(self.capture()))
+
+    def test_not_from_another_version(self) -> None:
+        with mock.patch.object(run_utils, "__version__", "1.9"):
+            self.poison(self.record())
+        self.assertNotIn(b"+old\n", self.patch_of(self.capture()))
+
+    def test_not_what_has_become_a_secret(self) -> None:
+        """Be it in the new content of a file, or in the old that a patch shows."""
+        for old, new in ((b"swordfish-4711", b"x"), (b"x", b"swordfish-4711")):
+            with self.subTest(old=old):
+                self.commit({"a.txt": b"1\n" + old + b"\n2\n"})
+                self.push()
+                self.write("a.txt", b"1\n" + new + b"\n2\n")
+                self.assertIn(b"swordfish", self.patch_of(self.record()))
+                redactor = run_utils._Redactor()
+                redactor.learn_values(["swordfish-4711"])
+                with mock.patch.object(run_utils, "_Redactor", lambda r=redactor: r):
+                    captured = self.capture()
+                self.assertNotIn(b"swordfish", self.patch_of(captured))
+
+
 class LimitsOfAPatch(CodeCase):
     """A limit leaves out files, each of which is listed; never the whole patch."""
 
