@@ -185,7 +185,8 @@ INDEX_SECONDS = 300  # how long after its start the line of a run may be written
 MAX_COMPARED = 200  # runs beside the shown ones that decide what differs
 MAX_SHOWN = 40  # lines of config that inspect shows
 MAX_ROWS = 50  # runs that list shows
-NAME_WIDTH = 18  # columns of a terminal to which a run's name may be shortened
+NAME_WIDTH = 24  # a run's name is this wide before columns of a table are left out
+LEAST_NAME_WIDTH = 18  # and this wide where all columns were asked for
 TEXT_WIDTH = 12  # the same for another text; a number is never shortened
 SPARKLINE_WIDTH = 24  # columns of a metric's curve
 DIFF_LINES = 2_000  # lines of a text that are compared
@@ -11266,20 +11267,28 @@ class _Column:
         """Return the columns that it must have: a number is never cut."""
         if self.is_name:
             return min(self.width(), NAME_WIDTH)
-        heading, longest = _width(self.heading), max(map(_width, self.texts))
-        if not self.is_number:
-            longest = min(longest, TEXT_WIDTH)
+        heading = _width(self.heading)
         if self.rank > 0:
             heading = min(heading, TEXT_WIDTH)
-        return max(heading, longest)
+        return max(heading, self.least_of_texts())
 
-    def fitted(self, text: str, width: int) -> str:
-        """Return the heading or a text of this column in exactly `width` columns."""
+    def least_of_texts(self) -> int:
+        """Return the same for where there is no room for its heading."""
+        longest = max(map(_width, self.texts))
         if self.is_name:
-            return _short_name(text, width)
+            return min(longest, LEAST_NAME_WIDTH)
         if self.is_number:
-            text = " " * (width - _width(text)) + text
-        return _cut(text, width)
+            return longest
+        return min(longest, TEXT_WIDTH)
+
+    def fitted(self, width: int) -> list[str]:
+        """Return the heading and the texts, each in exactly `width` columns."""
+        cells = self.cells()
+        if self.is_name:
+            return _short_names(cells, width)
+        if self.is_number:
+            cells = [" " * (width - _width(text)) + text for text in cells]
+        return [_cut(text, width) for text in cells]
 
 
 def _is_number_value(value: object) -> bool:
@@ -11468,7 +11477,7 @@ def _print_table(columns: Sequence[_Column]) -> None:
     if _total(widths) > room:
         beneath = [column for column in columns if column.beneath]
         widths = _shortened_widths([c for c in columns if not c.beneath], room)
-    rows = [[c.fitted(cell, widths[c]) for cell in c.cells()] for c in widths]
+    rows = [column.fitted(widths[column]) for column in widths]
     below = [["", *column.texts] for column in beneath]
     lines = []
     for number in range(len(columns[0].texts) + 1):
@@ -11492,8 +11501,11 @@ def _shortened_widths(columns: Sequence[_Column], room: int) -> dict[_Column, in
     while _total(widths) > room:
         last = max(reversed(list(widths)), key=lambda column: column.rank)
         if last.rank == 0:
-            break
+            break  # all that is left was asked for
         del widths[last]
+    for column in widths:
+        excess = max(_total(widths) - room, 0)
+        widths[column] = max(column.least_of_texts(), widths[column] - excess)
     for column in widths:
         spare = max(room - _total(widths), 0)
         widths[column] = min(column.width(), widths[column] + spare)
@@ -11539,15 +11551,27 @@ def _dots() -> str:
     return "..."
 
 
-def _short_name(name: str, width: int) -> str:
-    """Return the name of a run in `width` columns, so that it still finds the run.
+def _short_names(names: Sequence[str], width: int) -> list[str]:
+    """Return names of runs in `width` columns, so that they still find the runs.
 
-    "train-20260131-142501-1a2b3c4" becomes "train-20260131-142501", without the
-    commit, then "tra…0131-142501".
+    "probe/train-20260131-142501-1a2b3c4" loses its commit, then its folder, if that is
+    not what tells it from the others, then becomes "tra…0131-142501".
     """
+    if max(map(_width, map(_without_commit, names))) > width:
+        inner = [basename(name) for name in names]
+        if len(set(inner)) == len(set(names)):
+            names = inner
+    return [_short_name(name, width) for name in names]
+
+
+def _without_commit(name: str) -> str:
+    commit = r"(?<=\d{8}-\d{6})-[0-9a-f]{7,40}(?=(-\d+)?$)"
+    return re.sub(commit, _dots(), name).removesuffix(_dots())
+
+
+def _short_name(name: str, width: int) -> str:
     if _width(name) > width:
-        commit = r"(?<=\d{8}-\d{6})-[0-9a-f]{7,40}(?=(-\d+)?$)"
-        name = re.sub(commit, _dots(), name).removesuffix(_dots())
+        name = _without_commit(name)
     if _width(name) > width:
         stamp = re.search(r"\d{4}-\d{6}(\D+\d+)?$", name)
         end = name[-(width // 2) :]

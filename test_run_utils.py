@@ -9083,6 +9083,15 @@ class NamesOfRuns(InUnicode):
         self.assertEqual(run_utils._short_name(name, 24), "train-20260131-142501…-2")
         self.assertEqual(run_utils._short_name(name, 20), "train…0131-142501…-2")
 
+    def test_the_folder_goes_where_it_tells_no_two_runs_apart(self) -> None:
+        names = ["run", "probe/vit-20260131-142501-1a2b3c4", "b/eval-20260131-142501"]
+        short = [name.rstrip() for name in run_utils._short_names(names, 24)]
+        self.assertEqual(short, ["run", "vit-20260131-142501", "eval-20260131-142501"])
+        short = [name.rstrip() for name in run_utils._short_names(names, 25)]
+        self.assertEqual(short[1:], ["probe/vit-20260131-142501", names[2]])
+        short = run_utils._short_names([*names, "c/eval-20260131-142501"], 22)
+        self.assertEqual(short[3], "c/eval-20260131-142501")
+
     def test_other_names_lose_their_middle(self) -> None:
         shown = run_utils._short_name("a-very-long-name-of-a-run", 12)
         self.assertEqual(shown, "a-ver…-a-run")
@@ -9104,18 +9113,25 @@ class WhatHasRoom(unittest.TestCase):
     def test_the_name_before_other_texts(self) -> None:
         columns = ("run", "n" * 40, 0), ("model", "m" * 30, 0)
         self.assertEqual(self.widths(62, *columns), [30, 30])
-        self.assertEqual(self.widths(40, *columns), [18, 20])
+        self.assertEqual(self.widths(40, *columns), [24, 14])
         self.assertEqual(self.widths(20, *columns), [18, 12])
 
     def test_the_last_of_the_least_important(self) -> None:
         columns = ("run", "n" * 40, 0), ("a", 1.25, 4), ("b", 1.25, 1), ("c", 1.25, 4)
-        self.assertEqual(self.widths(40, *columns), [22, 4, 4, 4])
-        self.assertEqual(self.widths(34, *columns), [22, 4, 4, 0])
-        self.assertEqual(self.widths(28, *columns), [22, 0, 4, 0])
+        self.assertEqual(self.widths(42, *columns), [24, 4, 4, 4])
+        self.assertEqual(self.widths(40, *columns), [28, 4, 4, 0])
+        self.assertEqual(self.widths(30, *columns), [24, 0, 4, 0])
 
-    def test_numbers_are_never_cut(self) -> None:
+    def test_numbers_are_never_cut_but_their_heading_is(self) -> None:
         self.assertEqual(self.widths(9, ("a_long_metric", 0.123456, 1)), [0])
-        self.assertEqual(self.widths(9, ("a_long_metric", 0.123456, 0)), [13])
+        self.assertEqual(self.widths(9, ("a_long_metric", 0.123456, 0)), [9])
+        self.assertEqual(self.widths(5, ("a_long_metric", 0.123456, 0)), [8])
+
+    def test_the_name_and_the_headings_of_what_was_asked_for(self) -> None:
+        columns = ("run", "n" * 40, 0), ("max(val/loss)", 0.25, 0), ("lr", 0.125, 0)
+        self.assertEqual(self.widths(46, *columns), [24, 13, 5])
+        self.assertEqual(self.widths(40, *columns), [18, 13, 5])
+        self.assertEqual(self.widths(31, *columns), [18, 4, 5])
 
 
 class ForSpreadsheets(InUnicode):
