@@ -10173,7 +10173,7 @@ class _Filters:
         if self.sort is not None:
             found[self.sort.text] = self.sort
         if self.where is not None:
-            for term in self.where.terms():
+            for term in self.where.terms:
                 found.setdefault(term.expression.text, term.expression)
         return list(found.values())
 
@@ -10366,46 +10366,76 @@ class _Expression:
         return _as_float(facts.get(self.function))
 
 
-# One comparison, and the word that joins it to the next.
+# One comparison, up to "and", "or", ")" or the end.
 _TERM = (
     r"""(?x)\s*
     (?P<key> (?:max|min|first|last)\(.+?\)(?=\s*[<>=!~])  # max(val/acc)
            | (?:[^\s<>=!~"'()]|"[^"]*")+ )                # lr, model.lr, "val loss"
     \s* (?P<operator> <=|>=|==|!=|=|<|>|~ )
-    \s* (?: "(?P<double>[^"]*)" | '(?P<single>[^']*)' | (?P<word>[^\s"']+) )
-    (?: \s* $ | \s+ (?P<joint>and|or) \s+ (?=\S) )
+    \s* (?: "(?P<double>[^"]*)" | '(?P<single>[^']*)'
+           | (?P<word>(?:\\.|[^\s"'()\\]|\([^\s"'()]*\))+) )  # 3, vit(-b|-l)
+    (?= \s* $ | \s* \) | \s+ (?:and|or) \b )
     """
 )
 
 
 class _Condition:
-    """What "lr<1e-3 and max(acc)>0.9 or model~qwen" asks of a run."""
+    """What "lr<1e-3 and (max(acc)>0.9 or model~qwen)" asks of a run."""
 
     def __init__(self, text: str) -> None:
-        self.alternatives: list[list[_Term]] = [[]]  # `and` binds tighter than `or`
-        position = 0
-        joint: str | None = "and"
-        while joint is not None:
-            found = _compiled(_TERM).match(text, position)
-            if found is None or not _is_comparison(found):
-                rest = text[position:].strip()
-                what = f"where {text!r} is not understood at {rest!r}"
-                how = "write KEY<VALUE (or <= > >= == != ~), joined by and/or"
-                raise ValueError(f"{what}; {how}")
-            if joint == "or":
-                self.alternatives.append([])
-            self.alternatives[-1].append(_Term(found))
-            joint = found["joint"]
-            position = found.end()
-
-    def terms(self) -> list[_Term]:
-        return [term for terms in self.alternatives for term in terms]
-
-    def holds(self, run: Run) -> bool:
-        return any(all(t.holds(run) for t in terms) for terms in self.alternatives)
+        self.text = text
+        self.position = 0
+        self.terms: list[_Term] = []
+        if text.count("(") > MAX_DEPTH:
+            raise self._problem()
+        self.holds = self._any()
+        if text[self.position :].strip():
+            raise self._problem()
 
     def asks_for_null(self, text: str) -> bool:
-        return any(t.expression.text == text and t.wants_null for t in self.terms())
+        return any(t.expression.text == text and t.wants_null for t in self.terms)
+
+    def _any(self) -> Callable[[Run], bool]:
+        """Read what `or` joins; `and` binds tighter."""
+        parts = [self._all()]
+        while self._has(r"or\b"):
+            parts.append(self._all())
+        return lambda run: any(holds(run) for holds in parts)
+
+    def _all(self) -> Callable[[Run], bool]:
+        parts = [self._one()]
+        while self._has(r"and\b"):
+            parts.append(self._one())
+        return lambda run: all(holds(run) for holds in parts)
+
+    def _one(self) -> Callable[[Run], bool]:
+        """Read one comparison, or what is in parentheses."""
+        if self._has(r"\("):
+            inner = self._any()
+            if not self._has(r"\)"):
+                raise self._problem()
+            return inner
+        found = _compiled(_TERM).match(self.text, self.position)
+        if found is None or not _is_comparison(found):
+            raise self._problem()
+        self.position = found.end()
+        self.terms.append(_Term(found))
+        return self.terms[-1].holds
+
+    def _has(self, pattern: str) -> bool:
+        """Tell whether this word or sign comes next, and go on after it."""
+        found = re.compile(rf"\s*{pattern}").match(self.text, self.position)
+        if found is not None:
+            self.position = found.end()
+        return found is not None
+
+    def _problem(self) -> ValueError:
+        place = "its end"
+        if self.text[self.position :].strip():
+            place = repr(self.text[self.position :].strip())
+        what = f"where {self.text!r} is not understood at {place}"
+        how = "write KEY<VALUE (or <= > >= == != ~), joined by and/or"
+        return ValueError(f"{what}; {how}")
 
 
 def _is_comparison(found: re.Match[str]) -> bool:

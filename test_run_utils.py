@@ -8406,6 +8406,7 @@ class Where(ReadingCase):
         ]
         true += ["max( loss ) >= 2", "auto!=1", "clip>1e9", '"two words"==2']
         true += ["name~(a|b) or lr>1", "max(acc(top5))==1", "lr!=null", " lr<1 "]
+        true += ["(lr<1)", "lr<1 and (lr>1 or loss<1)", "( (lr<1)and(name~(a|b)) )"]
         false = ["lr>1", "lr<1 and lr>1", "nope<1", "nope==1", "model.name~^x", "acc<1"]
         false += [
             "acc>1",
@@ -8417,6 +8418,7 @@ class Where(ReadingCase):
         ]
         false += ["auto>-1", "auto<1", "auto==1", "max(val/acc)>0.95", "max(nope)>0"]
         false += ["acc>0", "lr<auto", "max(lr)>0"]
+        false += ["(lr<1 or lr>1) and lr>1", "lr>1 and (lr<1 or lr>1)"]
         for expected, texts in ((True, true), (False, false)):
             for text in texts:
                 with self.subTest(text):
@@ -8427,20 +8429,26 @@ class Where(ReadingCase):
         for text, rest in (
             ("lr", "lr"),
             ("lr<", "lr<"),
-            ("lr<1 and", "lr<1 and"),
+            ("lr<1 and", ""),
+            ("lr<1 and ()", ")"),
+            ("(lr<1 or", ""),
+            ("(lr<1", ""),
+            ("(lr<1) b<2", "b<2"),
+            ("(lr<1) android<2", "android<2"),
             ("lr<1 xor b<2", "lr<1 xor b<2"),
             ("", ""),
             ("a<1 or __import__('os')", "__import__('os')"),
             ("lr=0.1,name=x", "lr=0.1,name=x"),
             ("lr=<1", "lr=<1"),
             ("lr<>1", "lr<>1"),
-            ("(lr<1)", "(lr<1)"),
-            ("lr<1)", "lr<1)"),
+            ("lr<1)", ")"),
+            ("(" * 9999 + "lr<1", "(" * 9999 + "lr<1"),
         ):
             with self.subTest(text):
                 with self.assertRaises(ValueError) as caught:
                     run_utils.find_runs("results", where=text)
-                sentence = f"where {text!r} is not understood at {rest!r}; {how}"
+                place = repr(rest) if rest else "its end"
+                sentence = f"where {text!r} is not understood at {place}; {how}"
                 self.assertEqual(str(caught.exception), sentence)
         with self.assertRaisesRegex(ValueError, "'\\(' is no regular expression: "):
             run_utils.find_runs("results", where="a~'('")
