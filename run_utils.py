@@ -12280,7 +12280,8 @@ class _Line:
         words = []
         for key in keys:
             if key in first:
-                words.append(f"{key.rpartition('.')[2]}={_text(first[key])}")
+                value = _text(first[key]) or _NO_TEXT
+                words.append(f"{key.rpartition('.')[2]}={value}")
         if len(runs) > 1:
             words.append(f"n={len(runs)}")
         self.label = " ".join(words)
@@ -12345,11 +12346,20 @@ def _summary_html(page: _Page, asked: str) -> Iterator[str]:
         yield f"<li><b>{states.count(word)}</b> {_state_html(page, word)}</li>"
     yield "</ul></section><section><h2>Best run</h2>"
     yield from _best_html(page)
-    yield "</section><section><h2>What differs</h2><dl>"
-    for key in page.varying[:REPORT_AXES]:
-        yield f"<dt>{page.text(_short(key), 60)}</dt><dd>{_values_html(page, key)}</dd>"
+    yield "</section>"
+    differences = {
+        page.text(_short(key), 60): _values_html(page, key)
+        for key in page.varying[:REPORT_AXES]
+    }
     commits = {run["git_commit"] for run in page.runs} - {None}
-    yield f"<dt>commits</dt><dd>{len(commits)}</dd></dl></section></div>"
+    if len(commits) > 1:
+        differences["code"] = f"{len(commits)} commits"
+    if differences:
+        yield "<section><h2>What differs</h2><dl>"
+        for title, text in differences.items():
+            yield f"<dt>{title}</dt><dd>{text}</dd>"
+        yield "</dl></section>"
+    yield "</div>"
 
 
 def _state_html(page: _Page, word: str) -> str:
@@ -12386,10 +12396,15 @@ def _name_html(page: _Page, place: int) -> str:
 def _values_html(page: _Page, key: str) -> str:
     values = {_text(run[key]): run[key] for run in page.runs if key in run}
     ordered = _in_order(list(values), values.__getitem__, False)
-    texts = [page.text(equals[0], 40) for equals in ordered]
+    texts = [page.text(equals[0] or _NO_TEXT, 40) for equals in ordered]
+    if max(map(len, values)) > 40:  # of paths one would only see the same beginning
+        return f"{len(texts)} values"
     if len(texts) <= 5:
         return ", ".join(texts)
     return f"{texts[0]} to {texts[-1]}, {len(texts)} values"
+
+
+_NO_TEXT = '""'  # what an empty text is shown as
 
 
 def _table_html(page: _Page) -> Iterator[str]:
@@ -12448,7 +12463,10 @@ def _plots_html(page: _Page) -> Iterator[str]:
         ramp = "".join(f'<i class="swatch r{place}"></i>' for place in range(8))
         yield f"<li>the table's first {ramp} its last drawn run</li>"
     else:
+        drawn = {curve.line for plot in plots for curve in plot.curves}
         for line in page.lines:
+            if line not in drawn:
+                continue
             label = page.text(line.label or line.runs[0].name, 90)
             yield f'<li data-line="{line.number}">{line.swatch()}{label}</li>'
     yield '</ul><div class="plots">'
@@ -12552,20 +12570,38 @@ class _Plot:
         return found
 
     def add_mean(self, line: _Line, courses: list[list[_Point]]) -> None:
-        """Add the mean of several runs in each stretch, where each counts once."""
-        together: dict[float, list[_Point]] = {}
-        for course in courses:
-            for number, points in self.stretched(course).items():
-                together.setdefault(number, []).append(_mean_point(points))
-        stretches = sorted(together.values())
-        spreads = [_Spread([value for _, value in points]) for points in stretches]
-        means = [_mean_point(points) for points in stretches]
-        self.curves.append(_Curve(line, means, [s.deviation or 0.0 for s in spreads]))
+        """Add the mean of several runs in each stretch, where each counts once.
+
+        A run that has no point there counts as on its way from one to the next.
+        """
+        known = [
+            {number: _mean_point(points) for number, points in stretched.items()}
+            for stretched in map(self.stretched, courses)
+        ]
+        together: list[list[_Point]] = []
+        for number in {number for means in known for number in means}:
+            points = [means[number] for means in known if number in means]
+            step, _ = _mean_point(points)
+            for course, means in zip(courses, known):
+                if number not in means and course[0][0] < step < course[-1][0]:
+                    points.append((step, _value_at(step, course)))
+            together.append(points)
+        together.sort()
+        spreads = [_Spread([value for _, value in points]) for points in together]
+        middle = [_mean_point(points) for points in together]
+        self.curves.append(_Curve(line, middle, [s.deviation or 0.0 for s in spreads]))
 
 
 def _mean_point(points: list[_Point]) -> _Point:
     steps, values = zip(*points)
     return sum(steps) / len(points), sum(values) / len(points)
+
+
+def _value_at(step: float, course: Sequence[_Point]) -> float:
+    """Return what lies between two points on the straight line through them."""
+    place = bisect.bisect(course, (step,))
+    (before, low), (after, high) = course[place - 1], course[place]
+    return low + (high - low) * (step - before) / (after - before)
 
 
 class _Axis:
@@ -12988,7 +13024,7 @@ dd { min-width: 0; }
 .scroll { overflow: auto; max-height: 72vh; }
 .runs { width: 100%; border-collapse: collapse; font-size: 14px; }
 .runs th, .runs td {
-  max-width: 320px; padding: 4px 12px; overflow: hidden; text-overflow: ellipsis;
+  max-width: 380px; padding: 4px 12px; overflow: hidden; text-overflow: ellipsis;
   border-bottom: 1px solid var(--rule); font-weight: 400; text-align: right;
   white-space: nowrap;
 }

@@ -9368,6 +9368,20 @@ class TheReport(ReportCase):
         self.assertIn("9\nmax(loss) at step 0\nrun-1", last.text)
         self.assertIn("\n3 runs: where lr>0, limit 9\n", last.text)
 
+    def test_what_differs(self) -> None:
+        for number in range(3):
+            path = f"results/exp/train-20260131-14250{number}-1a2b3c4/artifacts/m.pt"
+            config = {"checkpoint": path, "fail": "x" * number, "size": 2**number}
+            self.make(f"run-{number}", config)
+        text = self.report().text
+        self.assertIn("checkpoint\n3 values\n", text)
+        self.assertIn('fail\n"", x, xx\n', text)
+        self.assertNotIn("commits", text)  # there is one
+
+    def test_nothing_differs(self) -> None:
+        self.make("run-a", {"lr": 1})
+        self.assertNotIn("What differs", self.report().text)
+
     def test_without_a_metric_nothing_is_ranked(self) -> None:
         self.make("run-a", rows=[{"loss": 1}, {"loss": 2}])
         page = self.report()
@@ -9531,6 +9545,25 @@ class CurvesOfAReport(ReportCase):
         self.assertIn("mean ± standard deviation over seed", page.text)
         apart = self.report("--over", "none")
         self.assertEqual(len(self.curves(apart)[0]["curves"]), 6)
+
+    def test_seeds_that_log_at_other_steps_make_no_saw_tooth(self) -> None:
+        for seed in (0, 1):  # one falls from 20 to 0, the other from 10 to -10
+            steps = range(5 * seed, 100, 10)
+            rows = [{"loss": 20 - 10 * seed - step / 5, "step": step} for step in steps]
+            self.make(f"run-{seed}", {"seed": seed}, rows)
+        (curve,) = self.curves(self.report())[0]["curves"]
+        self.assertEqual(curve[1], list(range(0, 100, 5)))
+        inside = [(step, value) for step, value, _ in zip(*curve[1:]) if 5 <= step < 91]
+        for step, value in inside:
+            self.assertAlmostEqual(value, 15 - step / 5, places=5)
+        self.assertGreater(min(curve[3][1:-1]), 0)  # a spread of two everywhere
+
+    def test_the_legend_has_only_what_is_drawn(self) -> None:
+        self.make("run-a", {"lr": 1, "fail": ""}, [{"loss": 1}] * 2)
+        self.make("run-b", {"lr": 2, "fail": "exit"})
+        page = self.report()
+        self.assertEqual(page.words.count('lr=1 fail=""'), 2)  # and in its details
+        self.assertEqual(page.words.count("lr=2 fail=exit"), 1)
 
     def test_a_run_has_one_colour_everywhere(self) -> None:
         for number in range(3):
