@@ -10237,6 +10237,10 @@ def _select_runs(root: StrPath, filters: _Filters) -> _Selection:
     return selection
 
 
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and value != ""
+
+
 def _first_of(
     items: list[_Ranked], filters: _Filters, index: _Index
 ) -> tuple[list[_Ranked], int]:
@@ -10246,7 +10250,9 @@ def _first_of(
         values = {id(item): item.value(filters.sort) for item in items}
         groups = _in_order(items, lambda item: values[id(item)], filters.is_descending)
         if filters.is_top:
+            texts = [group for group in groups if _is_text(values[id(group[0])])]
             groups = [group for group in groups if _is_finite(values[id(group[0])])]
+            groups = groups or texts  # as of started_utc or model
     count = sum(len(group) for group in groups)
     limit = filters.limit or count
     first: list[_Ranked] = []
@@ -12119,6 +12125,8 @@ def _cmd_report(args: argparse.Namespace) -> int:
     output = abspath(args.output)
     if isdir(output):
         raise ValueError(f"{args.output!r} is a folder; give -o the name of a file")
+    if not isdir(dirname(output)):
+        raise ValueError(f"{args.output!r}: there is no such folder; make it first")
     goal = None
     if args.metric is not None:
         goal = _Expression(args.metric)
@@ -13105,8 +13113,12 @@ summary { padding: 5px 0; cursor: pointer; }
   .summary section:last-child { grid-column: 1 / -1; }
 }
 @media print {
+  @page { size: landscape; margin: 10mm; }
   .scroll { max-height: none; overflow: visible; }
-  button, input, .tools { display: none; }
+  .runs, .runs thead th, .runs button { font-size: 8px; }
+  .runs th, .runs td { padding: 2px 3px; max-width: none; }
+  .runs th, .runs .t { min-width: 40px; overflow-wrap: anywhere; white-space: normal; }
+  figure button, input, .tools { display: none; }
   figure { break-inside: avoid; }
 }
 """

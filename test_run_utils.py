@@ -8470,6 +8470,7 @@ class TheOrder(ReadingCase):
         self.assertEqual(self.names(sort="acc"), ["one", "two", *rest])
         self.assertEqual(self.names(sort="-acc"), ["two", "one", *rest])
         self.assertEqual(self.names(sort="-acc", top=9), ["two", "one"])
+        self.assertEqual(self.names(sort="name", top=2), ["none6", "none7"])
         self.assertEqual(self.names(sort="-acc", limit=6), ["two", "one", *rest[:4]])
         numbers = [
             name for name in self.names(sort="-max(acc)") if name in ("two", "one")
@@ -9394,6 +9395,7 @@ class TheReport(ReportCase):
             "write 'max(loss)' or 'min(loss)'",
             ("--metric", "max(acc)"): "no run has the metric 'acc'",
             ("-o", "results"): "'results' is a folder; give -o the name of a file",
+            ("-o", "no/x.html"): "'no/x.html': there is no such folder; make it first",
         }
         for words, sentence in cases.items():
             done = self.command("report", *words)

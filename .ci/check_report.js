@@ -36,6 +36,7 @@ async function main() {
   await check("logarithm", () => onPage("seeds", logarithm));
   await check("images", () => onPage("nine", images));
   await check("without-scripts", withoutScripts);
+  await check("prints", prints);
   await check("hostile", () => onPage("hostile", hostile));
   await check("quick", quick);
   if (job.picture) await check("picture", picture);
@@ -237,6 +238,21 @@ async function withoutScripts() {
   await page.locator(".runs tbody a").nth(4).click();
   expect(await page.locator("#run-4").isVisible(), true, "a link opens the details");
   await close(page);
+}
+
+async function prints() {
+  const width = 1047; // A4 across, within its margins
+  for (const name of ["nine", "sixty", "hostile", "picture"]) {
+    const page = await open(pathOf(name), { viewport: { width, height: 718 } });
+    await page.emulateMedia({ media: "print" });
+    const wide = await page.evaluate(() => document.documentElement.scrollWidth);
+    expect(wide <= width, true, `${name} is ${wide} pixels wide`);
+    const heads = page.locator(".runs thead th");
+    const shown = await page.locator(".runs thead button:visible").count();
+    expect(shown, await heads.count(), "headings");
+    expect(await page.locator("figure button:visible").count(), 0, "dead controls");
+    await close(page);
+  }
 }
 
 async function hostile(page) {
