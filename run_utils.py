@@ -5471,7 +5471,7 @@ class _Repository:
         found = {}
         for name, old in self.status.files.items():
             change = _Change(self, name, old or _NO_BLOB, is_tracked=old is not None)
-            if change.is_tracked or not (change.is_late or self._is_of_a_run(name)):
+            if change.is_tracked or not (change.is_late or self._is_by_product(name)):
                 found[name] = change
         for name in self.listed.hidden - set(found):
             change = _Change(self, name, self.listed.files[name])
@@ -5495,9 +5495,10 @@ class _Repository:
     def _is_there(self, change: _Change) -> bool:
         return bool(change.mode) or change.name not in self.listed.sparse
 
-    def _is_of_a_run(self, name: bytes) -> bool:
-        """Tell whether an untracked file is recorded in a run, or about runs."""
-        if re.search(rb"(^|/)(\.ranks/|index/runs_index\.jsonl$)", name):
+    def _is_by_product(self, name: bytes) -> bool:
+        """Tell whether an untracked file is byte code, in a run, or about runs."""
+        about_runs = rb"\.ranks/|index/runs_index\.jsonl$"
+        if re.search(rb"(^|/)(%s|__pycache__/[^/]+\.pyc$)" % about_runs, name):
             return True
         for match in re.finditer(rb"-\d{8}-\d{6}[^/]*/", name):
             status = os.path.join(name[: match.end()], b"status.json")
@@ -6270,15 +6271,14 @@ def _cmd_reproduce(args: argparse.Namespace) -> int:
     """
     plan = _Plan(args.run)
     target = abspath(args.into or plan.default_target())
-    if lexists(target):
-        raise ValueError(f"{target!r} exists; give another folder by --into")
+    _make_room(target)
     plan.set_values(args.set)
     plan.check()
     for finding in plan.findings:
         if args.exec and finding.stops:
             raise ValueError(f"--exec is refused: {finding.about}: {finding.text}")
     if plan.level() < 2:
-        plan.build(target)
+        plan.build(target, is_all=not args.venv)
     if plan.level() < 2 and args.venv:
         plan.install(target)
     if not args.json:
@@ -6293,6 +6293,19 @@ def _cmd_reproduce(args: argparse.Namespace) -> int:
     if comparison:
         return int(not comparison["same"])
     return plan.level()
+
+
+_HALF_BUILT = ".git/run_utils.half"  # in a tree that still lacks its environment
+
+
+def _make_room(target: str) -> None:
+    """Refuse a folder that exists, unless it is a tree that was never finished."""
+    import shutil
+
+    if isfile(f"{target}/{_HALF_BUILT}"):
+        shutil.rmtree(target)
+    if lexists(target):
+        raise ValueError(f"{target!r} exists; give another folder by --into")
 
 
 def _cmd_verify(args: argparse.Namespace) -> int:
@@ -6373,7 +6386,10 @@ class _Plan:
         return sys.executable
 
     def set_values(self, settings: Sequence[str]) -> None:
-        """Change the command by "lr=0.2", where it has --lr 0.1, --lr=0.1 or lr=0.1."""
+        """Change the command by "lr=0.2", where it has --lr 0.1, --lr=0.1 or lr=0.1.
+
+        What had its default gets a word of its own.
+        """
         for setting in settings:
             name, _, value = setting.partition("=")
             for number, word in enumerate(self.argv[1:], 1):
@@ -6389,7 +6405,21 @@ class _Plan:
                     self.add("command", 1, f"{name} is {value}, not {old}")
                 break
             else:
-                raise ValueError(f"no word of the command sets {name!r}")
+                self._add_value(name, value)
+
+    def _add_value(self, name: str, value: str) -> None:
+        config = {_bare(_short(key)): old for key, old in self.run.flat_config.items()}
+        is_ours = _mapping(self.metadata, "python").get("origin") == "this process"
+        if _bare(name) not in config or not is_ours:
+            hint = _similar(name, config)
+            raise ValueError(f"no word of the command sets {name!r}{hint}")
+        has_flags = any(word.startswith("--") for word in self.argv)
+        if any(re.match(r"[\w.]+=", word) for word in self.argv) and not has_flags:
+            self.argv.append(f"{name}={value}")  # as with Hydra
+        else:
+            self.argv += [f"--{name.lstrip('-')}", value]
+        old = _text(config[_bare(name)])
+        self.add("command", 1, f"{name} is {value}, not {old}: added at its end")
 
     def check(self) -> None:
         name = _word(self.patch.get("file"))
@@ -6408,9 +6438,9 @@ class _Plan:
 
     def _launcher_words(self) -> list[str]:
         facts = _mapping(self.metadata, "launcher")
+        ranks = str(facts.get("world_size"))  # not there: it ran alone
         for key, words in _LAUNCHER_LINES.items():
-            ranks = _word(facts.get(key))
-            if ranks in ("", "1"):
+            if facts.get(key) != ranks:
                 continue
             here = _word(facts.get("LOCAL_WORLD_SIZE")) or ranks
             if key == "WORLD_SIZE" and here != ranks:
@@ -6513,7 +6543,7 @@ class _Plan:
                 return name
         return basename(folder)
 
-    def build(self, target: str) -> None:
+    def build(self, target: str, is_all: bool = True) -> None:
         """Make the tree as a whole, or leave nothing at `target`."""
         import shutil
 
@@ -6535,6 +6565,8 @@ class _Plan:
             shutil.rmtree(building, ignore_errors=True)
             raise
         missing = self._missing_files(building)
+        if not is_all:
+            _write_file(f"{building}/{_HALF_BUILT}", b"")
         os.rename(building, target)
         commit = _word(self.git.get("commit_short"))
         text = commit or "files of no repository"
@@ -6618,6 +6650,7 @@ class _Plan:
             self._rebuild(place, package, patch, _word(patch.get("root")) or root)
         for command in commands:
             _run(command, timeout=INSTALL_SECONDS, cwd=target)
+        os.remove(f"{target}/{_HALF_BUILT}")
         self.python = f"{target}/.venv/bin/python"
         self.is_installed = True
         self.findings = [each for each in self.findings if each.about != "environment"]

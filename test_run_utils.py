@@ -4785,6 +4785,7 @@ class GitPatch(CodeCase):
             self.write(f"exp-20260131-142501-1a2b3c4/{name}", b"{}")
         self.write("index/runs_index.jsonl", b"{}\n")
         self.write(".ranks/1a/run.json", b"{}\n")
+        self.write("src/__pycache__/x.cpython-39.pyc", b"\0")
         captured = self.capture(results_root=str(self.repo / "results"))
         self.assertEqual((captured.patch["files"], captured.patch["file"]), (0, None))
         self.assertFalse(captured.git["is_dirty"])
@@ -5845,8 +5846,21 @@ class ThePlan(ReproduceCase):
         shutil.rmtree(self.tree)
         plan = self.reproduce(run, "--set", "api_key=x", "--set", "lr=0.2", status=1)
         self.assertEqual(self.texts(plan, "command"), ["lr is 0.2, not 0.1"])
-        done = self.command_line("reproduce", run, "--into", "x", "--set", "nosuch=1")
-        self.assertIn("no word of the command sets 'nosuch'", done.stderr)
+
+    def test_a_value_that_had_its_default(self) -> None:
+        self.pushed_repo()
+        for words, added in (
+            ([], ["--lr", "0.2"]), (["--fast"], ["--lr", "0.2"]), (["a=1"], ["lr=0.2"]),
+        ):  # fmt: skip
+            run = self.record(*words)
+            plan = self.reproduce(run, "--set", "lr=0.2", status=1)
+            self.assertEqual(plan["command"][2:], [*words, *added])
+            text = "lr is 0.2, not 0.1: added at its end"
+            self.assertEqual(self.texts(plan, "command"), [text])
+            shutil.rmtree(self.tree)
+        done = self.command_line("reproduce", run, "--into", "x", "--set", "sed=1")
+        sentence = "no word of the command sets 'sed'; did you mean 'seed'?"
+        self.assertIn(sentence, done.stderr)
 
     def test_the_environment(self) -> None:
         self.pushed_repo()
@@ -5914,6 +5928,10 @@ class ThePlan(ReproduceCase):
         uv.write_text("#!/bin/sh\nexit 1\n")
         done = self.command_line("reproduce", run, "--into", self.tree, "--venv")
         self.assertEqual((done.returncode, self.tree.exists()), (2, False))
+        uv.write_text("#!/bin/sh\nkill -9 $PPID\n")
+        words = [PYTHON, "-m", "run_utils", "reproduce", run, "--into", self.tree]
+        done = subprocess.run([*words, "--venv"], capture_output=True)
+        self.assertEqual((done.returncode, self.tree.exists()), (-9, True))
         uv.write_text(works)
         plan = self.reproduce(run, "--venv", status=1)
         self.assertNotIn(gone, json.dumps(plan))
@@ -5926,6 +5944,8 @@ class ThePlan(ReproduceCase):
             self.assertIn(f"{self.tree}/.venv", line)
         status = self.git("status", "--porcelain", cwd=self.tree)
         self.assertEqual(status, "")
+        done = self.command_line("reproduce", run, "--into", self.tree, "--venv")
+        self.assertIn("exists; give another folder by --into", done.stderr)
 
     def test_several_ranks(self) -> None:
         """The line of the launcher is what starts them; torchrun itself adds -u."""
@@ -5946,10 +5966,13 @@ class ThePlan(ReproduceCase):
              f"srun --ntasks 4 {shlex.join(argv)}"),
             ({"PMI_SIZE": "4"}, f"mpiexec -n 4 {shlex.join(argv)}"),
             ({"PMI_SIZE": "1"}, shlex.join(argv)),
+            ({"SLURM_NTASKS": "8"}, shlex.join(argv)),  # one python in a batch script
         ):  # fmt: skip
-            metadata["launcher"] = launcher
+            is_one = shlex.join(argv) == line
+            metadata["launcher"] = {**launcher, "world_size": 4}
+            if is_one:
+                metadata["launcher"] = launcher
             path.write_text(json.dumps(metadata))
-            is_one = launcher == {"PMI_SIZE": "1"}
             plan = self.reproduce(path.parent, status=int(not is_one))
             self.assertEqual(shlex.join(plan["command"]), line)
             self.assertEqual(self.texts(plan, "command") == [], is_one)
