@@ -6515,10 +6515,11 @@ class _Plan:
                     text = f"{name} {old}, here missing"
                 rows.append((_weight(name, old, new), text))
         for package in _those(self.metadata.get("local_packages"), dict):
-            path = _word(package.get("path"))
-            if path and not self.is_installed and not isdir(path):
-                text = f"{package.get('name')} was in {path}, which is gone"
-                rows.append(((1, path), text))
+            problem = None
+            if not self.is_installed:
+                problem = _package_now(package)
+            if problem is not None:
+                rows.append(((1, _word(package.get("path"))), problem))
         lines = [text for _, text in sorted(rows)]
         if lines:
             self.add("environment", 1, lines[0], lines[1:])
@@ -6802,6 +6803,28 @@ def _weight(name: str, old: object, new: object) -> tuple[int, str]:
         return 1, name
     is_major = str(old).split(".")[0] != str(new).split(".")[0]
     return 3 - int(is_major), name
+
+
+def _package_now(package: Facts) -> str | None:
+    """Return how the folder of a local package is not as it was."""
+    name, path = package.get("name"), _word(package.get("path"))
+    patch = _mapping(package, "patch")
+    if path and not isdir(path):
+        return f"{name} was in {path}, which is gone"
+    if not path or "sha256" not in patch or patch.get("redacted"):
+        return None
+    tree = _Repository(path, [])
+    commit = tree.known_facts()["commit_short"]
+    if commit != package.get("commit_short"):
+        return f"{name} {package.get('commit_short')}, here {commit}, in {path}"
+    now = _Patch()
+    now.add(tree)
+    digest = None
+    if now.text:
+        digest = _digest("sha256", bytes(now.text)).hexdigest()
+    if digest != patch["sha256"]:
+        return f"{name} has changed in {path}"
+    return None
 
 
 def _input_now(entry: Facts, run_dir: str) -> tuple[str, str | None]:

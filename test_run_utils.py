@@ -5893,6 +5893,30 @@ class ThePlan(ReproduceCase):
         ][0]
         self.assertEqual(make[5:], ["--channel", "conda-forge", "a-b=1=py_0"])
 
+    def test_a_package_from_a_folder_that_has_changed(self) -> None:
+        library = self.pushed_repo("lib", {"code.py": b"one\n"})
+        self.write("code.py", b"two\n")
+        site = self.tmp / "site-packages" / "mine-1.0.dist-info"
+        site.mkdir(parents=True)
+        (site / "METADATA").write_text("Name: mine\nVersion: 1.0\n")
+        direct = {"url": library.as_uri(), "dir_info": {"editable": True}}
+        (site / "direct_url.json").write_text(json.dumps(direct))
+        self.pushed_repo()
+        (package,) = self.capture(sys_path=[str(site.parent)]).packages
+        self.repo = library
+        self.assertIsNone(run_utils._package_now(package))
+        self.write("code.py", b"three\n")
+        sentence = f"mine has changed in {library}"
+        self.assertEqual(run_utils._package_now(package), sentence)
+        before = self.git("rev-parse", "--short", "HEAD")
+        self.commit({})
+        after = self.git("rev-parse", "--short", "HEAD")
+        sentence = f"mine {before}, here {after}, in {library}"
+        self.assertEqual(run_utils._package_now(package), sentence)
+        shutil.rmtree(library)
+        sentence = f"mine was in {library}, which is gone"
+        self.assertEqual(run_utils._package_now(package), sentence)
+
     def test_an_environment_inside_the_tree(self) -> None:
         """With a package from a folder, as it was with its changes."""
         library = self.pushed_repo("lib", {"pkg/code.py": b"one\n"})
