@@ -5964,7 +5964,7 @@ class _Patch:
             if problem is not None:
                 self._leave_out(change, problem)
             elif not tree.is_git and b"\0" in change.data:
-                continue  # it is no source
+                self._leave_out(change, "no source")
             elif change.blob() != change.old:
                 self.size += change.size + change.old_size
                 kept.append(change)
@@ -6069,7 +6069,9 @@ class _Patch:
             return
         facts: Facts = {"path": _shown(change.title), "bytes": size, "reason": reason}
         is_cheap = size <= HASH_BYTES and time.monotonic() < self.deadline
-        is_limit = reason in ("too large", "the patch is full", "too many files")
+        is_limit = reason in (
+            "no source", "too large", "the patch is full", "too many files",
+        )
         if is_limit and is_cheap and change.mode.startswith(b"100"):
             facts["sha256"] = _sha256(os.fsdecode(change.path))
         self.left_out.append(facts)
@@ -6570,7 +6572,7 @@ class _Plan:
             _write_file(f"{building}/{_HALF_BUILT}", b"")
         os.rename(building, target)
         commit = _word(self.git.get("commit_short"))
-        text = commit or "files of no repository"
+        text = commit or "the sources of a folder without git"
         if self.patch.get("file"):
             text += f" with {self.patch['file']}"
         elif not commit:
@@ -6614,8 +6616,9 @@ class _Plan:
             place = os.path.join(tree, _word(entry.get("path")))
             folder = realpath(dirname(place))
             is_inside = f"{folder}/".startswith(realpath(tree) + "/")
-            digest = entry.get("sha256")
-            if is_inside and isdir(folder) and digest == _sha256(source):
+            now = _sha256(source)
+            if is_inside and now is not None and now == entry.get("sha256"):
+                os.makedirs(folder, exist_ok=True)
                 shutil.copy(source, place)
             else:
                 texts.append(f"{entry.get('path')}: {entry.get('reason')}")

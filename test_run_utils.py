@@ -4571,6 +4571,7 @@ class WithoutGit(CodeCase):
         names = sorted(read_tree(self.rebuild(captured)))
         code = ["MANIFEST.in", "conf/a.yaml", "link", "pkg/model.py", "train.py"]
         self.assertEqual(names, code)
+        self.assertEqual(captured.left_out, {"data.bin": "no source"})
 
     def test_a_home_directory_is_not_a_program(self) -> None:
         self.write_home("train.py", "diary.txt", "thesis/secret.md", "lib/used.py")
@@ -5680,9 +5681,14 @@ class TheTreeAgain(ReproduceCase):
             file.write(b"more\n")
         (text,) = self.texts(self.reproduce(run, status=2), "code")
         self.assertEqual(text, "git.patch is not the file that the run wrote")
+        self.write("docs/icons/a.png", b"\0png")
         run = self.run_script()  # now there is no repository
         self.reproduce(run)
         self.assert_tree()
+        shutil.rmtree(self.tree)
+        shutil.rmtree(self.repo / "docs")
+        (code,) = [s for s in self.reproduce(run, status=1)["steps"] if s["level"]]
+        self.assertEqual(code["details"], ["docs/icons/a.png: no source"])
 
     def test_what_is_not_as_it_was_is_named(self) -> None:
         self.pushed_repo()
@@ -5702,6 +5708,7 @@ class TheTreeAgain(ReproduceCase):
         )
         shutil.rmtree(self.tree)
         self.write("large.bin", b"other")
+        (self.repo / ".env").unlink()
         (code,) = [s for s in self.reproduce(run, status=1)["steps"] if s["level"]][:1]
         self.assertIn("large.bin: too large", code["details"])
 
