@@ -7968,6 +7968,8 @@ def _code_finds(text: str, name: bytes) -> list[_Find]:
     finds += _literals_in_code(text)
     finds += _assigned_in_code(text)
     finds += _found_by(_PLACE_RULES + _CODE_RULES, text, _is_secret_in_code)
+    if re.search(_SCRIPTS, name):
+        finds += _found_by(_SCRIPT_RULES, text, _is_secret_in_code)
     if re.search(_CONFIGURATION, name) or text.startswith("#!/bin/"):
         finds += _values_in_configuration(text)
     return finds
@@ -8024,7 +8026,10 @@ def _grade_of_literal(text: str, start: int) -> int:
     5
     """
     before = text[max(0, start - MAX_LINE) : start]
-    for pattern in (_ASSIGNED, _FLAGGED, _SECOND_ARGUMENT):
+    patterns = [_ASSIGNED, _FLAGGED, _SECOND_ARGUMENT]
+    if before.endswith((" or ", " else ", "|| ", "?? ")) or " ? " in before[-60:]:
+        patterns.insert(0, _OTHERWISE)
+    for pattern in patterns:
         match = _compiled(pattern).search(before)
         if match is None:
             continue
@@ -8089,7 +8094,9 @@ def _is_secret_in_code(grade: int, value: str) -> bool:
         return _is_random(value, 10)
     if grade < _TOKEN and _compiled(_HEX).fullmatch(value):
         return False  # the key of a cache is a hash
-    return len(value) > 24 and _is_like_token(value)
+    if not _compiled(r"[\w.~+/=%:;,|@-]{25,}").fullmatch(value):
+        return False  # too short, or the tables of a parser
+    return _is_like_token(value)
 
 
 def _assigned_in_code(text: str) -> Iterator[_Find]:
@@ -8114,11 +8121,16 @@ _NO_WORD = r"\d|[a-z][A-Z]|[!@#$%^&*+=?;,]"
 # What stands directly before a literal: `name: str = "`, `"name": "`, `x["name"] = r"`.
 _ASSIGNED = (
     r"(?<![\w.-])([\w.-]{1,100})\\?[\"']?\]?\s{0,60}"
-    r"(?::\s?(?:[\"']\w+[\"']|[\w.\[\], |]{1,60}))?\s{0,60}"
-    r"(?:[:!=+?]?=>?|:)\s{0,60}[(\[{]?\s{0,60}[rbfuRBFU]{0,2}\Z"
+    r"(?::\s?(?:[\"']\w+[\"']"
+    r"|[\w. |&']{1,60}(?:\[[\w.\[\], |]{0,60}\])?[\w. |]{0,20}))?\s{0,60}"
+    r"(?:[:!=+?]?=>?|:|<-)\s{0,60}[(\[{]?\s{0,60}[rbfuRBFU]{0,2}\Z"
 )
 _FLAGGED = (  # --name "...", #define name "..."
     r"(?<![\w-])(?:--|(?:define|ENV|ARG)\s)\s{0,20}([\w-]{1,100})[ =\t]\s{0,20}\Z"
+)
+_OTHERWISE = (  # name = os.getenv("x") or "...", name = x if y else "..."
+    r"(?<![\w.-])([\w.-]{1,100})[ \t]{0,20}=[ \t][^\n]{1,100}"
+    r"(?:\bor|\|\||\?\?|\belse|\?[^\n?]{1,60}:) \Z"
 )
 _SECOND_ARGUMENT = r"[\"'](?:--)?([\w.-]{1,100})\\?[\"']\s{0,40},\s{0,40}[rbfu]{0,2}\Z"
 _LABEL = r"[\"']([\w.-]{1,100})[\"']\s{0,20}\Z"  # variable "db_password" {
@@ -8142,7 +8154,21 @@ _ASSIGNED_VALUE = r"[:=][ \t]{0,60}([A-Za-z0-9+/_.~-]{16,512}={0,2})(?![\w(\[{])
 _CODE_RULES = (
     ("--", r"--(?P<name>[A-Za-z][\w-]{1,60})(?:=|[ \t]+)([^\s\"'\\`]{8,512})"),
     ("env ", r"%(?:set_)?env[ \t]+(?P<name>\w+)[ =]([^\s\"'\\]{8,512})"),
-    ("://", r"://[\w.%-]{0,60}:([^\s\"'\\/@]{8,200})@"),
+    ("://", r"://[\w.%-]{0,60}:(?!\d{1,5},)([^\s\"'\\/@]{8,200})@"),
+    ("://", r"://([A-Za-z0-9_-]{20,200})@[\w.-]+"),
+    ("assword=", r"(?i)(?<![\w.-])(?P<name>password)=([^\s;\"'{}<>()]{8,200})"),
+    ("PASSWORD '", r"PASSWORD '([^'\n]{6,200})'"),  # SQL
+    ("DENTIFIED BY '", r"DENTIFIED BY '([^'\n]{6,200})'"),
+    ("sshpass ", r"sshpass +-p *[\"']?([^\s\"']{6,200})"),
+)
+
+_SCRIPTS = rb"(?i)\.(t?csh|cmake|plist|ps1|sh|bash|zsh)$|cmakelists\.txt$"
+_SCRIPT_RULES = (
+    ("</key>", r"<key>(?P<name>[\w.-]{1,60})</key>\s{0,40}<string>([^<\s]{6,500})</"),
+    ("setenv ", r"setenv[ \t]+(?P<name>\w+)[ \t]+[\"']?([^\s\"']{8,512})"),
+    ("set(", r"set\((?P<name>\w+)[ \t]+[\"']?([^\s\"')]{8,512})"),  # CMake
+    ("redis-cli ", r"redis-cli\b[^\n]{0,80} -a +[\"']?([^\s\"']{6,200})"),
+    ("SecureString ", r"ConvertTo-SecureString +[\"']([^\"'\n]{6,200})"),
 )
 
 
@@ -8162,14 +8188,32 @@ def _values_in_configuration(text: str) -> Iterator[_Find]:
             match = _compiled(pattern).match(text, name.end())
             if match is None:
                 continue
+            values = match[1]
             if pattern in _VALUES:
                 done = match.end(1)
-            for word in _compiled(_PLAIN_VALUE).finditer(match[1]):
+            if pattern == _BLOCKS[0]:
+                values = _indented(values, text[: name.start()].rpartition("\n")[2])
+            for word in _compiled(_PLAIN_VALUE).finditer(values):
                 value = word[1].rstrip(",;)]}")
                 if _is_secret_in_code(grade, value):
                     start = match.start(1) + word.start(1)
                     yield (start, start + len(value), grade)
             break
+
+
+def _indented(lines: str, before: str) -> str:
+    """Return the lines of a block of YAML; `before` stands left of its name.
+
+    An item of a list may begin right below the name.
+    """
+    depth = len(before) - len(before.lstrip(" "))
+    end = 0
+    for line in lines.splitlines(keepends=True):
+        inner = line.lstrip(" ")
+        if len(line) - len(inner) <= depth and not inner.startswith("- "):
+            break
+        end += len(line)
+    return lines[:end]
 
 
 _CONFIGURATION = (
@@ -8200,7 +8244,7 @@ _VALUES = (
 # In the group: the first word of a line, after a dash or a name of its own.
 _PLAIN_VALUE = (
     r"(?m)(?:^|(?<=[\s\[{,]))[ \t]*(?:- +)?(?:[\w.-]+[ \t]*[:=][ \t]*)?[\"'\[{(]{0,2}"
-    r"([^\s\"'#\[{(][^\s\"']*)"
+    r"(?![\w.-]+:[ \t]*$)([^\s\"'#\[{(][^\s\"']*)"
 )
 
 

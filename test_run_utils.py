@@ -6880,6 +6880,33 @@ a.py|    password: typing.Union[str, None] = "@"
 a.py|API_KEY : str="@"
 a.py|    api_key: SecretStr = SecretStr("@")
 a.kt|val apiKey: String = "@"
+a.rs|const API_KEY: &str = "@";
+a.rs|static TOKEN_SECRET: &'static str = "@";
+# otherwise
+a.py|api_key = os.getenv("X") or "@"
+a.py|password = ask() if ask else "@"
+a.js|const apiKey = process.env.KEY || "@";
+a.js|const apiKey = process.env.KEY ?? "@";
+a.tf|  auth_token = var.x != "" ? var.x : "@"
+a.ts|const secretKey = dev ? undefined : '@';
+a.rb|api_key = ENV["X"] || '@'
+a.py|self.api_key = key or "@"
+a.py|    hf_token = os.environ.get("A") or os.environ.get("B") or "@"
+a.py|API_KEY = None if local else '@'
+# other languages
+a.R|api_key <- "@"
+a.R|options(api_token = "@")
+a.ex|config :app, api_secret: "@"
+a.csh|setenv API_KEY @
+a.cmake|set(API_KEY "@")
+a.plist|<key>API_KEY</key>\n<string>@</string>
+a.sql|CREATE USER me WITH PASSWORD '@';
+a.sql|CREATE USER me IDENTIFIED BY '@';
+a.sh|sshpass -p @ ssh me@host
+a.sh|redis-cli -h h -a @ ping
+a.ps1|ConvertTo-SecureString "@" -AsPlainText -Force
+a.cs|var c = "Server=h;Database=d;User Id=me;Password=@;";
+a.py|connect("host=h user=me password=@ dbname=x")
 # aligned
 a.py|api_key        = "@"
 a.py|api_key\t\t= "@"
@@ -7078,7 +7105,7 @@ class SecretsInCode(unittest.TestCase):
                 kinds += ["12", "password"]
             for number, kind in enumerate(kinds):
                 value = secret(kind, number + total)
-                text = re.sub("@(?!click)", lambda match: value, template)  # noqa: B023
+                text = re.sub("@(?!click|host)", lambda match: value, template)  # noqa: B023
                 found = redactor().code(text.encode(), name.encode())
                 total += 1
                 if value.encode() in found or MARKER.encode() not in found:
@@ -7176,6 +7203,26 @@ class SecretsInCode(unittest.TestCase):
                     self.assertEqual(
                         redactor().code(code.encode(), name), code.encode()
                     )
+
+    def test_a_block_of_yaml_ends_where_its_lines_do(self) -> None:
+        value = secret("32", 3)
+        text = f"""
+            passwords:
+              one: {value}1
+              lmdb_kv:
+                two: {value}2
+            lmdb_kv2q:
+              redirect: {value}3
+            secrets:
+            - {value}4
+            - other
+            gcdns_zone9: {value}5
+            """
+        found = redactor().code(textwrap.dedent(text).encode(), b"a.yml").decode()
+        numbers = [n for n in range(1, 6) if f"{value}{n}" in found]
+        self.assertEqual(numbers, [3, 5])
+        for key in ("lmdb_kv:", "lmdb_kv2q:", "redirect:", "gcdns_zone9:"):
+            self.assertIn(key, found)
 
     def test_files_that_are_no_text_stay(self) -> None:
         data = bytes(random.Random(1).randrange(256) for _ in range(100_000))
