@@ -8155,7 +8155,8 @@ _CODE_RULES = (
     ("--", r"--(?P<name>[A-Za-z][\w-]{1,60})(?:=|[ \t]+)([^\s\"'\\`]{8,512})"),
     ("env ", r"%(?:set_)?env[ \t]+(?P<name>\w+)[ =]([^\s\"'\\]{8,512})"),
     ("://", r"://[\w.%-]{0,60}:(?!\d{1,5},)([^\s\"'\\/@]{8,200})@"),
-    ("://", r"://([A-Za-z0-9_-]{20,200})@[\w.-]+"),
+    # The user of a URL, but for hexadecimal digits, which Sentry does not keep secret.
+    ("://", r"://(?![0-9a-f]+@)([A-Za-z0-9_-]{20,200})@[\w.-]+"),
     ("assword=", r"(?i)(?<![\w.-])(?P<name>password)=([^\s;\"'{}<>()]{8,200})"),
     ("PASSWORD '", r"PASSWORD '([^'\n]{6,200})'"),  # SQL
     ("DENTIFIED BY '", r"DENTIFIED BY '([^'\n]{6,200})'"),
