@@ -3373,13 +3373,17 @@ class _Stream:
         if self.is_direct:
             self.flush()
             os.dup2(self.log.number, self.descriptor)
-            for stream in (self.original, getattr(sys, f"__{self.name}__", None)):
-                file, is_buffered = _bottom(stream)
-                is_file = isinstance(file, io.FileIO)
-                if is_file and _descriptor_of(file) == self.descriptor:
-                    self._tap(file, is_buffered)
+        own = _bottom(self.original)
+        files = [
+            (file, is_buffered)
+            for file, is_buffered in (own, _bottom(getattr(sys, f"__{self.name}__")))
+            if isinstance(file, io.FileIO) and _descriptor_of(file) == self.descriptor
+        ]
+        if self.is_direct or own in files:
+            for file, is_buffered in files:
+                self._tap(file, is_buffered)
         elif _is_plain(self.original):
-            self._tap(*_bottom(self.original))
+            self._tap(*own)
         else:
             self._tap(self.original, False)
 

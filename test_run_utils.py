@@ -2915,6 +2915,28 @@ class OnATerminal(RunCase):
             set(shown.split()), set((text + "bytes TextIOWrapper").split())
         )
 
+    def test_what_goes_around_a_wrapper_is_logged_too(self) -> None:
+        body = """
+        import logging
+        class Wrapper:  # as that of colorama
+            def __init__(self, stream): self.stream = stream
+            def __getattr__(self, name): return getattr(self.stream, name)
+            def write(self, text): self.stream.write(text.upper())
+        logging.getLogger().addHandler(logging.StreamHandler(sys.stdout))
+        for kind in (Wrapper, lambda s: open(1, "w", closefd=False)):
+            sys.stdout = kind(sys.__stdout__)
+            with run_context("results/exp"):
+                print("print")
+                sys.stdout.flush()
+                logging.getLogger().warning("handler")
+                sys.__stdout__.write("held\\n")
+        """
+        shown = self.on_terminal([PYTHON, str(self.write_script(body))])
+        texts = ["PRINT\nhandler\nheld\n", "print\nhandler\nheld\n"]
+        self.assertEqual(shown, "".join(texts))
+        found = [run / "logs" / "output.log" for run in sorted(self.run_dirs())]
+        self.assertEqual([log.read_text("utf-8") for log in found], texts)
+
     def test_the_stream_stays_the_same_object_for_whoever_has_it(self) -> None:
         body = """
         import contextlib, copy, io, logging
