@@ -3251,6 +3251,7 @@ class _Capture:
         self.streams: list[_Stream] = []
         self.forwards: list[_Forward] = []
         self.recorder: _Recorder | None = None
+        self.shell: Any = None  # of IPython
         self.lock = threading.Lock()  # two threads may find the disk full at once
 
     def open(self) -> None:
@@ -3277,6 +3278,21 @@ class _Capture:
         _captures.append(self)
         for stream in self.streams:
             stream.start()
+        self.shell = _ipython()
+        if self.shell is not None:
+            self.shell.events.register("pre_execute", self.renew)
+
+    def renew(self) -> None:
+        """See what one more cell writes: IPython puts `write` back after each."""
+        with _tolerating("output capture"):
+            for stream in self.streams:
+                for tap in stream.taps:
+                    tap.renew()
+
+    def forget_shell(self) -> None:
+        if self.shell is not None:
+            with _ignoring(ValueError):  # the program has forgotten it
+                self.shell.events.unregister("pre_execute", self.renew)
 
     def copy(self, name: str, data: bytes) -> None:
         for stream in self.streams:
@@ -3286,6 +3302,7 @@ class _Capture:
     def stop(self) -> None:
         """Put every stream back as it was, whatever fails on the way."""
         steps: list[Callable[[], object]] = []
+        steps.append(self.forget_shell)
         steps += [stream.flush for stream in self.streams]
         steps.append(lambda: _flush_c_streams(self.streams))
         steps += [stream.stop for stream in self.streams]
@@ -3329,6 +3346,14 @@ class _Capture:
 
 
 _captures: list[_Capture] = []  # those that have started and not stopped, in order
+
+
+def _ipython() -> Any:
+    """Return the shell of IPython that runs this program cell by cell, if one does."""
+    ask = getattr(sys.modules.get("IPython"), "get_ipython", None)
+    if ask is None:
+        return None
+    return ask()
 
 
 class _Stream:
@@ -3390,7 +3415,9 @@ class _Stream:
     def _tap(self, holder: Any, is_buffered: bool) -> None:
         """See what is written to an object; one that refuses gets a stand-in."""
         tap = next((tap for tap in _taps if tap.holder is holder), None)
-        if tap is None:
+        if tap is not None:
+            tap.renew()
+        else:
             try:
                 tap = _Tap(holder, is_buffered)
             except (AttributeError, TypeError):
@@ -3573,16 +3600,25 @@ class _Tap:
     def __init__(self, holder: Any, is_buffered: bool) -> None:
         """Set the attribute; raise AttributeError or TypeError if that is refused."""
         self.holder = holder
-        self.before = getattr(holder, "__dict__", {}).get("write")
-        self.original: Callable[[Any], Any] = holder.write
+        self.is_buffered = is_buffered
         self.streams: list[_Stream] = []
         self.copies: list[_Stream] = []  # those whose log gets a copy
         self.look_at = 0.0  # when to see next whether the recorders are alive
         self.repeated = b""  # was written, and is about to be written once more
+        self._install()
+
+    def _install(self) -> None:
+        self.before = getattr(self.holder, "__dict__", {}).get("write")
+        self.original: Callable[[Any], Any] = self.holder.write
         self.installed = self._plain_write()
-        if is_buffered:
+        if self.is_buffered:
             self.installed = self._buffered_write()
-        holder.write = self.installed
+        self.holder.write = self.installed
+
+    def renew(self) -> None:
+        """Set the attribute once more if somebody has put back what was there."""
+        if not self.is_buffered and self.holder.write is not self.installed:
+            self._install()
 
     def set_streams(self, streams: list[_Stream]) -> None:
         """See what is written for these streams; for none, be gone."""
@@ -3610,6 +3646,8 @@ class _Tap:
         now = time.monotonic
 
         def write(data: Any) -> Any:
+            if self.installed is not write:
+                return original(data)  # a later one sees it: what called us was wrapped
             if now() > self.look_at:
                 self._look_after_recorders()
             try:

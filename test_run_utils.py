@@ -3205,6 +3205,50 @@ class Objects(RunCase):
                 self.assertEqual((run / "logs/stdout.log").read_text("utf-8"), text)
         self.assertEqual(done.stdout, 10 * "text\n")
 
+    def test_cell_by_cell_in_a_shell_that_puts_write_back(self) -> None:
+        """As IPython does since 9.0, which calls `pre_execute` within each cell."""
+        body = """
+        import contextlib, io, types
+        class Events(list):
+            def register(self, name, function): self.append((name, function))
+            def unregister(self, name, function): self.remove((name, function))
+        events = Events()
+        shell = types.SimpleNamespace(events=events)
+        sys.modules["IPython"] = types.SimpleNamespace(get_ipython=lambda: shell)
+        class OutStream(io.TextIOBase):
+            def __init__(self): self.texts = []
+            def write(self, text): self.texts.append(text); return len(text)
+        sys.stdout = stream = OutStream()
+        @contextlib.contextmanager
+        def cell():
+            before = stream.write
+            stream.write = lambda text: before(text)
+            for name, function in list(events):
+                assert name == "pre_execute"
+                function()
+            yield
+            stream.write = before
+        outer, inner = (run_context("results/exp", name) for name in ("a", "b"))
+        with cell(): outer.__enter__(); print("one")
+        with cell(): print("two")
+        with cell():
+            with inner: print("three")
+        wrapped = stream.write = lambda text, write=stream.write: write(text)
+        with cell(): print("four"); outer.__exit__(None, None, None)
+        with cell(): print("five")
+        assert not events and stream.write is wrapped
+        sys.stdout = sys.__stdout__
+        print("".join(stream.texts), end="")
+        """
+        done = self.script(body)
+        words = ["one", "two", "three", "four", "five"]
+        self.assertEqual(
+            (done.returncode, done.stdout.split()), (0, words), done.stderr
+        )
+        logs = [run / "logs" / "stdout.log" for run in sorted(self.run_dirs())]
+        found = [log.read_text("utf-8").split() for log in logs]
+        self.assertEqual(found, [words[:4], ["three"]])
+
     def test_nothing_of_it_is_left_on_a_plain_stream(self) -> None:
         body = """
         def state():
