@@ -6317,7 +6317,7 @@ def _cmd_reproduce(args: argparse.Namespace) -> int:
     target = abspath(args.into or plan.default_target())
     _make_room(target)
     plan.set_values(args.set)
-    plan.check()
+    plan.check(dirname(target))
     for finding in plan.findings:
         if args.exec and finding.stops:
             raise ValueError(f"--exec is refused: {finding.about}: {finding.text}")
@@ -6354,7 +6354,7 @@ def _make_room(target: str) -> None:
 
 def _cmd_verify(args: argparse.Namespace) -> int:
     plan = _Plan(args.run)
-    plan.check()
+    plan.check(os.curdir)
     with _temporary_folder() as scratch:
         if plan.level() < 2:
             plan.build(os.path.join(scratch, "tree"))
@@ -6465,7 +6465,8 @@ class _Plan:
         old = _text(config[_bare(name)])
         self.add("command", 1, f"{name} is {value}, not {old}: added at its end")
 
-    def check(self) -> None:
+    def check(self, place: str) -> None:
+        """Look at all that is quick to see; `place` is where the tree is to go."""
         name = _word(self.patch.get("file"))
         digest = _sha256(os.path.join(self.folder, name))
         if name and digest is None:
@@ -6475,6 +6476,7 @@ class _Plan:
         self._check_inputs()
         self._check_secrets()
         self._check_environment()
+        self._check_disk(place)
         self.launcher = self._launcher_words()
         if self.launcher:
             text = f"{self.launcher[-1]} processes, which --exec does not start"
@@ -6492,6 +6494,20 @@ class _Plan:
                 return [words[0], "--nnodes", hosts, words[1], here]
             return [*words, ranks]
         return []
+
+    def _check_disk(self, place: str) -> None:
+        """Compare what is free with what the run has left."""
+        import shutil
+
+        outputs = _those(self.metadata.get("outputs"), dict)
+        sizes = [_number(output.get("size")) or 0 for output in outputs]
+        needed = sum(sizes) + (_number(self.patch.get("bytes")) or 0)
+        while not isdir(place):
+            place = dirname(place) or os.curdir
+        free = shutil.disk_usage(place).free
+        if free < needed:
+            text = f"{_format_size(free)} free, and the run took {_format_size(needed)}"
+            self.add("disk", 1, text, stops=True)
 
     def _check_inputs(self) -> None:
         """Hold the files of other runs against what they were."""
@@ -6783,7 +6799,7 @@ class _Plan:
         }
 
     def _ordered(self) -> list[_Finding]:
-        order = ("code", "inputs", "secrets", "environment", "command")
+        order = ("code", "inputs", "secrets", "disk", "environment", "command")
         return sorted(self.findings, key=lambda each: order.index(each.about))
 
     def show(self, target: str | None) -> None:

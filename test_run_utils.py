@@ -5909,6 +5909,20 @@ class ThePlan(ReproduceCase):
             self.assertEqual(done.returncode, 2)
             self.assertIn("--exec is refused: inputs:", done.stderr)
 
+    def test_too_little_room_on_the_disk(self) -> None:
+        self.pushed_repo()
+        run = self.record()
+        metadata = json.loads((run / "metadata.json").read_text())
+        metadata["outputs"].append({"path": "artifacts/x", "size": 5 * 10**15})
+        (run / "metadata.json").write_text(json.dumps(metadata))
+        done = self.command_line("verify", run)
+        self.assertEqual(done.returncode, 1)
+        self.assertRegex(
+            done.stdout, "disk: differs: .* free, and the run took 5000 TB"
+        )
+        done = self.command_line("reproduce", run, "--into", "x", "--exec")
+        self.assertIn("--exec is refused: disk:", done.stderr)
+
     def test_what_is_redacted_in_the_command(self) -> None:
         self.pushed_repo()
         run = self.record("--api_key", SPECIFIC.decode(), "--lr", "0.1")
