@@ -7345,12 +7345,14 @@ class _Lineage:
             path = str(row.get("artifact_relpath"))
             inside = f"artifacts/{path}"
             is_beside = lexists(producer / path)
-            if lexists(producer / inside) or not is_beside:
+            if path != os.curdir and (lexists(producer / inside) or not is_beside):
                 path = inside
             self._add(producer, consumer, path)
 
     def _add(self, producer: Path, consumer: Path, path: str) -> None:
         paths = self.edges.setdefault((producer, consumer), [])
+        if path == os.curdir:
+            path = "its directory"
         if path not in paths[:MAX_INPUTS]:
             paths.append(path)
 

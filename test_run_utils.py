@@ -10653,6 +10653,13 @@ class LineageCommand(ReadingCase):
         self.assertEqual(deep.count("\n"), 4)
         self.assertIn("            c (success)", deep)
 
+    def test_a_whole_run_that_was_used(self) -> None:
+        self.make_run("exp/e")
+        folder = self.tmp / "results/exp"
+        run_utils.mark_artifact_used(folder / "a", folder / "e")
+        out = self.ask("lineage", "results/exp/e")[1]
+        self.assertIn("used      a (success): its directory\n", out)
+
     def test_a_deleted_run_is_said_to_be_gone(self) -> None:
         shutil.rmtree("results/exp/a")
         out = self.ask("lineage", "results/exp/b")[1]
