@@ -5992,26 +5992,8 @@ class _Patch:
             self.add(each)
 
     def _add_files(self, tree: _Repository, changes: Sequence[_Change]) -> None:
-        """Add the files that there is room for, small ones first."""
-        kept: list[_Change] = []
-        changes = [change for change in changes if change.mode or change.old[0]]
-        changes.sort(key=lambda change: (change.rank, change.size))
-        for change in changes:
-            count = self.files + len(kept)
-            problem = self._obstacle(change, count) or self._read(tree, change)
-            if problem is None and change.mode:
-                if _redactor.is_secret_file(change.title, change.data):
-                    problem = "holds secrets by nature"
-                    _redactor.learn_code(change.data, change.title)
-            if problem is not None:
-                self._leave_out(change, problem)
-            elif not tree.is_git and b"\0" in change.data:
-                self._leave_out(change, "no source")
-            elif change.blob() != change.old:
-                self.size += change.size + change.old_size
-                kept.append(change)
-                if b"\0" not in change.data:
-                    _redactor.learn_code(change.data, change.title)
+        """Add the files that can be in it; what an earlier patch says is taken over."""
+        kept = self._kept(tree, changes)
         known = {change for change in kept if self.earlier.has(change)}
         rest = [change for change in kept if change not in known]
         tree.load([change for change in rest if self.earlier.may_have(change)])
@@ -6034,6 +6016,29 @@ class _Patch:
             self.problems.append(str(reason))
             for change in compared:
                 self._leave_out(change, str(reason))
+
+    def _kept(self, tree: _Repository, changes: Sequence[_Change]) -> list[_Change]:
+        """Read the files that there is room for, small ones first; list the others."""
+        kept: list[_Change] = []
+        changes = [change for change in changes if change.mode or change.old[0]]
+        changes.sort(key=lambda change: (change.rank, change.size))
+        for change in changes:
+            count = self.files + len(kept)
+            problem = self._obstacle(change, count) or self._read(tree, change)
+            if problem is None and change.mode:
+                if _redactor.is_secret_file(change.title, change.data):
+                    problem = "holds secrets by nature"
+                    _redactor.learn_code(change.data, change.title)
+            if problem is not None:
+                self._leave_out(change, problem)
+            elif not tree.is_git and b"\0" in change.data:
+                self._leave_out(change, "no source")
+            elif change.blob() != change.old:
+                self.size += change.size + change.old_size
+                kept.append(change)
+                if b"\0" not in change.data:
+                    _redactor.learn_code(change.data, change.title)
+        return kept
 
     def keep(self, record: _Record, name: str, root: str) -> Facts:
         """Write the patch, if there is one, and return what there is to say of it."""
