@@ -8224,7 +8224,7 @@ _CODE_RULES = (
     ("://", r"://(?![0-9a-f]+@)([A-Za-z0-9_-]{20,200})@[\w.-]+"),
     ("assword=", r"(?i)(?<![\w.-])(?P<name>password)=([^\s;\"'{}<>()]{8,200})"),
     ("PASSWORD '", r"PASSWORD '([^'\n]{6,200})'"),  # SQL
-    ("DENTIFIED BY '", r"DENTIFIED BY '([^'\n]{6,200})'"),
+    ("IDENTIFIED BY '", r"IDENTIFIED BY '([^'\n]{6,200})'"),
     ("sshpass ", r"sshpass +-p *[\"']?([^\s\"']{6,200})"),
 )
 
