@@ -2308,14 +2308,15 @@ class TheHelper(RunCase):
         IN_MOVED_TO = 0x80
         def written():
             return os.read(watch, 65536).count(b"metadata.json\\0")
-        with run_context("results/exp", "exp") as run_dir:
-            system.inotify_add_watch(watch, os.fsencode(run_dir), IN_MOVED_TO)
+        os.makedirs("results/exp/one")
+        system.inotify_add_watch(watch, b"results/exp/one", IN_MOVED_TO)
+        with run_context("results/exp", run_dir="results/exp/one"):
             run_utils._active[0].recorder.ask("collected", seconds=30)
-            print(written())
+            print(written())  # the first was on entry
         print(written())
         """
         done = self.script(body)
-        self.assertEqual((done.stdout, done.stderr), ("1\n1\n", ""))
+        self.assertEqual((done.stdout, done.stderr), ("2\n1\n", ""))
 
     @unittest.skipUnless(LINUX, "needs /proc")
     def test_what_it_is_while_it_runs_and_that_it_ends(self) -> None:
@@ -4931,7 +4932,8 @@ class PartsOfAnEarlierPatch(CodeCase):
 
     def setUp(self) -> None:
         super().setUp()
-        names = ("a b.py", "b\u00fc.py", "c/d.py", "mode.py", "gone.py", "bin")
+        umlaut = os.fsdecode("b\u00fc.py".encode())
+        names = ("a b.py", umlaut, "c/d.py", "mode.py", "gone.py", "bin")
         self.pushed_repo(files=dict.fromkeys(names, self.OLD))
         for number, name in enumerate(names[:4]):
             self.write(name, self.OLD.replace(b"line %d\n" % (5 * number), b"new\n"))
