@@ -1011,7 +1011,7 @@ class _Recording:
 
     def _go_without_recorder(self, reason: _Unknown) -> None:
         self.recorder = None
-        _warn(f"no recorder ({reason}): its work is done in this process, slower")
+        _warn(f"no recorder ({reason}): its work is done in this process, slower", True)
 
     def _begin(self, record: _Record, site: _Site, config: JSON) -> None:
         """Write what must be there at once, and start the recorder."""
@@ -1480,6 +1480,8 @@ def _checked_filename(name: str) -> str:
 def _filled_prefix(prefix: str | None, config: JSON) -> str | None:
     """Fill `{key}` in a prefix from the config; an unknown key is a ValueError.
 
+    Long values are cut to an equal share, so that what follows one stays in the name.
+
     >>> _filled_prefix("{model}-lr{optim.lr}", {"model": "a/b", "optim": {"lr": 0.1}})
     'a/b-lr0.1'
     """
@@ -1487,9 +1489,15 @@ def _filled_prefix(prefix: str | None, config: JSON) -> str | None:
         return prefix
     known: Facts = {}
     if isinstance(config, dict):
-        for name, value in config.items():
+        _redactor.learn(dict(os.environ))
+        _redactor.learn(config)
+        for name, value in _redactor.data(config).items():
             known[name] = value
             known.update(_flattened(name, value))
+    field = r"\{([^{}]*)\}"
+    parts = re.split(field, str(prefix))
+    fixed = sum(len(part.encode("utf-8", "replace")) for part in parts[::2])
+    share = max(8, (MAX_PREFIX_BYTES - fixed) // max(1, len(parts) // 2))
 
     def fill(match: re.Match[str]) -> str:
         key = match[1]
@@ -1497,9 +1505,9 @@ def _filled_prefix(prefix: str | None, config: JSON) -> str | None:
             names = ", ".join(list(known)[:20]) or "nothing"
             text = f"run_prefix {prefix!r} has {match[0]!r}"
             raise ValueError(f"{text}, which is no key of config_args ({names})")
-        return str(known[key])
+        return _first_bytes(str(known[key]), share)
 
-    return re.sub(r"\{([^{}]+)\}", fill, str(prefix))
+    return re.sub(field, fill, str(prefix))
 
 
 def _learn_at_entry(variables: Facts, site: _Site, config: JSON) -> None:
@@ -1587,11 +1595,14 @@ def _safe_name(text: str) -> str:
             safe += character
         else:
             safe += "_"
-    name = safe.encode("utf-8", "replace")[:MAX_PREFIX_BYTES].decode("utf-8", "ignore")
-    name = name.lstrip(".-").rstrip(".")
+    name = _first_bytes(safe, MAX_PREFIX_BYTES).lstrip(".-").rstrip(".")
     if re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?", name):
         name = "_" + name  # Windows keeps these names for devices.
     return name or "run"
+
+
+def _first_bytes(text: str, size: int) -> str:
+    return text.encode("utf-8", "replace")[:size].decode("utf-8", "ignore")
 
 
 def _entered_at(record: _Record, begun: float) -> list[int]:
@@ -6430,7 +6441,7 @@ class _Plan:
             return None
         if re.match(_PYTHON, basename(recorded)) and isfile(recorded):
             owners = {os.lstat(recorded).st_uid, os.stat(recorded).st_uid}
-            if owners <= {_posix.getuid(), 0}:
+            if not hasattr(os, "getuid") or owners <= {os.getuid(), 0}:
                 return recorded
         return sys.executable
 
@@ -13543,6 +13554,8 @@ def _cmd_run(args: argparse.Namespace) -> int:
         words = words[1:]
     if not words:
         raise ValueError("no command is given; write it after --")
+    if not hasattr(os, "fork"):
+        raise ValueError("run takes os.fork, which is not here; use run_context")
     limit = _seconds_of(args.timeout)
     config = {**_config_file(args.config), **_command_options(words)}
     recording = run_context(

@@ -525,7 +525,35 @@ class NamesFromValues(RunCase):
             run_utils.run_context("exp", "a-{b}", {"c": 1}).__enter__()
         sentence = "run_prefix 'a-{b}' has '{b}', which is no key of config_args (c)"
         self.assertEqual(str(caught.exception), sentence)
+        with self.assertRaises(ValueError):
+            run_utils.start_run("exp", "a-{}", config_args={"c": 1})
         self.assertFalse(Path("exp").exists())
+
+    def name(self, prefix: str, config: Any) -> str:
+        run_dir = run_utils.start_run("exp", prefix, False, config_args=config)
+        return re.sub(r"-\d{8}-\d{6}(-\d+)?$", "", run_dir.name)
+
+    def test_odd_values(self) -> None:
+        self.assertEqual(self.name("{a}", {"a": "../x/é\n\0"}), "_x_é__")
+        self.assertEqual(self.name("lr{lr}", {"lr": 3e-7}), "lr3e-07")
+        self.assertEqual(self.name("{a.b}", {"a": {"b": None}}), "None")
+        self.assertEqual(self.name("{a}-{b}", {"a": "{b}", "b": 1}), "_b_-1")
+
+    def test_what_follows_a_long_value_stays(self) -> None:
+        for long in ("x" * 300, "漢" * 300):
+            name = self.name("{a}-lr{lr}", {"a": long, "lr": 0.1})
+            self.assertTrue(name.endswith("-lr0.1"), name)
+            self.assertLessEqual(len(name.encode()), run_utils.MAX_PREFIX_BYTES)
+
+    def test_no_secret_is_in_a_name(self) -> None:
+        body = """
+        config = {"api_key": "sk" + "A1b2C3d4" * 4, "same": os.environ["X_TOKEN"]}
+        with run_context("results/exp", "{api_key}-{same}", config):
+            pass
+        """
+        done = self.script(body, env={"X_TOKEN": "ghp_" + "A" * 36})
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("_REDACTED_-_REDACTED_-", self.run_dir().name)
 
 
 class Mistakes(RunCase):
@@ -2650,6 +2678,99 @@ class WithoutARecorder(RunCase):
         words += [PYTHON, str(script)]
         done = subprocess.run(words, capture_output=True, **options)
         self.check("process 1 would become its parent", done)
+
+
+class WhereWindowsLacksNames(RunCase):
+    """What needs no recorder works where the names of POSIX are missing."""
+
+    # What os, signal and select have on Windows, and what subprocess takes here.
+    OS = """
+        abort access chdir chmod close cpu_count curdir defpath devnull dup dup2 environ
+        error execv extsep fdopen fsdecode fsencode fspath fstat fsync ftruncate
+        get_exec_path get_inheritable get_terminal_size getcwd getenv getpid getppid
+        isatty kill linesep link listdir lseek lstat makedirs mkdir name open pardir
+        path pathsep pipe popen putenv read readlink remove rename replace rmdir scandir
+        sep set_inheritable stat stat_result strerror symlink system terminal_size
+        truncate umask unlink unsetenv urandom utime waitpid walk write altsep
+        DirEntry PathLike F_OK R_OK W_OK X_OK O_RDONLY O_WRONLY O_RDWR O_APPEND O_CREAT
+        O_EXCL O_TRUNC SEEK_SET SEEK_CUR SEEK_END abc st sys
+        supports_dir_fd supports_fd supports_follow_symlinks
+        WNOHANG supports_bytes_environ environb getcwdb waitstatus_to_exitcode
+    """
+    SIGNAL = """
+        SIGABRT SIGFPE SIGILL SIGINT SIGSEGV SIGTERM SIG_DFL SIG_IGN Signals Handlers
+        signal getsignal default_int_handler strsignal valid_signals raise_signal
+        set_wakeup_fd SIGKILL
+    """
+    WINDOWS = f"""
+        import select, signal, subprocess, tempfile, shutil, inspect, traceback, logging
+        import argparse, platform, getpass, socket, html, uuid, importlib.metadata
+        kept = {{os: {OS.split()}, signal: {SIGNAL.split()}, select: ["select"]}}
+        for module, names in kept.items():
+            for name in [*vars(module)]:
+                if name not in names and not name.startswith("_"):
+                    delattr(module, name)
+        for name in ("fcntl", "pwd", "grp", "resource", "termios", "tty", "pty"):
+            sys.modules[name] = None
+        os.supports_dir_fd, os.supports_fd = set(), {{os.stat}}
+        from run_utils import *
+    """
+    RUNS = """
+        run_dir = start_run("results/exp", "hand-{lr}", config_args={"lr": 0.1})
+        capture_metadata(run_dir)
+        log_metrics(run_dir, {"loss": 0.5}, step=1)
+        save_json(run_dir / "artifacts/x.json", {"a": 1})
+        mark_artifact_used(run_dir / "artifacts/x.json")
+        mark_status(run_dir, "success")
+        for number in range(2):
+            with run_context("results/exp", "block", notes="n", tags=["t"]):
+                print("text")
+        start_run("results/exp", "flat", until_exit=True)
+        print(len(find_runs("results")), load_run(run_dir).summary["loss"]["last"])
+    """
+
+    def on_windows(self, body: str, *args: str) -> Any:
+        body = textwrap.dedent(body)
+        script = textwrap.dedent(self.WINDOWS) + body
+        path = self.tmp / "windows.py"
+        path.write_text("import os, sys\n" + script, "utf-8")
+        return subprocess.run(
+            [PYTHON, str(path), *args], env=self.environment(), encoding="utf-8",
+            stdin=subprocess.DEVNULL, capture_output=True, timeout=60,
+        )  # fmt: skip
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.done = self.on_windows(self.RUNS)
+
+    def test_runs_and_what_is_missing_is_said_once(self) -> None:
+        self.assertEqual(
+            (self.done.returncode, self.done.stdout), (0, "text\ntext\n4 0.5\n")
+        )
+        reason = "it takes posix_spawn and poll"
+        line = f"run_utils: no recorder ({reason}): its work is done in this process,"
+        self.assertEqual(self.done.stderr, f"{line} slower\n")
+        ends = [run["status"] for run in run_utils.find_runs("results")]
+        self.assertEqual(ends, ["success"] * 4)
+        log = next(self.tmp.glob("results/exp/block-*/logs/stdout.log"))
+        self.assertEqual(log.read_text("utf-8"), "text\n")
+
+    def test_readers_and_report(self) -> None:
+        body = "sys.exit(main(sys.argv[1:]))"
+        commands = [
+            "list", "list --json", "inspect latest", "lineage latest", "audit",
+            "reindex", "env", "env --json", "report -o page.html", "verify latest",
+            "reproduce latest", "note latest text --tag t", "prune --status success",
+        ]  # fmt: skip
+        for command in commands:
+            with self.subTest(command):
+                done = self.on_windows(body, *command.split())
+                self.assertIn(done.returncode, (0, 1), done.stderr)
+                self.assertNotIn("Traceback", done.stderr)
+                self.assertTrue(done.stdout, done.stderr)
+        done = self.on_windows(body, "run", "--", "true")
+        self.assertEqual(done.returncode, 2)
+        self.assertIn("run takes os.fork, which is not here", done.stderr)
 
 
 # === Output ===
