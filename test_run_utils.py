@@ -285,6 +285,42 @@ class TheReadme(RunCase):
         page = Path("report.html").read_text("utf-8")
         self.assertTrue(page.startswith("<!DOCTYPE html>"), page[:100])
 
+    # What stands for a value in the table of commands.
+    WORDS: ClassVar[dict[str, str]] = {
+        "CMD ...": "python3 -c pass --lr 0.1",
+        "RUN [RUN]": "latest latest",
+        "RUN...": "latest",
+        "RUN": "latest",
+        "ROOT": "results",
+        "filters": "--status success",
+        "DIR": "again",
+        "D": "results/runs",
+        "P": "named-{lr}",
+        "FILE": "config.json",
+        "T": "text",
+    }
+
+    def test_every_line_of_the_table_of_commands(self) -> None:
+        shutil.copy(SOURCE, self.tmp)
+        Path("config.json").write_text('{"seed": 1}', "ascii")
+        pattern = "|".join(rf"(?<![\w-]){re.escape(word)}(?!\w)" for word in self.WORDS)
+        text = self.README.read_text("utf-8")
+        lines = re.findall(r"^python -m run_utils .*", text, re.M)
+        self.assertGreater(len(lines), 12)
+        for line in lines:
+            words = re.sub(pattern, lambda match: self.WORDS[match[0]], line)
+            words = re.sub(r"[\[\]]", "", words.partition("   ")[0])
+            with self.subTest(words):
+                self.shell(words.replace("python ", "python3 ", 1))
+        self.assertTrue(Path("again").is_dir())
+
+    def test_every_setting_that_is_named(self) -> None:
+        text = self.README.read_text("utf-8")
+        table = text.partition("\n| setting |")[2].partition("\n\n")[0]
+        names = re.findall(r"`([A-Z_]+)`", table)
+        self.assertGreater(len(names), 9)
+        self.assertEqual([n for n in names if not hasattr(run_utils, n)], [])
+
 
 class SettingsOfTheProgram(RunCase):
     """A setting that the program assigns before entry holds in the recorder too."""
