@@ -135,8 +135,12 @@ def test_it(run_dir):
     assert (run_dir / "status.json").exists()
 """
     (place.path / "test_block.py").write_text(text + use, "utf-8")
-    shown = place.run(sys.executable, "-m", "pytest", "-q", "test_block.py")
+    words = ("-m", "pytest", "-q", "--basetemp", "kept", "test_block.py")
+    shown = place.run(sys.executable, *words)
     expect("1 passed" in shown, shown)
+    (status,) = (place.path / "kept").glob("test_it0/results/*/status.json")
+    word = json.loads(status.read_text("ascii"))["status"]
+    expect(word == "ended", f"the run is {word}")
 
 
 def check_pandas(place: Place, text: str) -> None:
