@@ -11216,7 +11216,7 @@ def _comparable_machine(metadata: Facts) -> Facts:
     python = _mapping(metadata, "python")
     machine: Facts = {
         "hostname": metadata.get("hostname"),
-        "python": _text(python.get("version")).split(" ")[0],
+        "python": _word(python.get("version")).split(" ")[0],
         "executable": python.get("executable"),
         "container": _mapping(metadata, "container").get("image"),
     }

@@ -2719,7 +2719,7 @@ class WithoutARecorder(RunCase):
 class WhereWindowsLacksNames(RunCase):
     """What needs no recorder works where the names of POSIX are missing."""
 
-    # What os, signal and select have on Windows, and what subprocess takes here.
+    # What os, signal and select have on Windows, and what other modules take here.
     OS = """
         abort access chdir chmod close cpu_count curdir defpath devnull dup dup2 environ
         error execv extsep fdopen fsdecode fsencode fspath fstat fsync ftruncate
@@ -2732,6 +2732,7 @@ class WhereWindowsLacksNames(RunCase):
         O_EXCL O_TRUNC SEEK_SET SEEK_CUR SEEK_END abc st sys
         supports_dir_fd supports_fd supports_follow_symlinks
         WNOHANG supports_bytes_environ environb getcwdb waitstatus_to_exitcode
+        statvfs
     """
     SIGNAL = """
         SIGABRT SIGFPE SIGILL SIGINT SIGSEGV SIGTERM SIG_DFL SIG_IGN Signals Handlers
@@ -10438,6 +10439,11 @@ class TheCommandLine(ReadingCase):
 
 class Inspecting(ReadingCase):
     """`inspect` shows one run on one screen, and trusts nothing it reads."""
+
+    def test_a_run_without_metadata_is_not_compared_with_now(self) -> None:
+        run_dir = run_utils.start_run("results/exp", "hand")
+        run_utils.mark_status(run_dir, "success")
+        self.assertNotIn("\nnow ", self.ask("inspect", str(run_dir))[1])
 
     def test_a_failed_run(self) -> None:
         body = """
