@@ -12644,7 +12644,7 @@ def _plots_html(page: _Page) -> Iterator[str]:
     if not plots:
         return
     yield '<section><h2>Metrics over steps</h2><ul class="legend">'
-    if page.over:
+    if any(len(line.runs) > 1 for line in page.lines):
         keys = page.text(", ".join(map(_short, page.over)))
         yield f'<li class="quiet">mean ± standard deviation over {keys}</li>'
     if _are_many(page.lines):
@@ -12691,9 +12691,11 @@ def _plots(page: _Page) -> list[_Plot]:
             having = [one[plot.key] for one in series if plot.key in one]
             plot.add(line, [_course(values, steps) for values, steps in having])
     if any(plot.is_thinned for plot in plots):
+        kept = "the lowest and the highest value of each stretch of steps"
+        if plots[0].is_coarse:
+            kept = "the middle value of each stretch, the lowest and the highest"
         page.left_out.append(
-            f"Curves have at most {count} points: the lowest and the highest value of "
-            "each stretch of steps, the same stretches for all."
+            f"Curves have at most {count} points: {kept}; the same stretches for all."
         )
     return [plot for plot in plots if plot.curves]
 
@@ -12723,7 +12725,11 @@ class _Plot:
 
     def __init__(self, key: str, last: float, count: int) -> None:
         self.key = key
-        self.stretches = count // 2
+        self.count = count
+        self.is_coarse = count < 100
+        self.stretches = count // 2 - 1
+        if self.is_coarse:
+            self.stretches = count - 4
         self.width = last / self.stretches or 1.0
         self.is_thinned = False
         self.curves: list[_Curve] = []
@@ -12738,13 +12744,22 @@ class _Plot:
             self.add_mean(line, courses)
 
     def thinned(self, course: list[_Point]) -> list[_Point]:
-        """Return the lowest and the highest point of each stretch, and both ends."""
-        if len(course) <= 2 * self.stretches:
+        """Return the lowest and the highest point of each stretch, and both ends.
+
+        Of few stretches these are the teeth of a saw, the same in all curves: there
+        it is the middle one of each, and the lowest and the highest of all.
+        """
+        if len(course) <= self.count:
             return course
+        stretches = list(self.stretched(course).values())
         kept = {course[0], course[-1]}
-        for points in self.stretched(course).values():
-            kept.add(min(points, key=lambda point: point[1]))
-            kept.add(max(points, key=lambda point: point[1]))
+        if self.is_coarse:
+            by_value = (sorted(points, key=_value_of) for points in stretches)
+            kept.update(points[len(points) // 2] for points in by_value)
+            stretches = [course]
+        for points in stretches:
+            kept.add(min(points, key=_value_of))
+            kept.add(max(points, key=_value_of))
         return sorted(kept)
 
     def stretched(self, course: list[_Point]) -> dict[float, list[_Point]]:
@@ -12778,6 +12793,10 @@ class _Plot:
         spreads = [_Spread([value for _, value in points]) for points in together]
         middle = [_mean_point(points) for points in together]
         self.curves.append(_Curve(line, middle, [s.deviation or 0.0 for s in spreads]))
+
+
+def _value_of(point: _Point) -> float:
+    return point[1]
 
 
 def _mean_point(points: list[_Point]) -> _Point:
@@ -12909,10 +12928,14 @@ def _outline(curve: _Curve) -> list[_Point]:
 def _marks_html(axis: _Axis, kind: str) -> str:
     """Return the numbers of an axis, each with a line across the plot."""
     parts = []
+    before = ""
     for mark in axis.marks():
         y = round(270 - 262 * axis.place(mark))
-        text = f'<text x="50" y="{y + 4}">{_format_mark(mark)}</text>'
-        parts.append(f'<path d="M56 {y}h572"/>{text}')
+        parts.append(f'<path d="M56 {y}h572"/>')
+        label = _format_mark(mark)
+        if label != before:  # marks nearer than its digits tell say it once
+            parts.append(f'<text x="50" y="{y + 4}">{label}</text>')
+        before = label
     return f'<g class="y{kind}">{"".join(parts)}</g>'
 
 
@@ -12942,7 +12965,7 @@ def _parallel_html(page: _Page) -> Iterator[str]:
     if page.goal is not None:
         names.append(page.goal.text)
     elif page.drawn:
-        names += list(page.drawn[0].summary)[:2]
+        names += [key for key in page.drawn[0].summary if key not in _NO_METRICS][:2]
     scales = [_Scale(name, page.drawn) for name in names]
     scales = [scale for scale in scales if scale.marks]
     if len(scales) < 2 or len(page.drawn) < 3:
@@ -12950,11 +12973,12 @@ def _parallel_html(page: _Page) -> Iterator[str]:
     yield '<section><h2>What varied, run by run</h2><section class="scroll" '
     yield 'aria-label="Parallel coordinates" tabindex="0"><svg class="parallel" '
     yield 'viewBox="0 0 1000 320" role="img" aria-label="A line for each run">'
-    gap = 860 / (len(scales) - 1)
+    gap = 790 / (len(scales) - 1)
+    letters = int(gap / 8)
     for run in reversed(page.drawn):
         line = page.line_of[run.folder]
         places = [
-            f"{50 + gap * number:.0f} {300 - 250 * scale.places[run.folder]:.0f}"
+            f"{80 + gap * number:.0f} {300 - 250 * scale.places[run.folder]:.0f}"
             for number, scale in enumerate(scales)
             if run.folder in scale.places
         ]
@@ -12962,12 +12986,14 @@ def _parallel_html(page: _Page) -> Iterator[str]:
             yield f'<g data-line="{line.number}" class="{line.colour}">'
             yield f'<path d="M{"L".join(places)}"/></g>'
     for number, scale in enumerate(scales):
-        x = round(50 + gap * number)
+        x = round(80 + gap * number)
         yield f'<g class="upright"><path d="M{x} 50v250"/>'
-        yield f'<text class="name" x="{x}" y="26">{page.text(scale.name, 24)}</text>'
+        name = page.text(scale.name, min(24, letters))
+        yield f'<text class="name" x="{x}" y="26">{name}</text>'
         for label, height in scale.marks.items():
             y = round(304 - 250 * height)
-            yield f'<text x="{x + 6}" y="{y}">{page.text(label, 18)}</text>'
+            mark = page.text(label, min(18, letters))
+            yield f'<text x="{x + 6}" y="{y}">{mark}</text>'
         yield "</g>"
     yield "</svg></section></section>"
 
@@ -13194,7 +13220,7 @@ pre { padding: 8px 12px; background: var(--wash); white-space: pre-wrap; }
   margin-top: 24px; padding-top: 20px; border-top: 1px solid var(--rule);
 }
 .summary h2 { margin: 0; color: var(--quiet); font-size: 13px; font-weight: 500; }
-.summary ul, .legend { list-style: none; }
+ul { list-style: none; }
 .summary b { display: inline-block; min-width: 2.2em; font-size: 17px; }
 .value { font-size: 34px; font-weight: 600; line-height: 1.25; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 18px; }
@@ -13226,7 +13252,7 @@ button, input[type="search"] {
   background: none; color: inherit; font: inherit; font-size: 13px;
 }
 th button { padding: 0; border: 0; }
-th button::after { display: inline-block; width: 1em; content: ""; }
+th button::after { position: absolute; }
 [aria-sort] button { color: var(--ink); font-weight: 600; }
 [aria-sort="ascending"] button::after { content: "\\2191"; }
 [aria-sort="descending"] button::after { content: "\\2193"; }
@@ -13285,6 +13311,7 @@ summary { padding: 5px 0; cursor: pointer; }
 .strip img { display: block; max-width: 100%; max-height: 260px; }
 .run { border-bottom: 1px solid var(--rule); }
 .run dl { padding: 8px 0 20px 18px; }
+.run dd > a { margin-right: 14px; }
 .label { margin: 0 8px; font-size: 13px; }
 
 @media (max-width: 900px) {

@@ -9870,11 +9870,47 @@ class CurvesOfAReport(ReportCase):
         curves = {len(c[1]): c for c in self.curves(page)[0]["curves"]}
         short, long = min(curves), max(curves)
         self.assertEqual(short, 100)
-        self.assertTrue(250 < long <= 302, long)
+        self.assertTrue(250 < long <= 300, long)
         points = dict(zip(*curves[long][1:3]))
         self.assertEqual((points[777], points[1234]), (50, -50))
         self.assertEqual((min(points), max(points)), (0, 1999))
         self.assertIn("Curves have at most 300 points", page.text)
+
+    def test_few_points_of_a_curve_are_no_teeth_of_a_saw(self) -> None:
+        rows = [{"loss": 4000 - 2 * n + n * 300 % 700, "step": n} for n in range(2000)]
+        rows[777]["loss"] = -50
+        self.make("run-a", rows=rows)
+        page = self.report(settings="run_utils.REPORT_POINTS = 40")
+        ((_, steps, values, _),) = self.curves(page)[0]["curves"]
+        self.assertTrue(30 < len(steps) <= 40, len(steps))
+        self.assertEqual((min(steps), max(steps)), (0, 1999))
+        points = dict(zip(steps, values))
+        self.assertEqual((min(values), points[777]), (-50, -50))
+        self.assertEqual(max(values), max(row["loss"] for row in rows))
+        self.assertEqual({rows[n]["loss"] for n in points}, {*values})
+        smooth = [value for value in values[2:-1] if value != -50]
+        self.assertLess(max(b - a for a, b in zip(smooth, smooth[1:])), 100)
+        self.assertIn("at most 40 points: the middle value of each", page.text)
+
+    def test_marks_that_look_alike_say_their_number_once(self) -> None:
+        rows = [{"big": 1e12 + n, "step": n} for n in range(9)]
+        self.make("run-a", rows=rows)
+        self.assertEqual(self.report().words.count("1e12"), 1)
+
+    def test_runs_that_no_seed_repeats_are_no_mean(self) -> None:
+        for seed in range(2):
+            self.make(f"run-{seed}", {"seed": seed, "lr": seed}, [{"loss": 1}] * 2)
+        self.assertNotIn("standard deviation", self.report().text)
+
+    def test_steps_are_no_result_to_compare(self) -> None:
+        for lr in range(3):
+            rows = [{"step": n, "loss": lr} for n in range(lr + 2)]
+            self.make(f"run-{lr}", {"lr": lr}, rows)
+        words = self.report().words
+        start = words.index("What varied, run by run")
+        axes = words[start : words.index("Run by run")]
+        self.assertIn("loss", axes)
+        self.assertNotIn("step", axes)
 
     def test_seeds_are_one_band(self) -> None:
         for seed in range(3):
