@@ -12974,7 +12974,6 @@ def _parallel_html(page: _Page) -> Iterator[str]:
     yield 'aria-label="Parallel coordinates" tabindex="0"><svg class="parallel" '
     yield 'viewBox="0 0 1000 320" role="img" aria-label="A line for each run">'
     gap = 790 / (len(scales) - 1)
-    letters = int(gap / 8)
     for run in reversed(page.drawn):
         line = page.line_of[run.folder]
         places = [
@@ -12986,16 +12985,26 @@ def _parallel_html(page: _Page) -> Iterator[str]:
             yield f'<g data-line="{line.number}" class="{line.colour}">'
             yield f'<path d="M{"L".join(places)}"/></g>'
     for number, scale in enumerate(scales):
-        x = round(80 + gap * number)
-        yield f'<g class="upright"><path d="M{x} 50v250"/>'
-        name = page.text(scale.name, min(24, letters))
-        yield f'<text class="name" x="{x}" y="26">{name}</text>'
-        for label, height in scale.marks.items():
-            y = round(304 - 250 * height)
-            mark = page.text(label, min(18, letters))
-            yield f'<text x="{x + 6}" y="{y}">{mark}</text>'
-        yield "</g>"
+        yield from _upright_html(page, scale, number, gap)
     yield "</svg></section></section>"
+
+
+def _upright_html(page: _Page, scale: _Scale, number: int, gap: float) -> Iterator[str]:
+    """Yield an upright with its name and marks, none of them upon another."""
+    x = round(80 + gap * number)
+    y = 32
+    if gap < 190 and number % 2:  # names in two rows have room
+        y = 14
+    yield f'<g class="upright"><path d="M{x} 50v250"/>'
+    yield f'<text class="name" x="{x}" y="{y}">{page.text(scale.name, 24)}</text>'
+    before = 999
+    for label, height in scale.marks.items():
+        y = round(304 - 250 * height)
+        if before - y >= 12:
+            mark = page.text(label, min(18, int(gap / 8)))
+            yield f'<text x="{x + 6}" y="{y}">{mark}</text>'
+            before = y
+    yield "</g>"
 
 
 class _Scale:

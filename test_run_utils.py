@@ -9912,6 +9912,13 @@ class CurvesOfAReport(ReportCase):
         self.assertIn("loss", axes)
         self.assertNotIn("step", axes)
 
+    def test_marks_of_parallel_coordinates_do_not_lie_on_each_other(self) -> None:
+        for number, value in enumerate([0.5, 0.5001, 0.9]):
+            self.make(f"run-{number}", {"lr": number, "width": value})
+        words = self.report().words
+        axes = words[words.index("What varied, run by run") : words.index("Run by run")]
+        self.assertEqual(axes[1:], ["lr", "0", "1", "2", "width", "0.5", "0.9"])
+
     def test_seeds_are_one_band(self) -> None:
         for seed in range(3):
             for lr in (1, 2):
