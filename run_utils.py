@@ -6997,13 +6997,16 @@ def _compared(then: Run, now: Run, tolerance: float) -> Facts:
     rows: list[Facts] = []
     for kind, key in dict.fromkeys([*sides[0], *sides[1]]):
         old, new = sides[0].get((kind, key)), sides[1].get((kind, key))
-        if kind == "log" and None in (old, new):
-            continue  # the streams were not kept in the same way
+        if kind == "log" and (None in (old, new) or old == new == _NO_OUTPUT):
+            continue  # the streams were not kept in the same way, or had nothing
         verdict = _verdict(kind, old, new, tolerance)
         row = {"kind": kind, "key": key, "then": old, "now": new, "verdict": verdict}
         rows.append(row)
     level, is_same = _level_reached(then, rows, tolerance)
     return {"run": str(now.path), "rows": rows, "level": level, "same": is_same}
+
+
+_NO_OUTPUT = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"  # b""
 
 
 def _outcome(run: Run) -> dict[tuple[str, str], JSON]:
@@ -12157,15 +12160,33 @@ def _commits_between(run: Run, then: JSON, now: JSON) -> list[str]:
 # --- A graph of runs.
 
 
+def _different_parts(then: str, now: str) -> tuple[str, str]:
+    """Return what two patches say of the files of which they do not say the same."""
+    old, new = (re.split(r"(?m)^(?=diff --git )", text) for text in (then, now))
+    return (
+        "".join(part for part in old if part not in new),
+        "".join(part for part in new if part not in old),
+    )
+
+
+def _line_changes(then: str, now: str) -> list[str]:
+    """Return the first lines that differ, of long texts only of their beginnings."""
+    import difflib
+
+    a, b = (text.splitlines()[:DIFF_LINES] for text in (then, now))
+    lines = list(difflib.unified_diff(a, b, lineterm="", n=1))[2:]
+    if DIFF_LINES not in (len(a), len(b)):
+        return _first(lines)
+    if lines and lines[-1][1:] in (a[-1], b[-1]):  # one goes on, the other was cut
+        last = max(n for n, line in enumerate(lines) if line.startswith("@@"))
+        del lines[last:]
+    return [*_first(lines), f"... only {DIFF_LINES} lines were compared"]
+
+
 def _format_change(key: str, then: JSON, now: JSON) -> list[str]:
     """Return "key: then -> now"; of two long texts the lines that differ."""
     if isinstance(then, str) and isinstance(now, str) and "\n" in then + now:
-        import difflib
-
-        a, b = (text.splitlines()[:DIFF_LINES] for text in (then, now))
-        lines = _first(list(difflib.unified_diff(a, b, lineterm="", n=1))[2:])
-        if DIFF_LINES in (len(a), len(b)):
-            lines.append(f"... only {DIFF_LINES} lines were compared")
+        lines = _line_changes(*_different_parts(then, now))
         return [f"{key}:", *(f"  {line[:MAX_REPR]}" for line in lines)]
     sides = [_cell_text(side)[:MAX_REPR].split("\n")[0] for side in (then, now)]
     return [f"{key}: {sides[0] or 'none'} -> {sides[1] or 'none'}"]

@@ -6307,6 +6307,17 @@ class RunningItAgain(ReproduceCase):
         level = "the same metrics within 1e-06, but other files"
         self.assertEqual((found["level"], found["same"]), (level, False))
 
+    def test_what_leaves_nothing_is_not_the_same_by_accident(self) -> None:
+        body = """
+            import time
+            from run_utils import run_context
+            with run_context("results/exp"):
+                open("out.txt", "w").write(str(time.time_ns()))
+        """
+        found = self.compare(body, status=1)
+        level = "not known: it left no file, metric or output"
+        self.assertEqual((found["level"], found["same"]), (level, False))
+
     def test_a_command_in_another_language(self) -> None:
         self.pushed_repo(files={"job.sh": b"cat data; echo $1\n", "data": b"1\n"})
         self.write("data", b"2\n")
@@ -9569,6 +9580,20 @@ class LongDifferences(unittest.TestCase):
         self.assertEqual(found, ["git.patch:", *(f"  {line}" for line in lines)])
         found = run_utils._format_change("x", "a\n" * 60, "b\n" * 60)
         self.assertEqual((len(found), found[-1]), (42, "  ... 81 more lines"))
+
+    def test_of_patches_only_the_files_that_differ(self) -> None:
+        parts = [f"diff --git a/{n} b/{n}\n" + f"+{n}\n" * 3000 for n in "abc"]
+        other = "diff --git a/b b/b\n+B\n"
+        found = run_utils._format_change("x", "".join(parts[::2]), other + parts[2])
+        self.assertEqual(found[-1], "  ... only 2000 lines were compared")
+        found = run_utils._format_change("x", parts[0] + other, parts[0])
+        self.assertEqual(found[2:], ["  -diff --git a/b b/b", "  -+B"])
+
+    def test_a_text_that_is_cut_is_not_said_to_end_there(self) -> None:
+        lines = [f"{n}\n" for n in range(3000)]
+        longer = ["new\n", *lines]
+        found = run_utils._format_change("x", "".join(lines), "".join(longer))
+        self.assertEqual(found[1:-1], ["  @@ -1 +1,2 @@", "  +new", "   0"])
 
     def test_texts_that_difflib_would_take_minutes_for(self) -> None:
         then = "".join(f"{n}\n" for n in range(100_000))
