@@ -287,7 +287,7 @@ class TheReadme(RunCase):
 
     # What stands for a value in the table of commands.
     WORDS: ClassVar[dict[str, str]] = {
-        "CMD ...": "python3 -c pass --lr 0.1",
+        "CMD ...": "python3 -c 'print(1)' --lr 0.1",
         "RUN [RUN]": "latest latest",
         "RUN...": "latest",
         "RUN": "latest",
@@ -570,7 +570,7 @@ class NamesFromValues(RunCase):
         return re.sub(r"-\d{8}-\d{6}(-\d+)?$", "", run_dir.name)
 
     def test_odd_values(self) -> None:
-        self.assertEqual(self.name("{a}", {"a": "../x/é\n\0"}), "_x_é__")
+        self.assertEqual(self.name("{a}", {"a": "../x/e\n\0"}), "_x_e__")
         self.assertEqual(self.name("lr{lr}", {"lr": 3e-7}), "lr3e-07")
         self.assertEqual(self.name("{a.b}", {"a": {"b": None}}), "None")
         self.assertEqual(self.name("{a}-{b}", {"a": "{b}", "b": 1}), "_b_-1")
