@@ -310,9 +310,11 @@ class TheReadme(RunCase):
         for line in lines:
             words = re.sub(pattern, lambda match: self.WORDS[match[0]], line)
             words = re.sub(r"[\[\]]", "", words.partition("   ")[0])
+            if GIT is None and re.search(r" (reproduce|verify) ", words):
+                continue
             with self.subTest(words):
                 self.shell(words.replace("python ", "python3 ", 1))
-        self.assertTrue(Path("again").is_dir())
+        self.assertEqual(Path("again").is_dir(), GIT is not None)
 
     def test_every_setting_that_is_named(self) -> None:
         text = self.README.read_text("utf-8")
@@ -2796,9 +2798,11 @@ class WhereWindowsLacksNames(RunCase):
         body = "sys.exit(main(sys.argv[1:]))"
         commands = [
             "list", "list --json", "inspect latest", "lineage latest", "audit",
-            "reindex", "env", "env --json", "report -o page.html", "verify latest",
-            "reproduce latest", "note latest text --tag t", "prune --status success",
+            "reindex", "env", "env --json", "report -o page.html",
+            "note latest text --tag t", "prune --status success",
         ]  # fmt: skip
+        if GIT is not None:
+            commands += ["verify latest", "reproduce latest"]
         for command in commands:
             with self.subTest(command):
                 done = self.on_windows(body, *command.split())
