@@ -3312,8 +3312,7 @@ class _Capture:
 
     def stop(self) -> None:
         """Put every stream back as it was, whatever fails on the way."""
-        steps: list[Callable[[], object]] = []
-        steps.append(self.forget_shell)
+        steps: list[Callable[[], object]] = [self.forget_shell]
         steps += [stream.flush for stream in self.streams]
         steps.append(lambda: _flush_c_streams(self.streams))
         steps += [stream.stop for stream in self.streams]
@@ -12155,9 +12154,6 @@ def _commits_between(run: Run, then: JSON, now: JSON) -> list[str]:
     except _Unknown:  # the repository, or a commit, is not there any more
         return []
     return [f"  {line}" for line in _lines_of(output)]
-
-
-# --- A graph of runs.
 
 
 def _different_parts(then: str, now: str) -> tuple[str, str]:

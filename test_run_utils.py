@@ -6146,16 +6146,22 @@ class ThePlan(ReproduceCase):
         ][0]
         self.assertEqual(make[5:], ["--channel", "conda-forge", "a-b=1=py_0"])
 
+    def install_from(self, folder: Path) -> Path:
+        """Install a package "mine" that can be edited; return its site-packages."""
+        site = self.tmp / "site-packages"
+        place = site / "mine-1.0.dist-info"
+        place.mkdir(parents=True)
+        (place / "METADATA").write_text("Name: mine\nVersion: 1.0\n")
+        direct = {"url": folder.as_uri(), "dir_info": {"editable": True}}
+        (place / "direct_url.json").write_text(json.dumps(direct))
+        return site
+
     def test_a_package_from_a_folder_that_has_changed(self) -> None:
         library = self.pushed_repo("lib", {"code.py": b"one\n"})
         self.write("code.py", b"two\n")
-        site = self.tmp / "site-packages" / "mine-1.0.dist-info"
-        site.mkdir(parents=True)
-        (site / "METADATA").write_text("Name: mine\nVersion: 1.0\n")
-        direct = {"url": library.as_uri(), "dir_info": {"editable": True}}
-        (site / "direct_url.json").write_text(json.dumps(direct))
+        site = self.install_from(library)
         self.pushed_repo()
-        (package,) = self.capture(sys_path=[str(site.parent)]).packages
+        (package,) = self.capture(sys_path=[str(site)]).packages
         self.repo = library
         self.assertIsNone(run_utils._package_now(package))
         self.write("code.py", b"three\n")
@@ -6174,13 +6180,9 @@ class ThePlan(ReproduceCase):
         """With a package from a folder, as it was with its changes."""
         library = self.pushed_repo("lib", {"pkg/code.py": b"one\n"})
         self.write("pkg/code.py", b"two\n")
-        site = self.tmp / "site-packages" / "mine-1.0.dist-info"
-        site.mkdir(parents=True)
-        (site / "METADATA").write_text("Name: mine\nVersion: 1.0\n")
-        direct = {"url": (library / "pkg").as_uri(), "dir_info": {"editable": True}}
-        (site / "direct_url.json").write_text(json.dumps(direct))
+        site = self.install_from(library / "pkg")
         self.pushed_repo()
-        captured = self.capture(sys_path=[str(site.parent)])
+        captured = self.capture(sys_path=[str(site)])
         run = self.record()
         shutil.copy(captured.folder / "git.mine.patch", run)
         path = run / "metadata.json"
