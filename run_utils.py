@@ -7683,12 +7683,13 @@ class _Facts:
         return clean
 
     def items(self, values: list[JSON], name: str, above: int) -> list[JSON]:
-        suspects: Iterable[int] = range(len(values))
-        if _grade(name) == above == _NONE and _are_many_texts(values):
-            suspects = self.suspects(values)
+        if _grade(name) != _NONE or above != _NONE or not _are_many_texts(values):
+            return [self.value(value, name, above) for value in values]
         clean = values.copy()
-        for number in suspects:
-            clean[number] = self.value(values[number], name, above)
+        suspects = self.suspects(values)
+        for number, value in enumerate(values):
+            if value in suspects:
+                clean[number] = self.value(value, name, above)
         return clean
 
     def harmless_keys(self, values: Facts, above: int) -> set[str]:
@@ -7696,33 +7697,36 @@ class _Facts:
         texts = {k: v for k, v in values.items() if isinstance(v, str)}
         if above != _NONE or not _are_many_texts(list(texts.values())):
             return set()
-        keys = list(texts)
-        suspects = {*self.suspects(keys), *self.suspects(list(texts.values()))}
-        return set(keys) - {keys[number] for number in suspects} - {"command"}
+        harmless = set(texts) - self.suspects(texts) - {"command"}
+        suspects = self.suspects(texts.values())
+        if suspects:
+            harmless = {key for key in harmless if texts[key] not in suspects}
+        return harmless
 
-    def suspects(self, texts: Sequence[str]) -> Iterable[int]:
-        """Return the numbers of the texts that may hold a secret: one look at all.
+    def suspects(self, many: Iterable[str]) -> set[str]:
+        """Return those of many texts that may hold a secret, by one look at all.
 
         To search for a few strings in everything is quicker than for patterns in each
         of 12,000 variables. What it passes over has nothing that `text` replaces.
         """
+        texts = list(set(many))
         whole = "\0".join(texts)
         if not whole.isascii():
-            return range(len(texts))
-        ends = list(itertools.accumulate(len(text) + 1 for text in texts))
+            return set(texts)
+        ends = list(itertools.accumulate([len(text) + 1 for text in texts]))
         wanted = [*_HINTS, *_long_words(whole)]
-        found = {n for n, text in enumerate(texts) if len(text) > MAX_REDACTED}
+        found = {text for text in texts if len(text) > MAX_REDACTED}
         lower = whole.lower()
         for hint in wanted:
             place = lower.find(hint)
             while place >= 0:
                 number = bisect.bisect_right(ends, place)
-                found.add(number)
+                found.add(texts[number])
                 place = lower.find(hint, ends[number])
         if self.redactor.known:
             for match in self.redactor.known_pattern().finditer(whole):
-                found.add(bisect.bisect_right(ends, match.start()))
-        return sorted(found)
+                found.add(texts[bisect.bisect_right(ends, match.start())])
+        return found
 
     def key(self, key: str) -> str:
         keys = self.redactor.keys
