@@ -5947,7 +5947,8 @@ def _texts_below(tree: _Repository, top: str) -> Iterator[str]:
         folders[:] = [
             name for name in folders if name[:1] != "." and name not in skipped
         ]
-        yield from [os.path.join(folder, name) for name in sorted(files)]
+        links = [n for n in folders if os.path.islink(os.path.join(folder, n))]
+        yield from [os.path.join(folder, name) for name in sorted([*files, *links])]
 
 
 def _is_shared_folder(folder: str) -> bool:

@@ -4800,8 +4800,8 @@ class WithoutGit(CodeCase):
         (folder / "linked").symlink_to(self.tmp, target_is_directory=True)
         captured = self.capture(script=str(folder / "train.py"))
         names = sorted(read_tree(self.rebuild(captured)))
-        code = ["MANIFEST.in", "conf/a.yaml", "link", "pkg/model.py", "train.py"]
-        self.assertEqual(names, code)
+        code = ["MANIFEST.in", "conf/a.yaml", "link", "linked", "pkg/model.py"]
+        self.assertEqual(names, [*code, "train.py"])  # a link, not what is behind it
         self.assertEqual(captured.left_out, {"data.bin": "no source"})
 
     def test_a_home_directory_is_not_a_program(self) -> None:
