@@ -6977,7 +6977,9 @@ def _run_again(plan: _Plan, target: str, tolerance: float, is_quiet: bool) -> Fa
         env.update(VIRTUAL_ENV=venv, PATH=paths)
     if _mapping(plan.metadata, "python").get("origin") != "this process":
         base = f"{target}/results/{plan.run.path.parent.name}"
-        words = [sys.executable, __file__, "run", "--base-dir", base, "--", *words]
+        prefix = re.split(f"-{_STAMP}", plan.run.name)[0]
+        ours = ["run", "--base-dir", base, "--prefix", prefix]
+        words = [sys.executable, __file__, *ours, "--", *words]
     output = None
     if is_quiet:  # its log has it
         output = subprocess.DEVNULL

@@ -6327,14 +6327,15 @@ class RunningItAgain(ReproduceCase):
     def test_a_command_in_another_language(self) -> None:
         self.pushed_repo(files={"job.sh": b"cat data; echo $1\n", "data": b"1\n"})
         self.write("data", b"2\n")
-        words = ("run", "--base-dir", "results/sh", "--", "sh", "job.sh", "x")
-        command = [PYTHON, "-m", "run_utils", *words]
+        words = ("run", "--base-dir", "results/sh", "--prefix", "my-job", "--")
+        command = [PYTHON, "-m", "run_utils", *words, "sh", "job.sh", "x"]
         subprocess.run(command, cwd=self.repo, check=True, capture_output=True)
         (path,) = self.repo.rglob("status.json")
         found = self.reproduce(path.parent, "--exec")["comparison"]
         self.assertEqual(found["level"], "the same output, byte for byte")
         again = Path(found["run"])
         self.assertEqual(again.parent, self.tree / "results" / "sh")
+        self.assertRegex(again.name, r"^my-job-\d{8}-")
         self.assertEqual((again / "logs" / "stdout.log").read_text(), "2\nx\n")
         metadata = json.loads((again / "metadata.json").read_text())
         self.assertEqual(metadata["reproduces"]["run_dir"], str(path.parent))
