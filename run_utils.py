@@ -7153,17 +7153,15 @@ def _named_texts(config: JSON, argv: Sequence[str]) -> Iterator[tuple[str, str]]
         yield "argv", word
 
 
-def _strings(key: str, value: JSON, depth: int = 0) -> Iterator[tuple[str, str]]:
+def _strings(key: str, value: JSON) -> Iterator[tuple[str, str]]:
     if isinstance(value, str):
         yield key, value
-    elif depth > MAX_DEPTH:
-        return
     elif isinstance(value, dict):
         for name, item in value.items():
-            yield from _strings(f"{key}.{name}", item, depth + 1)
+            yield from _strings(f"{key}.{name}", item)
     elif isinstance(value, list):
         for item in value:
-            yield from _strings(key, item, depth + 1)
+            yield from _strings(key, item)
 
 
 def _existing_paths(text: str, cwd: str) -> Iterator[str]:

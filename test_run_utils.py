@@ -8482,6 +8482,18 @@ class WhatIsOpened(RunCase):
             run_utils._read_bytes("large", limit=10)
         self.assertEqual(run_utils._read_bytes("large", limit=11), b"x" * 11)
 
+    def test_a_record_of_any_usual_size_is_read(self) -> None:
+        """Once only the first 64 KiB were."""
+        for size in (1, 65_534, 65_535, 65_536, 300_000):
+            Path("metadata.json").write_text(json.dumps({"env": "x" * size}))
+            found = run_utils._read_json("metadata.json")
+            self.assertEqual(found, {"env": "x" * size}, size)
+
+    def test_what_is_temporary_is_for_nobody_else(self) -> None:
+        with run_utils._temporary_folder() as path:
+            self.assertEqual(stat.S_IMODE(os.stat(path).st_mode), 0o700)
+        self.assertFalse(os.path.exists(path))
+
     def test_the_tail_starts_with_a_whole_line(self) -> None:
         Path("f").write_bytes(b"one\ntwo\nthree\n")
         self.assertEqual(run_utils._read_bytes("f", tail=8), b"three\n")
