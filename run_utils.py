@@ -591,7 +591,7 @@ def find_runs(
         where=where, status=status, since=since, older=older, contains=contains,
         tag=tag, has_outputs=has_outputs, sort=sort, top=top, limit=limit,
     )
-    selection = _select_runs(abspath(root), filters)
+    selection = _Selection(abspath(root), filters)
     for warning in selection.warnings:
         _warn(warning)
     return _Runs(selection.runs)
@@ -629,14 +629,14 @@ class Run(dict):  # type: ignore[type-arg]
         self.folder = os.fspath(path)
         if not self.folder.startswith(os.sep):
             self.folder = abspath(path)
+        self.unread: dict[str, str] = {}  # why a file was not read, by its name
         if row:
             self.fill()
 
     def fill(self) -> Run:
         for key, read in _ROW.items():
             self[key] = read(self)
-        self.update(self.flat_config)
-        self.update(self.flat_metrics)
+        self.update({**self.flat_config, **self.flat_metrics})
         self.forget()
         return self
 
@@ -669,15 +669,14 @@ class Run(dict):  # type: ignore[type-arg]
     @cached_property
     def config(self) -> Facts:
         """The arguments, from metadata.json; of an ancestor's run from config.yaml."""
-        config = _mapping(self.metadata, "config")
-        if not config:
-            config = self.read_config()
-        return _mapping({"config": _with_floats(config)}, "config")
+        config = _mapping(self.metadata, "config") or self.read_config()
+        floats: Facts = _with_floats(config)
+        return floats
 
     @cached_property
     def flat_config(self) -> Facts:
         """The config but for its command, with keys such as "config.model.lr"."""
-        arguments = {k: v for k, v in self.config.items() if k != "command"}
+        arguments = _arguments(self.config)
         if not arguments:
             return {}
         return _flattened("config", arguments)
@@ -685,22 +684,27 @@ class Run(dict):  # type: ignore[type-arg]
     @cached_property
     def raw_summary(self) -> Facts:
         """The same as `summary`, with the texts that stand for NaN and infinities."""
+        path = f"{self.folder}/metrics/metrics.jsonl"
+        facts = _read_json(f"{self.folder}/metrics/summary.json")
         try:
-            return _metric_summary(self.folder)
+            size = os.stat(path).st_size
+            if _mapping(facts, "metrics.jsonl").get("bytes") != size:
+                facts = _summarize_metrics(self.folder)
+        except FileNotFoundError:
+            pass
         except OSError as error:
-            path = f"{self.folder}/metrics/metrics.jsonl"
             self.unread["metrics"] = _unreadable(error, path)
-        return {}
+            return {}
+        facts.pop("metrics.jsonl", None)
+        return facts
 
     @property
     def summary(self) -> dict[str, Facts]:
         """For each metric last, min, max, first, their steps, and the count."""
         found = {}
-        nothing = _MetricSummary().to_json()  # for what a damaged file lacks
         for key, facts in self.raw_summary.items():
             if isinstance(facts, dict):
-                known = {name: _as_float(value) for name, value in facts.items()}
-                found[key] = {**nothing, **known}
+                found[key] = _with_floats({**_NO_VALUES, **facts})
                 if type(found[key]["count"]) is not int:
                     found[key]["count"] = 0
         return found
@@ -722,11 +726,11 @@ class Run(dict):  # type: ignore[type-arg]
     def attempts(self) -> list[Facts]:
         """The status.json of each attempt but the last."""
         folder = f"{self.folder}/attempts"
-        names: list[str] = []
         with _ignoring(OSError):
             names = [name for name in os.listdir(folder) if _whole(name) is not None]
-        names.sort(key=int)
-        return [_read_json(f"{folder}/{name}/status.json") for name in names]
+            names.sort(key=int)
+            return [_read_json(f"{folder}/{name}/status.json") for name in names]
+        return []
 
     @cached_property
     def inputs(self) -> list[str]:
@@ -746,11 +750,6 @@ class Run(dict):  # type: ignore[type-arg]
     def outputs(self) -> dict[str, int]:
         """The files it left, but for its record and its logs: their sizes in bytes."""
         return _output_sizes(self.folder)
-
-    @cached_property
-    def unread(self) -> dict[str, str]:
-        """Why a file was not read, by its name."""
-        return {}
 
     @property
     def problems(self) -> list[str]:
@@ -781,23 +780,6 @@ class Run(dict):  # type: ignore[type-arg]
             return float("nan"), None
         return number, facts.get(f"{which}_step")
 
-    def look_up(self, key: str) -> object:
-        """Return the value of a key: ours, else of the config, else of the metrics.
-
-        "max(val/acc)" and such are the value of a metric that the function names.
-        """
-        expression = _Expression(key)
-        if expression.function is not None:
-            return expression.value(self)
-        for table in (_ROW, _COUNTED):
-            if key in table:
-                return table[key](self)
-        for found in (self.flat_config, self.flat_metrics):
-            for name in (key, f"config.{key}", f"metrics.{key}"):
-                if name in found:
-                    return found[name]
-        return None
-
     def value(self, expression: _Expression) -> object:
         """Return what it is sorted by, and let go of what had to be read for it."""
         found = expression.value(self)
@@ -807,19 +789,18 @@ class Run(dict):  # type: ignore[type-arg]
     def read_facts(self, name: str) -> Facts:
         """Return the JSON object in a file; keep why it could not be read."""
         path = f"{self.folder}/{name}"
-        value = None
+        problem = f"{path!r} is not a JSON object that can be read"
         try:
             value = json.loads(_read_bytes(path, MAX_RECORD))
+            if isinstance(value, dict):
+                return value
         except FileNotFoundError:
             return {}
         except OSError as error:
-            self.unread[name] = _unreadable(error, path)
-            return {}
+            problem = _unreadable(error, path)
         except (ValueError, RecursionError):
             pass
-        if isinstance(value, dict):
-            return value
-        self.unread[name] = f"{path!r} is not a JSON object that can be read"
+        self.unread[name] = problem
         return {}
 
     def read_config(self) -> Facts:
@@ -838,37 +819,31 @@ class Run(dict):  # type: ignore[type-arg]
 
     def _repr_html_(self) -> str:
         """Return this run as a table, for a notebook."""
-        return _runs_html([self])
+        return _Runs([self])._repr_html_()
 
 
 class _Runs(list):  # type: ignore[type-arg]
     def _repr_html_(self) -> str:
-        return _runs_html(self)
-
-
-def _runs_html(runs: Sequence[Run]) -> str:
-    root = dirname(os.path.commonpath([run.folder for run in runs] or [os.sep]))
-    return _html_table(_run_columns(runs, root, _differing_keys(runs), []))
+        root = dirname(os.path.commonpath([run.folder for run in self] or [os.sep]))
+        return _html_table(_run_columns(self, root, _differing_keys(self)))
 
 
 def _total_duration(run: Run) -> float | None:
     attempts = [*run.attempts, run.status]
-    seconds = [_number(status.get("duration_seconds")) for status in attempts]
-    known = [number for number in seconds if number is not None]
+    numbers = [_number(status.get("duration_seconds")) for status in attempts]
+    known = [number for number in numbers if number is not None]
     if not known:
         return None
     return sum(known)
 
 
 def _started_utc(run: Run) -> object:
-    for facts, key in (
-        (run.status, "started_utc"),
-        (run.metadata, "timestamp_utc"),
-        (run.status, "timestamp_utc"),
-    ):
-        if facts.get(key) is not None:
-            return facts[key]
-    return None
+    started = run.status.get("started_utc")
+    if started is None:
+        started = run.metadata.get("timestamp_utc")
+    if started is None:
+        started = run.status.get("timestamp_utc")
+    return started
 
 
 def _script_of(run: Run) -> str:
@@ -885,7 +860,7 @@ def _script_of(run: Run) -> str:
     return re.split(_STAMP, run.name)[0].rstrip("-")
 
 
-# The row of a run in its order, and how each value is read: only what is asked for.
+# The row of a run in its order, and how each value is read.
 _ROW: dict[str, Callable[[Run], object]] = {
     "name": lambda run: run.name,
     "run_dir": lambda run: run.folder,
@@ -902,7 +877,8 @@ _ROW: dict[str, Callable[[Run], object]] = {
     "script_name": _script_of,
     "tags": lambda run: _tags(run.notes),
 }
-_COUNTED: dict[str, Callable[[Run], object]] = {
+_KEYS: dict[str, Callable[[Run], object]] = {  # the same, and what takes longer
+    **_ROW,
     "outputs": lambda run: len(run.outputs),
     "size": lambda run: sum(run.outputs.values()),
 }
@@ -1911,7 +1887,7 @@ class _Record:
     def earlier_runs(self) -> Iterator[Path]:
         """Yield the runs of this user beside this one, the newest first."""
         with _ignoring(OSError):
-            names = [name for name in os.listdir(self.path.parent) if _is_stamped(name)]
+            names = [name for name in os.listdir(self.path.parent) if _stamp_of(name)]
             # Of those of one second name-10 is newer than name-2.
             names.sort(key=lambda n: (_stamp_of(n), len(n), n), reverse=True)
             for name in names:
@@ -7090,7 +7066,8 @@ def _enclosing_seeds(run: Run, rows: Sequence[Facts]) -> int:
             continue
         for row in rows:
             if row["kind"] == "metric" and row["key"].startswith("last("):
-                values = [_number(each.look_up(row["key"])) for each in group.runs]
+                last = _Expression(row["key"])
+                values = [_number(last.value(each)) for each in group.runs]
                 known = [value for value in values if value is not None]
                 now = _number(row["now"])
                 if now is None or not min(known) <= now <= max(known):
@@ -7117,7 +7094,7 @@ def _show_comparison(comparison: Facts) -> None:
 
 
 def _inputs(
-    config: JSON, argv: Sequence[str], run_dir: Path, cwd: str | None = None
+    config: Facts | None, argv: Sequence[str], run_dir: Path, cwd: str = ""
 ) -> list[Facts]:
     """Return an entry for each existing path of another run that a run was given.
 
@@ -7126,39 +7103,28 @@ def _inputs(
     ``a/*.pt`` and ``$OLD/b.pt``, relative to `cwd`.
     """
     own = realpath(run_dir)
-    known: dict[str, bool] = {}  # which folders are runs: each is looked at once
-    states: dict[str, str] = {}
+    is_run = functools.lru_cache(None)(_is_run)  # each folder is looked at once
     deadline = time.monotonic() + INPUT_SECONDS
     entries: dict[str, Facts] = {}
-    for _, (key, text) in zip(range(MAX_INPUTS), _named_texts(config, argv)):
-        for path in _existing_paths(text, cwd or ""):
+    words = (("argv", word) for word in argv[1:])
+    texts = itertools.chain(_strings("", _arguments(config or {})), words)
+    for key, text in itertools.islice(texts, MAX_INPUTS):
+        for path in _existing_paths(text, cwd):
             if time.monotonic() > deadline or len(entries) >= MAX_INPUTS:
                 return list(entries.values())
-            producer = _run_of(path, known)
-            if producer is None or realpath(producer) == own:
-                continue
-            if producer not in states:
-                states[producer] = _text(_status_now(producer).get("status"))
-            entry = _input(key, path, producer, run_dir, states[producer])
-            entries.setdefault(f"{producer}/{entry['path']}", entry)
+            producer = _run_of(path, is_run)
+            if producer is not None and realpath(producer) != own:
+                entry = _input(key, path, producer, run_dir)
+                entries.setdefault(f"{producer}/{entry['path']}", entry)
     return list(entries.values())
-
-
-def _named_texts(config: JSON, argv: Sequence[str]) -> Iterator[tuple[str, str]]:
-    if isinstance(config, dict):
-        for key, value in config.items():
-            if key != "command":
-                yield from _strings(key, value)
-    for word in argv[1:]:
-        yield "argv", word
 
 
 def _strings(key: str, value: JSON) -> Iterator[tuple[str, str]]:
     if isinstance(value, str):
         yield key, value
     elif isinstance(value, dict):
-        for name, item in value.items():
-            yield from _strings(f"{key}.{name}", item)
+        for name, item in _flattened(key, value).items():
+            yield from _strings(name, item)
     elif isinstance(value, list):
         for item in value:
             yield from _strings(key, item)
@@ -7168,15 +7134,17 @@ def _existing_paths(text: str, cwd: str) -> Iterator[str]:
     if len(text) > 4096 or "\0" in text:
         return
     value = text.partition("=")[2]
-    for part in dict.fromkeys([text, value, *text.split(","), *value.split(",")]):
-        if not part:
-            continue
+    parts = dict.fromkeys([text, value, *text.split(","), *value.split(",")])
+    for part in filter(None, parts):
         path = os.path.expanduser(os.path.expandvars(_without_scheme(part)))
         path = os.path.join(cwd, path)
         if exists(path):
             yield abspath(path)
         elif _is_glob(path):
-            yield from _globbed(path)
+            import glob
+
+            with _ignoring(OSError, re.error):
+                yield from map(abspath, itertools.islice(glob.iglob(path), MAX_INPUTS))
 
 
 def _without_scheme(text: str) -> str:
@@ -7193,17 +7161,7 @@ def _is_glob(path: str) -> bool:
     return len(re.findall(r"[*?[][^/]*", path)) in (1, 2)
 
 
-def _globbed(pattern: str) -> Iterator[str]:
-    import glob
-
-    with _ignoring(OSError, re.error):
-        for _, path in zip(range(MAX_INPUTS), glob.iglob(pattern)):
-            yield abspath(path)
-
-
-def _input(
-    key: str, path: str, producer: str, run_dir: StrPath, status: str
-) -> Facts:
+def _input(key: str, path: str, producer: str, run_dir: StrPath) -> Facts:
     """Return the entry of `inputs` in metadata.json for a file of another run."""
     inside = relpath(path, producer)
     if inside.startswith(os.pardir):  # a link into the run
@@ -7216,7 +7174,7 @@ def _input(
         "path": inside,
         "size": None,
         "mtime": None,
-        "status": status,
+        "status": _text(_status_now(producer).get("status")),
     }
     with _ignoring(OSError):
         info = os.stat(path)
@@ -7244,27 +7202,26 @@ def _record_use(artifact: Path, consumer: str | None, reason: str | None) -> Non
     producer = _run_of(path)
     if producer is None:
         return
-    inside = re.sub("^artifacts/", "", relpath(path, producer))
-    about: Facts = {"artifact_relpath": inside, "consumer_run_dir": consumer}
-    about["reason"] = reason
-    is_own = realpath(consumer or "") == realpath(producer)
-    if consumer is not None and not is_own:
+    about: Facts = {
+        "artifact_relpath": re.sub("^artifacts/", "", relpath(path, producer)),
+        "consumer_run_dir": consumer,
+        "reason": reason,
+    }
+    if consumer is not None and realpath(consumer) != realpath(producer):
         with _tolerating("inputs.jsonl"):
             _add_input(Path(abspath(consumer)), path, producer, reason)
-    used: Facts = {"when": _utc(), **about, "host": _hostname(), "user": _user()}
     with _ignoring(OSError):  # the producer's tree may be read-only
         record = _Record.at(Path(producer))
+        used: Facts = {"when": _utc(), **about, "host": _hostname(), "user": _user()}
         record.append("artifacts/USED_BY.jsonl", used)
         record.tell_index("artifact_used", **about)
 
 
 def _add_input(run_dir: Path, path: str, producer: str, reason: str | None) -> None:
-    status = _text(_status_now(producer).get("status"))
-    entry = _input("mark_artifact_used", path, producer, run_dir, status)
+    entry = _input("mark_artifact_used", path, producer, run_dir)
     if reason is not None:
         entry["reason"] = reason
-    known = map(_same_input, _read_lines(run_dir / "inputs.jsonl"))
-    if _same_input(entry) in known:
+    if _same_input(entry) in map(_same_input, _read_lines(run_dir / "inputs.jsonl")):
         return
     record = _Record.at(run_dir)
     record.append("inputs.jsonl", {"timestamp_utc": _utc(), **entry})
@@ -7273,34 +7230,33 @@ def _add_input(run_dir: Path, path: str, producer: str, reason: str | None) -> N
         record.tell_index("artifact_used", inputs=[entry["run"]])
 
 
-def _same_input(entry: Facts) -> list[JSON]:
+def _same_input(entry: Facts) -> str:
     """Return what makes two entries the same: the file, as it was."""
-    return [entry.get(key) for key in ("run_dir", "path", "size", "mtime")]
+    return _format_json([entry.get(k) for k in ("run_dir", "path", "size", "mtime")])
 
 
 def _read_inputs(run_dir: StrPath) -> list[Facts]:
     """Return which files of other runs a run used."""
-    folder = os.fspath(run_dir)
     different: dict[str, Facts] = {}
-    for entry in [*_recorded_inputs(folder), *_read_lines(f"{folder}/inputs.jsonl")]:
+    for entry in [*_recorded_inputs(run_dir), *_read_lines(f"{run_dir}/inputs.jsonl")]:
         if isinstance(entry.get("path"), str):
-            different.setdefault(_format_json(_same_input(entry)), entry)
+            different.setdefault(_same_input(entry), entry)
     return list(different.values())
 
 
-def _recorded_inputs(folder: str) -> list[Facts]:
+def _recorded_inputs(run_dir: StrPath) -> list[Facts]:
     """Return `inputs` of metadata.json; of an ancestor's run, what its config names."""
-    metadata = _readable_bytes(f"{folder}/metadata.json", MAX_RECORD)
+    metadata = _readable_bytes(f"{run_dir}/metadata.json", MAX_RECORD)
     if b'\n  "inputs": [],' in metadata:
         return []  # as most have it: not to parse 10,000 of them is worth a line
-    run = Run(folder, row=False)
+    run = Run(run_dir, row=False)
     inputs = run.metadata.get("inputs")
     if inputs is not None or not run.config:
         return _those(inputs, dict)
-    cwd = run.metadata.get("working_dir")
-    if not isinstance(cwd, str) or not os.path.isabs(cwd):
+    cwd = _word(run.metadata.get("working_dir"))
+    if not os.path.isabs(cwd):
         cwd = os.sep
-    return _inputs(run.config, _texts(run.metadata.get("argv")), Path(folder), cwd)
+    return _inputs(run.config, _texts(run.metadata.get("argv")), run.path, cwd)
 
 
 class _Lineage:
@@ -7308,7 +7264,6 @@ class _Lineage:
 
     def __init__(self, root: Path, run: Path | None = None) -> None:
         """Read all runs below `root`; with `run`, only what tells who used that."""
-        self.root = root
         walk = _Walk(str(root))
         self.runs = walk.runs
         self.named: dict[str, str] = {}  # where the run of a name is
@@ -7324,10 +7279,8 @@ class _Lineage:
             self._add_users(Path(folder))
 
     def users_of(self, run: Path) -> list[str]:
-        names = {
-            consumer.name for producer, consumer in self.edges
-            if realpath(producer) == realpath(run)
-        }
+        real = realpath(run)
+        names = {user.name for used, user in self.edges if realpath(used) == real}
         return sorted(names)
 
     def walk(self, start: Path, users: bool) -> Iterator[tuple[int, Path, str]]:
@@ -7338,14 +7291,15 @@ class _Lineage:
             if users:
                 here, there = producer, consumer
             following.setdefault(here, []).append((there, _format_paths(paths)))
-        seen = {start}
-        waiting = [(1, *step) for step in reversed(following.get(start, []))]
+        seen: set[Path] = set()
+        waiting = [(0, start, "")]
         while waiting:
             depth, run, text = waiting.pop()
             if run in seen:
                 yield depth, run, f"{text} (see above)"
                 continue
-            yield depth, run, text
+            if depth:
+                yield depth, run, text
             seen.add(run)
             for step in reversed(following.get(run, [])):
                 waiting.append((depth + 1, *step))
@@ -9995,32 +9949,29 @@ def _find_run(text: str) -> Path:
     if len(runs) == 1:
         return Path(runs[0])
     names = ", ".join(relpath(run, walk.root) for run in runs[:3])
+    problem = f"a part of {len(runs)} names ({names}, ...); say more"
     if basename(runs[0]) == text:
-        many = f"{len(runs)} runs ({names})"
-        raise ValueError(f"{text!r} is the name of {many}; give one of the paths")
-    many = f"{len(runs)} names ({names}, ...)"
-    raise ValueError(f"{text!r} is a part of {many}; say more")
+        problem = f"the name of {len(runs)} runs ({names}); give one of the paths"
+    raise ValueError(f"{text!r} is {problem}")
 
 
 def _not_found(text: str, walk: _Walk) -> str:
-    sentences = [f"no run {text!r} below {walk.root!r}", *walk.problems]
     with _ignoring(OSError, ValueError):
         try:
             os.lstat(text)
         except PermissionError as error:
             return _unreadable(error, text)
         return f"{text!r} is not in a run directory; give one, or a name"
-    return "; ".join(sentences[:2])
+    return "; ".join([f"no run {text!r} below {walk.root!r}", *walk.problems[:1]])
 
 
 def _latest_own_run(root: Path, prefix: str) -> Path | None:
     """Return the latest run of this user in `root`, of this prefix if it is fixed."""
     start = f"{_safe_name(prefix)}-"
-    for run in _walk_runs(root):
-        folder, name = os.path.split(run)
-        is_meant = "{" in prefix or re.split(_STAMP, name)[0] == start
-        if is_meant and folder == str(root) and _is_mine(run):
-            return Path(run)
+    for run in map(Path, _walk_runs(root)):
+        is_meant = "{" in prefix or re.split(_STAMP, run.name)[0] == start
+        if is_meant and run.parent == root and _is_mine(run):
+            return run
     return None
 
 
@@ -10029,12 +9980,11 @@ def _named(text: str, walk: _Walk) -> list[str]:
         return walk.newest_first(1)
     paths = {run: relpath(run, walk.root) for run in sorted(walk.runs)}
     found = [run for run in paths if basename(run) == text]
-    if not found:
-        found = [run for run in paths if paths[run] == normpath(text)]
+    found = found or [run for run in paths if paths[run] == normpath(text)]
     if found or lexists(text):
         return found
-    pieces = [re.escape(piece) for piece in re.split(r"\.\.\.|…", text)]
-    part = re.compile(".*".join(pieces))  # `list` shortens a name to "tra…-142501"
+    pieces = re.split(r"\.\.\.|…", text)  # `list` shortens a name to "tra…-142501"
+    part = re.compile(".*".join(map(re.escape, pieces)))
     found = [run for run in paths if part.search(basename(run))]
     return found or [run for run in paths if part.search(paths[run])]
 
@@ -10048,35 +9998,29 @@ def _search_root(text: str | None) -> str:
     return realpath(root)
 
 
-def _run_of(path: StrPath, known: dict[str, bool] | None = None) -> str | None:
-    if known is None:
-        known = {}
-    for place in (abspath(path), realpath(path)):
-        for folder in _folders_above(place):
-            if folder not in known:
-                known[folder] = _is_run(folder)
-            if known[folder]:
-                return folder
-    return None
-
-
-def _folders_above(path: str) -> Iterator[str]:
-    yield path
-    yield from map(str, Path(path).parents)
-
-
 def _is_run(path: StrPath) -> bool:
     """Tell whether a folder holds a record; a data set has a metadata.json too."""
-    path = os.fspath(path)
     if isfile(f"{path}/status.json"):
         return True
     if not isfile(f"{path}/metadata.json"):
         return False
-    if _is_stamped(basename(path)) or isfile(f"{path}/config.yaml"):
+    if _stamp_of(basename(path)) or isfile(f"{path}/config.yaml"):
         return True
     with _ignoring(OSError), _opened(f"{path}/metadata.json", sys.maxsize) as file:
         return b'"timestamp_utc"' in (file.read(FORWARD_BYTES) or b"")
     return False
+
+
+def _run_of(path: StrPath, is_run: Callable[[str], bool] = _is_run) -> str | None:
+    for place in (abspath(path), realpath(path)):
+        for folder in _folders_above(place):
+            if is_run(folder):
+                return folder
+    return None
+
+
+def _folders_above(path: str) -> list[str]:
+    return [path, *map(str, Path(path).parents)]
 
 
 _STAMP = r"\d{8}-\d{6}(?![^-])"  # in the name of a run: local time
@@ -10087,10 +10031,6 @@ def _stamp_of(name: str) -> str:
     if found is None:
         return ""
     return found[0]
-
-
-def _is_stamped(name: str) -> bool:
-    return re.search(_STAMP, name) is not None
 
 
 class _Walk:
@@ -10146,8 +10086,10 @@ class _Walk:
                 known = self.index.starts
             for name in inside:
                 path = f"{folder}/{name}"
-                # A folder with a time in its name is nearly always a run: no look.
-                if path in known or _is_likely_run(path, name):
+                is_run = path in known
+                if not is_run and _stamp_of(name):  # nearly always a run: no look
+                    is_run = os.access(f"{path}/status.json", os.F_OK)
+                if is_run:
                     self.found.add(path)
                 elif depth < MAX_WALK and not name.startswith("."):
                     waiting.append((path, depth + 1))
@@ -10168,16 +10110,12 @@ class _Walk:
         return names, inside
 
 
-def _is_likely_run(path: str, name: str) -> bool:
-    return _is_stamped(name) and os.access(f"{path}/status.json", os.F_OK)
-
-
 def _is_record(folder: str, names: set[str], inside: list[str]) -> bool:
     """Tell whether a folder with these files and folders is a run, or what is left."""
     if not names.isdisjoint(("status.json", "metadata.json")):
         return _is_run(folder)
     rest = {*DEFAULT_SUBDIRS, "attempts"}
-    return _is_stamped(basename(folder)) and rest.issuperset(inside)
+    return _stamp_of(basename(folder)) != "" and rest.issuperset(inside)
 
 
 def _walk_runs(root: StrPath) -> list[str]:
@@ -10193,11 +10131,10 @@ def _newest(
     """
     asked = list(runs)
     if limit is not None and len(asked) > max(limit, MANY_RUNS):
-        starts = index.starts
-        by_index = sorted(asked, key=lambda run: starts.get(run.folder, "9"))[-limit:]
-        least = min(run.started for run in by_index)
+        asked.sort(key=lambda run: index.starts.get(run.folder, "9"))
+        least = min(run.started for run in asked[-limit:])
         bound = _utc(least - INDEX_SECONDS)
-        asked = [run for run in asked if starts.get(run.folder, "9") > bound]
+        asked = [r for r in asked if index.starts.get(r.folder, "9") > bound]
     asked.sort(key=lambda run: (run.started, run.folder), reverse=True)
     return asked[:limit]
 
@@ -10219,14 +10156,13 @@ class _Index:
         It is true within INDEX_SECONDS.
         """
         starts = {}
-        event = b'{"event": "start", "timestamp_utc": "'
-        utc = slice(len(event), len(event) + len("2026-01-31T14:25:01Z"))
+        event = '{"event": "start", "timestamp_utc": "'
         for lines in self._lines():
-            for part in lines.split(b'", "inputs": [')[:-1]:
-                line = part[part.rfind(b"\n") + 1 :]
+            for part in lines.decode("latin-1").split('", "inputs": [')[:-1]:
+                line = part[part.rfind("\n") + 1 :]
                 if line.startswith(event):
-                    path = line[line.rindex(b'"') + 1 :].decode("latin-1")
-                    starts[f"{self.root}/{path}"] = line[utc].decode("latin-1")
+                    path = line[line.rindex('"') + 1 :]
+                    starts[f"{self.root}/{path}"] = line[len(event) :][:20]
         return starts
 
     def _lines(self) -> Iterator[bytes]:
@@ -10237,34 +10173,27 @@ class _Index:
     def users_of(self, name: str) -> Iterator[str]:
         """Yield the runs of whose lines `inputs` or `tied` have the name of a run."""
         wanted = json.dumps(name).encode("ascii")
-        for lines in self._lines():
-            if wanted not in lines:
-                continue
-            for line in lines.split(b"\n"):
-                if wanted in line:
-                    yield from self._users_in(line, name)
-
-    def _users_in(self, line: bytes, name: str) -> Iterator[str]:
-        for row in _rows_of(line):
-            if name in [*_texts(row.get("inputs")), *_texts(row.get("tied"))]:
-                yield f"{self.root}/{row.get('path')}"
+        for block in self._lines():
+            lines = [line for line in block.split(b"\n") if wanted in line]
+            for row in _rows_of(b"\n".join(lines)):
+                if name in [*_texts(row.get("inputs")), *_texts(row.get("tied"))]:
+                    yield f"{self.root}/{row.get('path')}"
 
 
 def _started(run_dir: StrPath) -> float:
     """Return when a run was started, in seconds since 1970; 0 if nothing tells."""
-    folder = os.fspath(run_dir)
-    status = _read_json(f"{folder}/status.json")
+    status = _read_json(f"{run_dir}/status.json")
     if _is_finite(status.get("started")):
         return float(status["started"])
     seconds = _seconds(status.get("started_utc"))
     if seconds is None:
-        metadata = _read_json(f"{folder}/metadata.json")
+        metadata = _read_json(f"{run_dir}/metadata.json")
         seconds = _seconds(metadata.get("timestamp_utc"))
     if seconds is None:
         seconds = _seconds(status.get("timestamp_utc"))
         with _ignoring(ValueError, OverflowError):
-            stamp = _stamp_of(basename(folder))
-            seconds = time.mktime(time.strptime(stamp, "%Y%m%d-%H%M%S"))
+            stamp = time.strptime(_stamp_of(basename(run_dir)), "%Y%m%d-%H%M%S")
+            seconds = time.mktime(stamp)
     return seconds or 0.0
 
 
@@ -10274,16 +10203,15 @@ def _status_now(run_dir: StrPath, facts: Facts | None = None) -> Facts:
     On its own host the process itself is asked, elsewhere the heartbeat, which is the
     time of status.json. Without both it is "unknown".
     """
-    path = f"{os.fspath(run_dir)}/status.json"
-    if not facts:
-        facts = _read_json(path) or {"status": "?"}
+    path = f"{run_dir}/status.json"
+    facts = facts or _read_json(path) or {"status": "?"}
     if facts.get("status") != "running":
         return facts
-    status = _liveness(facts, path)
-    latest = _read_json(path)  # it may have ended while we looked
-    if latest and latest.get("status") != "running":
-        return latest
-    return {**facts, "status": status}
+    judged = {**facts, "status": _liveness(facts, path)}
+    latest = _read_json(path)
+    if latest.get("status", "running") != "running":
+        return latest  # it ended while we looked
+    return judged
 
 
 def _liveness(facts: Facts, path: str) -> str:
@@ -10317,7 +10245,7 @@ class _Filters:
     ) -> None:
         self.status = status
         self.tag = tag
-        self.contains = contains
+        self.contains = (contains or "").lower()
         self.has_outputs = has_outputs
         self.limit = limit
         self.is_top = top is not None
@@ -10330,7 +10258,7 @@ class _Filters:
             self.where = _Condition(where)
         if sort is not None:
             self.is_descending = sort.startswith("-")
-            self.sort = _Expression(sort[self.is_descending :])
+            self.sort = _Expression(sort.removeprefix("-"))
         if top is not None:
             self.limit = top
             if sort is None:
@@ -10340,14 +10268,13 @@ class _Filters:
 
     def take(self, run: Run, root: str) -> bool:
         """Tell whether a run is asked for; the cheapest questions come first."""
-        if self.contains is not None:
-            if self.contains.lower() not in run.folder[len(root) :].lower():
-                return False
+        if self.contains and self.contains not in run.folder[len(root) :].lower():
+            return False
         if self.since is not None and run.started < self.since:
             return False
         if self.older is not None and run.started >= self.older:
             return False
-        if self.status is not None and run.look_up("status") != self.status:
+        if self.status is not None and _ROW["status"](run) != self.status:
             return False
         if self.tag is not None and self.tag not in _tags(run.notes):
             return False
@@ -10356,13 +10283,12 @@ class _Filters:
         return not self.has_outputs or bool(run.outputs)
 
     def expressions(self) -> list[_Expression]:
-        found: dict[str, _Expression] = {}
+        found = []
         if self.sort is not None:
-            found[self.sort.text] = self.sort
+            found.append(self.sort)
         if self.where is not None:
-            for term in self.where.terms:
-                found.setdefault(term.expression.text, term.expression)
-        return list(found.values())
+            found += [term.expression for term in self.where.terms]
+        return list({expression.text: expression for expression in found}.values())
 
 
 def _moment(text: str | None, name: str) -> float | None:
@@ -10373,59 +10299,69 @@ def _moment(text: str | None, name: str) -> float | None:
     if age is not None:
         units = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
         return time.time() - float(age[1]) * units[age[2]]
-    seconds = None
     if re.match(r"\d{4}(-\d\d){0,2}([T ][\d:]+)?Z?$", text):
         date = text.rstrip("Z")
         seconds = _seconds(date + "0000-01-01T00:00:00"[len(date) :])
-    if seconds is None:
-        how = "give '12h', '7d' or '2026-01-31'"
-        raise ValueError(f"{name} {text!r} is no time; {how}")
-    return seconds
+        if seconds is not None:
+            return seconds
+    how = "give '12h', '7d' or '2026-01-31'"
+    raise ValueError(f"{name} {text!r} is no time; {how}")
 
 
 class _Selection:
-    """The runs that were asked for, in their order, and what is to be said of them."""
+    """The runs that were asked for, in their order, and what is to be said of them.
 
-    def __init__(self, root: StrPath, filters: _Filters) -> None:
+    With `over` they are folded into `groups` over keys such as "seed", which are sorted
+    by the mean of what they are sorted by, else by their newest run.
+    """
+
+    def __init__(
+        self, root: StrPath, filters: _Filters, over: str | None = None
+    ) -> None:
         self.root = os.fspath(root)
-        self.runs: list[Run] = []
-        self.unseen = 0  # how many more there are, beyond the limit
         self.asked = [expression.text for expression in filters.expressions()]
-        self.differing: dict[str, list[str]] = {}  # by script: keys as "config.lr"
+        self.groups: list[_Group] = []
         walk = _Walk(self.root)
         self.warnings = walk.problems
-        self.index = walk.index
-        self.everything = [Run(path, row=False) for path in walk.runs]
+        everything = [Run(path, row=False) for path in walk.runs]
         root_of_all = _results_root(Path(self.root))
         lineage = functools.lru_cache(None)(lambda: _Lineage(root_of_all))
-        self.candidates = []  # those that are asked for, in no order
-        for run in self.everything:
+        found = []  # those that are asked for, in no order
+        for run in everything:
             run.lineage = lineage
             if filters.take(run, self.root):
-                self.candidates.append(run)
+                found.append(run)
             run.forget()
-        if self.everything:
-            self.warnings += _unknown_words(filters, self.everything)
+        if everything:
+            self.warnings += _unknown_words(filters, everything)
+        # self.unseen is how many more there are, beyond the limit.
+        if over is None:
+            self.runs, self.unseen = _first_of(found, filters, walk.index)
+            found = _with_others(self.runs, everything)
+        else:
+            found.sort(key=lambda run: (run.started, run.folder), reverse=True)
+            keys = list(filter(None, map(str.strip, over.split(","))))
+            for key in keys:
+                self.warnings += _unknown_key(_Expression(key), everything)
+            groups = _fold_seeds(found, keys)
+            self.groups, self.unseen = _first_of(groups, filters, walk.index)
+            self.runs = [run for group in self.groups for run in group.runs]
+        _ask_sacct(self.runs)
+        for run in self.runs:
+            run.fill()
+        for group in self.groups:
+            self.warnings += group.warnings()
+        self.differing = _differing_keys(found)  # by script: keys as "config.lr"
 
 
-def _select_runs(root: StrPath, filters: _Filters) -> _Selection:
-    selection = _Selection(root, filters)
-    candidates = selection.candidates
-    selection.runs, selection.unseen = _first_of(candidates, filters, selection.index)
-    _ask_sacct(selection.runs)
-    for run in selection.runs:
-        run.fill()
-    shown = {run.folder for run in selection.runs}
-    starts = tuple({re.split(_STAMP, run.name)[0] for run in selection.runs})
-    others = [run for run in selection.everything if run.folder not in shown]
+def _with_others(shown: Sequence[Run], everything: Sequence[Run]) -> list[Run]:
+    """Return these runs and others, which decide with them what differs."""
+    folders = {run.folder for run in shown}
+    starts = tuple({re.split(_STAMP, run.name)[0] for run in shown})
+    others = [run for run in everything if run.folder not in folders]
     alike = (run for run in others if run.name.startswith(starts))
-    compared = itertools.islice(itertools.chain(alike, others), MAX_COMPARED)
-    selection.differing = _differing_keys([*selection.runs, *compared])
-    return selection
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and value != ""
+    some = itertools.islice(itertools.chain(alike, others), MAX_COMPARED)
+    return [*shown, *some]
 
 
 def _first_of(
@@ -10433,14 +10369,17 @@ def _first_of(
 ) -> tuple[list[_Ranked], int]:
     """Return runs, or groups of them, in their order, and how many the limit hides."""
     groups = [items]
-    if filters.sort is not None:
-        values = {id(item): item.value(filters.sort) for item in items}
-        groups = _in_order(items, lambda item: values[id(item)], filters.is_descending)
+    sort = filters.sort
+    if sort is not None:
+        ranked = _in_order(items, lambda item: item.value(sort), filters.is_descending)
+        groups = list(ranked.values())
         if filters.is_top:
-            texts = [group for group in groups if _is_text(values[id(group[0])])]
-            groups = [group for group in groups if _is_finite(values[id(group[0])])]
-            groups = groups or texts  # as of started_utc or model
-    count = sum(len(group) for group in groups)
+            numbers, texts = (
+                [group for rank, group in ranked.items() if rank[0] == kind]
+                for kind in (0, 1)
+            )
+            groups = numbers or texts  # as of started_utc or model
+    count = sum(map(len, groups))
     limit = filters.limit or count
     first: list[_Ranked] = []
     for group in groups:
@@ -10452,7 +10391,7 @@ def _first_of(
 
 def _in_order(
     items: Iterable[_Item], value_of: Callable[[_Item], object], is_descending: bool
-) -> list[list[_Item]]:
+) -> dict[tuple[int, float, str], list[_Item]]:
     """Return items in groups of equal values, in the order of the values.
 
     Numbers come first, then texts, both in the direction asked for; then infinities,
@@ -10461,12 +10400,9 @@ def _in_order(
     groups: dict[tuple[int, float, str], list[_Item]] = {}
     for item in items:
         groups.setdefault(_sort_rank(value_of(item)), []).append(item)
-    ordered = []
-    for kind in range(5):
-        ranks = [rank for rank in groups if rank[0] == kind]
-        ranks.sort(reverse=is_descending)
-        ordered += [groups[rank] for rank in ranks]
-    return ordered
+    ranks = sorted(groups, reverse=is_descending)
+    ranks.sort(key=lambda rank: rank[0])
+    return {rank: groups[rank] for rank in ranks}
 
 
 def _sort_rank(value: object) -> tuple[int, float, str]:
@@ -10490,10 +10426,10 @@ def _differing_keys(runs: Iterable[Run]) -> dict[str, list[str]]:
         for key, value in run.flat_config.items():
             keys.setdefault(key, set()).add(_text(value))
         run.forget()
-    differing = {}
-    for script, keys in values.items():
-        differing[script] = [key for key, found in keys.items() if len(found) > 1]
-    return differing
+    return {
+        script: [key for key, found in keys.items() if len(found) > 1]
+        for script, keys in values.items()
+    }
 
 
 def _unknown_words(filters: _Filters, runs: list[Run]) -> list[str]:
@@ -10503,7 +10439,7 @@ def _unknown_words(filters: _Filters, runs: list[Run]) -> list[str]:
         if filters.where is None or not filters.where.asks_for_null(expression.text):
             sentences += _unknown_key(expression, runs)
     if filters.status not in (None, "running", "success", "failed", "lost", "unknown"):
-        states = sorted({str(run.look_up("status")) for run in runs})
+        states = sorted({str(_ROW["status"](run)) for run in runs})
         if filters.status not in states:
             there_are = f"there are: {', '.join(states)}"
             sentences.append(f"no run has the status {filters.status!r}; {there_are}")
@@ -10516,7 +10452,7 @@ def _unknown_words(filters: _Filters, runs: list[Run]) -> list[str]:
 
 
 def _unknown_key(expression: _Expression, runs: Iterable[Run]) -> list[str]:
-    known: dict[str, None] = dict.fromkeys([*_ROW, *_COUNTED])
+    known: dict[str, None] = dict.fromkeys(_KEYS)
     for run in runs:
         if expression.value(run) is not None or expression.key in _ROW:
             return []
@@ -10551,12 +10487,19 @@ class _Expression:
             raise ValueError(f"{text!r} is no key; give one such as 'lr' or 'max(acc)'")
 
     def value(self, run: Run) -> object:
-        if self.function is None:
-            return run.look_up(self.key)
-        facts = _metric_facts(run, self.key)
-        if not facts and self.key.startswith("metrics."):
-            facts = _metric_facts(run, self.key[len("metrics.") :])
-        return _as_float(facts.get(self.function))
+        """Return the value of a run: ours, else of its config, else of its metrics."""
+        if self.function is not None:
+            facts = _metric_facts(run, self.key)
+            if not facts and self.key.startswith("metrics."):
+                facts = _metric_facts(run, self.key[len("metrics.") :])
+            return _as_float(facts.get(self.function))
+        if self.key in _KEYS:
+            return _KEYS[self.key](run)
+        for found in (run.flat_config, run.flat_metrics):
+            for name in (self.key, f"config.{self.key}", f"metrics.{self.key}"):
+                if name in found:
+                    return found[name]
+        return None
 
 
 # One comparison, up to "and", "or", ")" or the end.
@@ -10609,7 +10552,10 @@ class _Condition:
                 raise self._problem()
             return inner
         found = _compiled(_TERM).match(self.text, self.position)
-        if found is None or not _is_comparison(found):
+        if found is None:
+            raise self._problem()
+        # No part of an operator is in a value without quotes: not "lr<=>3".
+        if found["operator"] != "~" and re.search("[()<>=!~]", found["word"] or ""):
             raise self._problem()
         self.position = found.end()
         self.terms.append(_Term(found))
@@ -10623,19 +10569,12 @@ class _Condition:
         return found is not None
 
     def _problem(self) -> ValueError:
-        place = "its end"
-        if self.text[self.position :].strip():
-            place = repr(self.text[self.position :].strip())
+        place = repr(self.text[self.position :].strip())
+        if place == "''":
+            place = "its end"
         what = f"where {self.text!r} is not understood at {place}"
         how = "write KEY<VALUE (or <= > >= == != ~), joined by and/or"
         return ValueError(f"{what}; {how}")
-
-
-def _is_comparison(found: re.Match[str]) -> bool:
-    """Tell whether a value without quotes has no part of an operator: not "lr<=>3"."""
-    if found["word"] is None or found["operator"] == "~":
-        return True
-    return re.search("[()<>=!~]", found["word"]) is None
 
 
 class _Term:
@@ -10665,28 +10604,23 @@ class _Term:
         if self.operator == "~":
             return found is not None and bool(re.search(self.wanted, _text(found)))
         if found is None or self.wants_null:
-            is_equal = found is None and self.wants_null
-            return self.operator in _EQUALITY[is_equal]
-        a: JSON = None
-        b: JSON = None
-        if not (isinstance(found, str) and self.expression.key in _ROW):
-            a, b = _number(found), _number(self.wanted)
-        if (a is None) != (b is None):
+            if found is None and self.wants_null:
+                return self.operator in ("=", "==")
             return self.operator == "!="
-        if a is None:
-            a, b = _text(found).lower(), self.wanted.lower()
-        return bool(_OPERATORS[self.operator](a, b))
+        sides: JSON = None, None
+        if not (isinstance(found, str) and self.expression.key in _ROW):
+            sides = _number(found), _number(self.wanted)
+        if (sides[0] is None) != (sides[1] is None):
+            return self.operator == "!="
+        if sides[0] is None:
+            sides = _text(found).lower(), self.wanted.lower()
+        import operator
+
+        return bool(getattr(operator, _OPERATORS[self.operator])(*sides))
 
 
-_EQUALITY = {True: ("=", "=="), False: ("!=",)}
-_OPERATORS: dict[str, Callable[[JSON, JSON], JSON]] = {
-    "<": lambda a, b: a < b,
-    "<=": lambda a, b: a <= b,
-    ">": lambda a, b: a > b,
-    ">=": lambda a, b: a >= b,
-    "=": lambda a, b: a == b,
-    "==": lambda a, b: a == b,
-    "!=": lambda a, b: a != b,
+_OPERATORS = {
+    "<": "lt", "<=": "le", ">": "gt", ">=": "ge", "=": "eq", "==": "eq", "!=": "ne",
 }
 
 
@@ -10700,78 +10634,44 @@ def _summarize_metrics(run_dir: StrPath) -> Facts:
     "count": 10}, ..., "metrics.jsonl": {"bytes": 812}}: by its size a reader sees
     whether rows were added since.
     """
-    summaries: dict[str, _MetricSummary] = {}
+    summary: Facts = {}
     size = 0
-    for rows, position in _metric_rows(run_dir):
+    for lines, position in _metric_lines(run_dir):
         size = position
-        for key, values, steps in _columns_of(rows):
-            if key not in summaries and len(summaries) < MAX_ITEMS:
-                summaries[key] = _MetricSummary()
-            if key in summaries:
-                summaries[key].add(values, steps)
-    if not summaries:
-        return {}
-    facts: Facts = {key: summary.to_json() for key, summary in summaries.items()}
-    facts["metrics.jsonl"] = {"bytes": size}
-    return facts
+        for key, values, steps in _columns_of(_rows_of(lines)):
+            if key in summary or len(summary) < MAX_ITEMS:
+                _add_values(summary.setdefault(key, {**_NO_VALUES}), values, steps)
+    if summary:
+        summary["metrics.jsonl"] = {"bytes": size}
+    return summary
 
 
-class _MetricSummary:
-    """Last, lowest, highest and first value of a metric, their steps, and the count."""
+# What a reader finds of a metric that has no values.
+_NO_VALUES: Facts = {
+    "last": None, "last_step": None, "min": None, "min_step": None,
+    "max": None, "max_step": None, "first": None, "first_step": None, "count": 0,
+}
 
-    def __init__(self) -> None:
-        self.count = 0
-        self.first: tuple[JSON, JSON] = (None, None)  # a value and its step
-        self.last = self.first
-        self.min = self.first
-        self.max = self.first
-        self.nan: JSON = None  # what min and max are of a metric that is nothing else
 
-    def add(self, values: list[JSON], steps: list[JSON]) -> None:
-        if self.count == 0:
-            self.first = values[0], steps[0]
-        self.last = values[-1], steps[-1]
-        self.count += len(values)
-        if not set(map(type, values)) <= {int, float} or values[0] != values[0]:
-            values, steps = self._numbers_of(values, steps)
-        if not values:
+def _add_values(facts: Facts, values: Sequence[JSON], steps: Sequence[JSON]) -> None:
+    """Add some values of a metric, at these steps, to its summary."""
+    if facts["count"] == 0:
+        facts["first"], facts["first_step"] = values[0], steps[0]
+    facts["last"], facts["last_step"] = values[-1], steps[-1]
+    facts["count"] += len(values)
+    if not set(map(type, values)) <= {int, float} or values[0] != values[0]:
+        pairs = zip(map(_as_float, values), steps)
+        known = [pair for pair in pairs if type(pair[0]) in (int, float)]
+        numbers = [pair for pair in known if pair[0] == pair[0]]
+        if not known:
             return
-        low, high = min(values), max(values)  # which pass over a NaN that is not first
-        if self.min[0] is None or low < self.min[0]:
-            self.min = low, steps[values.index(low)]
-        if self.max[0] is None or high > self.max[0]:
-            self.max = high, steps[values.index(high)]
-
-    def _numbers_of(
-        self, values: list[JSON], steps: list[JSON]
-    ) -> tuple[list[JSON], list[JSON]]:
-        numbers, their_steps = [], []
-        for value, step in zip(map(_as_float, values), steps):
-            if type(value) in (int, float) and value == value:
-                numbers.append(value)
-                their_steps.append(step)
-            elif isinstance(value, float):
-                self.nan = value
-        return numbers, their_steps
-
-    def to_json(self) -> Facts:
-        if self.min[0] is None:
-            self.min = self.max = self.nan, None
-        facts: Facts = {}
-        for name in ("last", "min", "max", "first"):
-            facts[name], facts[f"{name}_step"] = getattr(self, name)
-        return {**facts, "count": self.count}
-
-
-def _metric_summary(run_dir: str) -> Facts:
-    """Return the summary of each metric: summary.json, or if it is stale the rows'."""
-    facts = _read_json(f"{run_dir}/metrics/summary.json")
-    with _ignoring(FileNotFoundError):
-        size = os.stat(f"{run_dir}/metrics/metrics.jsonl").st_size
-        if _mapping(facts, "metrics.jsonl").get("bytes") != size:
-            facts = _summarize_metrics(run_dir)
-    facts.pop("metrics.jsonl", None)
-    return facts
+        # What is nothing but NaN has it as its lowest and its highest value.
+        values, steps = zip(*(numbers or [(known[0][0], None)]))
+    for name, extreme in (("min", min), ("max", max)):
+        found = extreme(values)  # which passes over a NaN that is not the first
+        before = facts[name]
+        if before is None or before != before or extreme(before, found) != before:
+            facts[name], facts[f"{name}_step"] = found, steps[values.index(found)]
 
 
 def _metric_facts(run: Run, key: str) -> Facts:
@@ -10800,39 +10700,34 @@ def _member_start(key: str) -> str:
 def _all_series(run_dir: StrPath) -> dict[str, tuple[list[JSON], list[JSON]]]:
     series: dict[str, tuple[list[JSON], list[JSON]]] = {}
     with _ignoring(OSError):
-        for rows, _ in _metric_rows(run_dir):
-            for key, values, steps in _columns_of(rows):
+        for lines, _ in _metric_lines(run_dir):
+            for key, values, steps in _columns_of(_rows_of(lines)):
                 known = series.setdefault(key, ([], []))
                 known[0].extend(map(_as_float, values))
                 known[1].extend(steps)
     return series
 
 
-def _metric_rows(run_dir: StrPath) -> Iterator[tuple[list[Facts], int]]:
-    path = f"{os.fspath(run_dir)}/metrics/metrics.jsonl"
-    for lines, position in _line_blocks(path, MAX_METRICS):
-        yield _rows_of(lines), position
+def _metric_lines(run_dir: StrPath) -> Iterator[tuple[bytes, int]]:
+    return _line_blocks(f"{run_dir}/metrics/metrics.jsonl", MAX_METRICS)
 
 
 def _line_blocks(path: StrPath, limit: int) -> Iterator[tuple[bytes, int]]:
-    """Yield the lines of a file, a megabyte at a time, and how far that goes."""
+    """Yield the lines of a file, METRICS_BYTES at a time, and how far that goes."""
     try:
         file = _opened(path, limit)
     except FileNotFoundError:
         return
     rest = b""
-    position = 0
+    size = 0
     with file:
-        while True:
-            data = file.read(METRICS_BYTES)
-            if not data:
-                break
-            position += len(data)
+        for data in iter(lambda: file.read(METRICS_BYTES), b""):
+            size += len(data)
             lines, _, rest = (rest + data).rpartition(b"\n")
-            yield lines, position
+            yield lines, size
             if len(rest) > METRICS_BYTES:
                 rest = b"torn"  # a line that never ends
-    yield rest, position
+    yield rest, size
 
 
 def _rows_of(lines: bytes) -> list[Facts]:
@@ -11062,7 +10957,7 @@ class _Group:
         self.folder = newest.folder
 
     def states(self) -> dict[str, int]:
-        states = [str(run.look_up("status")) for run in self.runs]
+        states = [str(_ROW["status"](run)) for run in self.runs]
         return {state: states.count(state) for state in states}
 
     def spread(self, expression: _Expression) -> _Spread:
@@ -11072,46 +10967,22 @@ class _Group:
         return self.spread(expression).mean
 
     def warnings(self) -> Iterator[str]:
-        first = self.runs[0]
+        first, *others = self.runs
         facts = _comparable_run(first)
-        others: dict[str, list[str]] = {"code": [], "packages": []}
-        for run in self.runs[1:]:
+        found: dict[str, list[str]] = {"code": [], "packages": []}
+        for run in others:
             different = _differences(facts, _comparable_run(run))
-            for kind in others.keys() & different.keys():
-                others[kind].append(run.name)
+            for kind in found.keys() & different.keys():
+                found[kind].append(run.name)
             run.forget()
-        for kind, names in others.items():
+        for kind, names in found.items():
             if names:
                 yield f"{kind} of {first.name} is not that of {_format_paths(names)}"
 
 
-def _select_groups(
-    root: StrPath, filters: _Filters, over: str
-) -> tuple[list[_Group], _Selection]:
-    """Return the runs that are asked for, folded over keys such as "seed".
-
-    They are sorted by the mean of what they are sorted by, else by the newest run.
-    """
-    selection = _Selection(root, filters)
-    runs = selection.candidates
-    runs.sort(key=lambda run: (run.started, run.folder), reverse=True)
-    _ask_sacct(runs)
-    keys = list(filter(None, map(str.strip, over.split(","))))
-    for key in keys:
-        selection.warnings += _unknown_key(_Expression(key), selection.everything)
-    groups = _fold_seeds(runs, keys)
-    shown, selection.unseen = _first_of(groups, filters, selection.index)
-    for group in shown:
-        selection.runs += [run.fill() for run in group.runs]
-        selection.warnings += group.warnings()
-    selection.differing = _differing_keys(runs)
-    return shown, selection
-
-
 def _fold_seeds(runs: Iterable[Run], keys: Iterable[str]) -> list[_Group]:
-    left_out: set[str] = set()
-    for key in keys:
-        left_out.update((key, f"config.{key}"))
+    left_out = set(keys)
+    left_out |= {f"config.{key}" for key in left_out}
     groups: dict[str, _Group] = {}
     for run in runs:
         config = {k: v for k, v in run.flat_config.items() if k not in left_out}
@@ -11176,8 +11047,6 @@ def _seeds(run: Run) -> Facts:
 
 def _comparable(metadata: Facts) -> Comparable:
     """Return what can differ between two runs, by section; None: it is not known."""
-    config = _mapping(metadata, "config")
-    arguments = {key: value for key, value in config.items() if key != "command"}
     git = _mapping(metadata, "git")
     code = None
     if "commit_full" in git:
@@ -11185,7 +11054,7 @@ def _comparable(metadata: Facts) -> Comparable:
         code = {key: git.get(key) for key in keys}
         code.update({key: git.get(key) or [] for key in ("changed", "untracked")})
     return {
-        "config": _flattened("", arguments),
+        "config": _flattened("", _arguments(_mapping(metadata, "config"))),
         "code": code,
         "packages": _comparable_packages(metadata.get("pip_freeze")),
         "machine": _comparable_machine(metadata),
@@ -11310,13 +11179,6 @@ class _Prunable:
         }
 
 
-def _prunable_runs(
-    root: StrPath, filters: _Filters
-) -> tuple[list[_Prunable], _Selection]:
-    selection = _select_runs(root, filters)
-    return [_Prunable(run) for run in selection.runs], selection
-
-
 def _why_it_stays(run: Run) -> str | None:
     if _status_now(run.folder).get("status") in ("running", "unknown"):
         return "it may be running"
@@ -11357,6 +11219,11 @@ def _prune(root: str, prunable: _Prunable, purge: bool) -> str | None:
 
 
 # Small things about values of JSON files.
+
+
+def _arguments(config: Facts) -> Facts:
+    """Return a config without the command, which is in it as well."""
+    return {key: value for key, value in config.items() if key != "command"}
 
 
 def _mapping(facts: object, key: str) -> Facts:
@@ -11886,7 +11753,7 @@ def _run_paragraphs(run: Run) -> Iterator[Paragraph]:
     yield "command", [_command_of(run)]
     yield "code", [_format_code(_mapping(metadata, "git"))]
     yield "started", [_format_start(run)]
-    config = {key: value for key, value in run.config.items() if key != "command"}
+    config = _arguments(run.config)
     if config:
         yield "config", _first(_format_yaml(config).splitlines())
     yield "inputs", _first([_format_input(entry) for entry in _read_inputs(run.path)])
@@ -12335,7 +12202,7 @@ def _cmd_report(args: argparse.Namespace) -> int:
         if goal.function not in ("min", "max"):
             how = f"write 'max({goal.key})' or 'min({goal.key})'"
             raise ValueError(f"metric {goal.text!r} does not say what is best; {how}")
-    selection = _select_runs(_search_root(args.root), _filters_of(args))
+    selection = _Selection(_search_root(args.root), _filters_of(args))
     for warning in selection.warnings:
         _warn(warning)
     page = _Page(selection, goal, args.over.split(","), dirname(output))
@@ -12401,7 +12268,7 @@ class _Page:
             if self.runs and all(self.best(run) is None for run in self.runs):
                 raise ValueError(f"no run has the metric {goal.key!r}")
             ranked = _in_order(self.runs, goal.value, goal.function == "max")
-            self.runs = [run for equals in ranked for run in equals]
+            self.runs = list(itertools.chain(*ranked.values()))
         keys: dict[str, None] = {}
         for script in sorted(selection.differing):
             keys.update(dict.fromkeys(selection.differing[script]))
@@ -12605,7 +12472,7 @@ def _name_html(page: _Page, place: int) -> str:
 
 def _values_html(page: _Page, key: str) -> str:
     values = {_text(run[key]): run[key] for run in page.runs if key in run}
-    ordered = _in_order(list(values), values.__getitem__, False)
+    ordered = list(_in_order(values, values.__getitem__, False).values())
     texts = [page.text(equals[0] or _NO_TEXT, 40) for equals in ordered]
     if max(map(len, values)) > 40:  # of paths one would only see the same beginning
         return f"{len(texts)} values"
@@ -14278,10 +14145,7 @@ def _cmd_list(args: argparse.Namespace) -> int:
     root = _search_root(args.root)
     if args.limit is None and args.format is None:
         args.limit = MAX_ROWS
-    if args.over is not None:
-        groups, selection = _select_groups(root, _filters_of(args), args.over)
-    else:
-        selection = _select_runs(root, _filters_of(args))
+    selection = _Selection(root, _filters_of(args), args.over)
     shown = [key.strip() for text in args.show for key in text.split(",")]
     for key in shown:
         selection.warnings += _unknown_key(_Expression(key), selection.runs)
@@ -14289,7 +14153,7 @@ def _cmd_list(args: argparse.Namespace) -> int:
         _say(warning)
     asked = [*selection.asked, *shown]
     if args.over is not None:
-        rows = [_group_row(group, asked) for group in groups]
+        rows = [_group_row(group, asked) for group in selection.groups]
     elif args.format in ("json", "csv"):
         rows = [_run_row(run, root, shown) for run in selection.runs]
     if args.format == "commands":
@@ -14415,7 +14279,8 @@ def _cmd_note(args: argparse.Namespace) -> int:
 
 def _cmd_prune(args: argparse.Namespace) -> int:
     """Say which runs would go; move or delete them when that is asked for."""
-    found, selection = _prunable_runs(_search_root(args.root), _filters_of(args))
+    selection = _Selection(_search_root(args.root), _filters_of(args))
+    found = [_Prunable(run) for run in selection.runs]
     for warning in selection.warnings:
         _say(warning)
     if args.json:

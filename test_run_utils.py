@@ -6555,7 +6555,7 @@ class LineageOfATree(ReadingCase):
         path = there / "artifacts" / "m.pt"
         path.touch()
         metadata = json.loads((here / "metadata.json").read_text("utf-8"))
-        entry = run_utils._input("init", str(path), str(there), here, "success")
+        entry = run_utils._input("init", str(path), str(there), here)
         metadata["inputs"].append(entry)
         (here / "metadata.json").write_text(json.dumps(metadata, indent=2), "utf-8")
 
@@ -8856,7 +8856,7 @@ class WhatDiffers(ReadingCase):
 
     def differing(self, **options: Any) -> dict[str, list[str]]:
         filters = run_utils._Filters(**options)
-        selection = run_utils._select_runs(self.tmp / "results", filters)
+        selection = run_utils._Selection(self.tmp / "results", filters)
         return {script: sorted(keys) for script, keys in selection.differing.items()}
 
     def test_among_all_runs_of_a_script(self) -> None:
@@ -9039,7 +9039,8 @@ class Seeds(ReadingCase):
 
     def fold(self, over: str, **options: Any) -> Any:
         filters = run_utils._Filters(**options)
-        return run_utils._select_groups(self.tmp / "results", filters, over)
+        selection = run_utils._Selection(self.tmp / "results", filters, over)
+        return selection.groups, selection
 
     def test_mean_and_sample_deviation(self) -> None:
         accuracies: dict[tuple[float, int], object] = {(0.1, 1): 0.5, (0.1, 2): 0.7}
@@ -9185,8 +9186,8 @@ class Pruning(ReadingCase):
 
     def plan(self, **options: Any) -> dict[str, Any]:
         filters = run_utils._Filters(**options)
-        found, _ = run_utils._prunable_runs(self.tmp / "results", filters)
-        return {prunable.run.name: prunable for prunable in found}
+        selection = run_utils._Selection(self.tmp / "results", filters)
+        return {run.name: run_utils._Prunable(run) for run in selection.runs}
 
     def test_who_must_stay(self) -> None:
         self.make_run("exp/free", metadata={"inputs": []})
@@ -9206,7 +9207,7 @@ class Pruning(ReadingCase):
         os.utime(self.make_run("exp/lost", status=lost) / "status.json", (0, 0))
         producer = self.make_run("exp/producer")
         path, own = str(producer), self.tmp / "x"
-        entry = run_utils._input("i", path, path, own, "success")
+        entry = run_utils._input("i", path, path, own)
         self.make_run("exp/consumer", metadata={"inputs": [entry]})
         refusals = {name: found.refusal for name, found in self.plan().items()}
         expected = {"free": None, "untagged": None, "lost": None, "consumer": None}
