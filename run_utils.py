@@ -780,9 +780,9 @@ class Run(dict):  # type: ignore[type-arg]
             return float("nan"), None
         return number, facts.get(f"{which}_step")
 
-    def value(self, expression: _Expression) -> object:
+    def value(self, key: _Key) -> object:
         """Return what it is sorted by, and let go of what had to be read for it."""
-        found = expression.value(self)
+        found = key.value(self)
         self.forget()
         return found
 
@@ -7066,7 +7066,7 @@ def _enclosing_seeds(run: Run, rows: Sequence[Facts]) -> int:
             continue
         for row in rows:
             if row["kind"] == "metric" and row["key"].startswith("last("):
-                last = _Expression(row["key"])
+                last = _Key(row["key"])
                 values = [_number(last.value(each)) for each in group.runs]
                 known = [value for value in values if value is not None]
                 now = _number(row["now"])
@@ -10252,13 +10252,13 @@ class _Filters:
         self.where: _Condition | None = None
         self.since = _moment(since, "since")
         self.older = _moment(older, "older")
-        self.sort: _Expression | None = None
+        self.sort: _Key | None = None
         self.is_descending = False
         if where is not None:
             self.where = _Condition(where)
         if sort is not None:
             self.is_descending = sort.startswith("-")
-            self.sort = _Expression(sort.removeprefix("-"))
+            self.sort = _Key(sort.removeprefix("-"))
         if top is not None:
             self.limit = top
             if sort is None:
@@ -10282,13 +10282,31 @@ class _Filters:
             return False
         return not self.has_outputs or bool(run.outputs)
 
-    def expressions(self) -> list[_Expression]:
-        found = []
+    def asked(self) -> list[_Key]:
+        keys = []
         if self.sort is not None:
-            found.append(self.sort)
+            keys.append(self.sort)
         if self.where is not None:
-            found += [term.expression for term in self.where.terms]
-        return list({expression.text: expression for expression in found}.values())
+            keys += [term.key for term in self.where.terms]
+        return list({key.text: key for key in keys}.values())
+
+    def unknown_words(self, runs: list[Run]) -> Iterator[str]:
+        """Yield a sentence for each key, status or tag that no run has."""
+        absent = set()
+        if self.where is not None:
+            absent = {term.key.text for term in self.where.terms if term.wants_null}
+        for key in self.asked():
+            if key.text not in absent:
+                yield from _unknown_key(key, runs)
+        if self.status not in (None, "running", "success", "failed", "lost", "unknown"):
+            states = sorted({str(_ROW["status"](run)) for run in runs})
+            if self.status not in states:
+                there_are = f"there are: {', '.join(states)}"
+                yield f"no run has the status {self.status!r}; {there_are}"
+        if self.tag is not None:
+            tags = dict.fromkeys(tag for run in runs for tag in _tags(run.notes))
+            if self.tag not in tags:
+                yield f"no run has the tag {self.tag!r}{_similar(self.tag, tags)}"
 
 
 def _moment(text: str | None, name: str) -> float | None:
@@ -10319,7 +10337,7 @@ class _Selection:
         self, root: StrPath, filters: _Filters, over: str | None = None
     ) -> None:
         self.root = os.fspath(root)
-        self.asked = [expression.text for expression in filters.expressions()]
+        self.asked = [key.text for key in filters.asked()]
         self.groups: list[_Group] = []
         walk = _Walk(self.root)
         self.warnings = walk.problems
@@ -10333,7 +10351,7 @@ class _Selection:
                 found.append(run)
             run.forget()
         if everything:
-            self.warnings += _unknown_words(filters, everything)
+            self.warnings += filters.unknown_words(everything)
         # self.unseen is how many more there are, beyond the limit.
         if over is None:
             self.runs, self.unseen = _first_of(found, filters, walk.index)
@@ -10342,7 +10360,7 @@ class _Selection:
             found.sort(key=lambda run: (run.started, run.folder), reverse=True)
             keys = list(filter(None, map(str.strip, over.split(","))))
             for key in keys:
-                self.warnings += _unknown_key(_Expression(key), everything)
+                self.warnings += _unknown_key(_Key(key), everything)
             groups = _fold_seeds(found, keys)
             self.groups, self.unseen = _first_of(groups, filters, walk.index)
             self.runs = [run for group in self.groups for run in group.runs]
@@ -10432,34 +10450,15 @@ def _differing_keys(runs: Iterable[Run]) -> dict[str, list[str]]:
     }
 
 
-def _unknown_words(filters: _Filters, runs: list[Run]) -> list[str]:
-    """Return a sentence for each key, status or tag that no run has."""
-    sentences = []
-    for expression in filters.expressions():
-        if filters.where is None or not filters.where.asks_for_null(expression.text):
-            sentences += _unknown_key(expression, runs)
-    if filters.status not in (None, "running", "success", "failed", "lost", "unknown"):
-        states = sorted({str(_ROW["status"](run)) for run in runs})
-        if filters.status not in states:
-            there_are = f"there are: {', '.join(states)}"
-            sentences.append(f"no run has the status {filters.status!r}; {there_are}")
-    if filters.tag is not None:
-        tags = dict.fromkeys(tag for run in runs for tag in _tags(run.notes))
-        if filters.tag not in tags:
-            hint = _similar(filters.tag, tags)
-            sentences.append(f"no run has the tag {filters.tag!r}{hint}")
-    return sentences
-
-
-def _unknown_key(expression: _Expression, runs: Iterable[Run]) -> list[str]:
+def _unknown_key(key: _Key, runs: Iterable[Run]) -> list[str]:
     known: dict[str, None] = dict.fromkeys(_KEYS)
     for run in runs:
-        if expression.value(run) is not None or expression.key in _ROW:
+        if key.value(run) is not None or key.name in _ROW:
             return []
-        for key in [*run.flat_config, *run.flat_metrics]:
-            known[key.partition(".")[2]] = None
+        for name in [*run.flat_config, *run.flat_metrics]:
+            known[name.partition(".")[2]] = None
         run.forget()
-    return [f"no run has {expression.text!r}{_similar(expression.key, known)}"]
+    return [f"no run has {key.text!r}{_similar(key.name, known)}"]
 
 
 def _similar(word: str, known: Iterable[str]) -> str:
@@ -10467,36 +10466,34 @@ def _similar(word: str, known: Iterable[str]) -> str:
     import difflib
 
     found = difflib.get_close_matches(word, list(known)[:MAX_ITEMS], 1)
-    if not found:
-        return ""
-    return f"; did you mean {found[0]!r}?"
+    return "".join(f"; did you mean {name!r}?" for name in found)
 
 
-class _Expression:
+class _Key:
     """A value of a run: a key, or max(), min(), first() or last() of a metric."""
 
     def __init__(self, text: str) -> None:
         self.text = text.strip()
-        self.key = self.text
+        self.name = self.text
         self.function: str | None = None
         found = re.fullmatch(r"(max|min|first|last)\((.+)\)", self.text)
         if found is not None:
             self.function = found[1]
-            self.key = found[2].strip()
-        if not self.key:
+            self.name = found[2].strip()
+        if not self.name:
             raise ValueError(f"{text!r} is no key; give one such as 'lr' or 'max(acc)'")
 
     def value(self, run: Run) -> object:
         """Return the value of a run: ours, else of its config, else of its metrics."""
         if self.function is not None:
-            facts = _metric_facts(run, self.key)
-            if not facts and self.key.startswith("metrics."):
-                facts = _metric_facts(run, self.key[len("metrics.") :])
+            facts = _metric_facts(run, self.name)
+            if not facts and self.name.startswith("metrics."):
+                facts = _metric_facts(run, self.name[len("metrics.") :])
             return _as_float(facts.get(self.function))
-        if self.key in _KEYS:
-            return _KEYS[self.key](run)
+        if self.name in _KEYS:
+            return _KEYS[self.name](run)
         for found in (run.flat_config, run.flat_metrics):
-            for name in (self.key, f"config.{self.key}", f"metrics.{self.key}"):
+            for name in (self.name, f"config.{self.name}", f"metrics.{self.name}"):
                 if name in found:
                     return found[name]
         return None
@@ -10527,9 +10524,6 @@ class _Condition:
         self.holds = self._any()
         if text[self.position :].strip():
             raise self._problem()
-
-    def asks_for_null(self, text: str) -> bool:
-        return any(t.expression.text == text and t.wants_null for t in self.terms)
 
     def _any(self) -> Callable[[Run], bool]:
         """Read what `or` joins; `and` binds tighter."""
@@ -10584,7 +10578,7 @@ class _Term:
         name = found["key"]
         if re.fullmatch(r'"[^"]+"', name):
             name = name[1:-1]
-        self.expression = _Expression(name)
+        self.key = _Key(name)
         self.operator = found["operator"]
         self.wanted = found["double"] or found["single"] or found["word"] or ""
         self.wants_null = self.wanted.lower() in ("null", "none")
@@ -10600,7 +10594,7 @@ class _Term:
 
         A number is neither less, more nor equal to a text, and NaN to nothing.
         """
-        found = self.expression.value(run)
+        found = self.key.value(run)
         if self.operator == "~":
             return found is not None and bool(re.search(self.wanted, _text(found)))
         if found is None or self.wants_null:
@@ -10608,7 +10602,7 @@ class _Term:
                 return self.operator in ("=", "==")
             return self.operator == "!="
         sides: JSON = None, None
-        if not (isinstance(found, str) and self.expression.key in _ROW):
+        if not (isinstance(found, str) and self.key.name in _ROW):
             sides = _number(found), _number(self.wanted)
         if (sides[0] is None) != (sides[1] is None):
             return self.operator == "!="
@@ -10748,11 +10742,9 @@ def _rows_of(lines: bytes) -> list[Facts]:
 
 def _columns_of(rows: list[Facts]) -> Iterator[tuple[str, list[JSON], list[JSON]]]:
     """Yield for each key of some rows its values and the steps that belong to them."""
-    keys: dict[str, None] = {}
-    for some in dict.fromkeys(map(tuple, rows)):  # nearly all rows have the same keys
-        keys.update(dict.fromkeys(some))
+    different = dict.fromkeys(map(tuple, rows))  # nearly all rows have the same keys
     steps = [row.get("step") for row in rows]
-    for key in keys:
+    for key in dict.fromkeys(itertools.chain(*different)):
         try:
             yield key, [row[key] for row in rows], steps
         except KeyError:
@@ -10762,27 +10754,21 @@ def _columns_of(rows: list[Facts]) -> Iterator[tuple[str, list[JSON], list[JSON]
 
 # What a run left, and why it failed.
 
-# Of the files at the top of a run, those that are its record.
+# The files in a run that are its record, and no outputs.
 _RECORD_FILE = (
-    r"(config\.yaml|metadata\.json|status\.json|notes\.jsonl|inputs\.jsonl"
-    r"|git(\..+)?\.(patch|bundle)|\..*)$"
+    r"(config\.yaml|(metadata|status)\.json|(notes|inputs)\.jsonl|\.[^/]*|.*/.*\.tmp"
+    r"|git(\.[^/]+)?\.(patch|bundle)|artifacts/USED_BY\.jsonl"
+    r"|metrics/(summary\.json|system\.jsonl))"
 )
-_RECORD_INSIDE = ("artifacts/USED_BY.jsonl", "metrics/summary.json",
-                  "metrics/system.jsonl")
 
 
-def _output_sizes(run_dir: str) -> dict[str, int]:
-    sizes = {}
-    for name, size in _file_sizes(run_dir, ("logs", "attempts")).items():
-        is_record = name in _RECORD_INSIDE or name.endswith(".tmp")
-        if "/" not in name:
-            is_record = re.match(_RECORD_FILE, name) is not None
-        if not is_record:
-            sizes[name] = size
-    return sizes
+def _output_sizes(run_dir: StrPath) -> dict[str, int]:
+    sizes = _file_sizes(run_dir, ("logs", "attempts"))
+    is_record = _compiled(f"(?s){_RECORD_FILE}").fullmatch
+    return {name: size for name, size in sizes.items() if not is_record(name)}
 
 
-def _file_sizes(folder: str, skipped: Sequence[str] = ()) -> dict[str, int]:
+def _file_sizes(folder: StrPath, skipped: Sequence[str] = ()) -> dict[str, int]:
     sizes: dict[str, int] = {}
     waiting = [""]
     while waiting and len(sizes) < MAX_ITEMS:
@@ -10803,12 +10789,11 @@ def _left_files(run_dir: StrPath) -> list[Facts]:
     By these a copy finds its run again. Small files come first; sha256 is null beyond
     OUTPUT_SECONDS, and there are at most OUTPUT_FILES.
     """
-    folder = os.fspath(run_dir)
     deadline = time.monotonic() + OUTPUT_SECONDS
-    sizes = _output_sizes(folder)
+    sizes = _output_sizes(run_dir)
     files: list[Facts] = []
-    for name in sorted(sizes, key=lambda name: sizes[name])[:OUTPUT_FILES]:
-        digest = _sha256(f"{folder}/{name}", deadline)
+    for name in sorted(sizes, key=sizes.__getitem__)[:OUTPUT_FILES]:
+        digest = _sha256(f"{run_dir}/{name}", deadline)
         files.append({"path": name, "size": sizes[name], "sha256": digest})
     return files
 
@@ -10859,10 +10844,8 @@ def _reason(run: Run) -> str | None:
     parts = []
     if status.get("failed_rank") is not None:
         parts.append(f"rank {_text(status['failed_rank'])}")
-    job = _unexplained_job(run)
-    if job is not None:
-        _ask_sacct([run])
-        parts.append(_job_ends.get(job) or "")
+    _ask_sacct([run])
+    parts.append(_job_ends.get(_unexplained_job(run), ""))
     exception = _mapping(status, "exception")
     message = _text(exception.get("message") or "")
     code = _text(status.get("exit_code"))
@@ -10872,8 +10855,8 @@ def _reason(run: Run) -> str | None:
         parts.append(_text(status["problem"]))
     elif status.get("exit_code"):
         parts.append(f"exit code {code}")
+        output = map(str.strip, _texts(status.get("last_output")))
         if message in ("", code):
-            output = map(str.strip, _texts(status.get("last_output")))
             message = "".join(list(filter(None, output))[-1:])
         parts.append(message)
     return _one_line(parts)
@@ -10890,29 +10873,26 @@ def _one_line(parts: Iterable[str]) -> str | None:
 # How SLURM ended a job, where that explains the end of a run.
 _JOB_ENDS = ("TIMEOUT", "DEADLINE", "OUT_OF_MEMORY", "PREEMPTED", "NODE_FAIL",
              "BOOT_FAIL", "CANCELLED")
-_job_ends: dict[str, str | None] = {}  # what sacct told of a job; it is asked once
+_job_ends: dict[str, str] = {}  # what sacct told of a job, or ""; it is asked once
 
 
-def _unexplained_job(run: Run) -> str | None:
+def _unexplained_job(run: Run) -> str:
+    """Return the number of the SLURM job of a run that cannot tell how it ended."""
     status = run.status
-    if status.get("status") != "lost" and status.get("exit_reason") != "killed":
-        return None
-    job = _mapping(run.metadata, "launcher").get("SLURM_JOB_ID")
-    if not isinstance(job, str) or re.fullmatch(r"[0-9]{1,12}", job) is None:
-        return None
-    return job
+    if status.get("status") == "lost" or status.get("exit_reason") == "killed":
+        job = _word(_mapping(run.metadata, "launcher").get("SLURM_JOB_ID"))
+        if re.fullmatch("[0-9]{1,12}", job):
+            return job
+    return ""
 
 
 def _ask_sacct(runs: Iterable[Run]) -> None:
     """Ask SLURM in one question how the jobs ended of runs that cannot tell it."""
-    jobs: dict[str, str | None] = {}
-    for run in runs:
-        job = _unexplained_job(run)
-        if job is not None and job not in _job_ends and len(jobs) < MAX_LISTED:
-            jobs[job] = None
+    found = dict.fromkeys(map(_unexplained_job, runs))
+    jobs = [job for job in found if job and job not in _job_ends][:MAX_LISTED]
     if not jobs:
         return
-    _job_ends.update(jobs)
+    _job_ends.update(dict.fromkeys(jobs, ""))
     command = ["sacct", "-n", "-P", "-o", "JobIDRaw,State", "-j", ",".join(jobs)]
     try:
         output = _run(command, timeout=SACCT_SECONDS)
@@ -10925,7 +10905,7 @@ def _ask_sacct(runs: Iterable[Run]) -> None:
         job, _, step = name.partition(".")
         word = state.split(" ")[0]
         is_told = not step or word == "OUT_OF_MEMORY"
-        if is_told and job in jobs and word in _JOB_ENDS:
+        if is_told and word in _JOB_ENDS:
             _job_ends[job] = f"SLURM says {word}"
 
 
@@ -10943,8 +10923,9 @@ class _Spread:
         if numbers:
             self.mean = sum(numbers) / len(numbers)
         if self.mean is not None and len(numbers) > 1:
-            squares = [(number - self.mean) ** 2 for number in numbers]
-            self.deviation = (sum(squares) / (len(numbers) - 1)) ** 0.5
+            off = [number - self.mean for number in numbers]
+            squares = sum(part * part for part in off)  # ** 2 raises beyond 1e154
+            self.deviation = (squares / (len(numbers) - 1)) ** 0.5
 
 
 class _Group:
@@ -10960,11 +10941,11 @@ class _Group:
         states = [str(_ROW["status"](run)) for run in self.runs]
         return {state: states.count(state) for state in states}
 
-    def spread(self, expression: _Expression) -> _Spread:
-        return _Spread(expression.value(run) for run in self.runs)
+    def spread(self, key: _Key) -> _Spread:
+        return _Spread(key.value(run) for run in self.runs)
 
-    def value(self, expression: _Expression) -> object:
-        return self.spread(expression).mean
+    def value(self, key: _Key) -> object:
+        return self.spread(key).mean
 
     def warnings(self) -> Iterator[str]:
         first, *others = self.runs
@@ -11041,8 +11022,11 @@ def _patches_of(run: Run) -> Facts:
 
 
 def _seeds(run: Run) -> Facts:
-    at_start = _mapping(run.metadata, "determinism")
-    return {**at_start, **_mapping(run.status, "determinism")}
+    """Return the seeds at the start of a run, or later if they are known from then."""
+    return {
+        **_mapping(run.metadata, "determinism"),
+        **_mapping(run.status, "determinism"),
+    }
 
 
 def _comparable(metadata: Facts) -> Comparable:
@@ -11074,12 +11058,9 @@ def _comparable_packages(lines: JSON) -> Facts | None:
     packages: Facts = {}
     for line in map(str, lines):
         name, version = line, line
-        named = re.match(r"([^=@<> ]+)( ?@ ?|==)(.*)", line)
-        egg = re.search(r"#egg=([^&]+)", line)
-        if line.startswith("-e ") and egg is not None:
-            name = egg[1]
-        elif named is not None and not line.startswith("-e "):
-            name, version = named[1], named[3]
+        named = re.match(r"([^=@<> ]+)(?: ?@ ?|==)(.*)|-e .*#egg=([^&]+)", line)
+        if named is not None:
+            name, version = named[1] or named[3], named[2] or line
         packages[name.lower().replace("_", "-")] = version
     return packages
 
@@ -11109,13 +11090,11 @@ def _comparable_now(run: Run) -> Comparable:
     site.results_root = str(_results_root(run.path.parent))
     site.script = None
     site.loaded = _files_of_patch(run)
-    for folder in (then.get("directory"), then.get("root")):
-        if isinstance(folder, str) and isdir(folder):
+    for folder in (_word(then.get("directory")), _word(then.get("root"))):
+        if isdir(folder):
             site.directory = folder
     repository = _Repository.of(site)
-    base = _mapping(then, "base").get("commit")
-    if isinstance(base, str):
-        repository.wanted = base
+    repository.wanted = _word(_mapping(then, "base").get("commit")) or None
     record = _Unwritten(run)
     now = _quick_metadata(site, None)
     _collect(now, "git", lambda: _git(site, repository))
@@ -11162,23 +11141,6 @@ class _Unwritten(_Record):
 # Pruning: nothing goes that somebody may still need, and nothing without being asked.
 
 
-class _Prunable:
-    """A run that was asked for, and why it must stay, if it must."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self.refusal = _why_it_stays(run)
-        self.size = sum(_file_sizes(run.folder).values())
-
-    def to_json(self) -> Facts:
-        return {
-            "run_dir": self.run.folder,
-            "status": self.run["status"],
-            "size": self.size,
-            "refused": self.refusal,
-        }
-
-
 def _why_it_stays(run: Run) -> str | None:
     if _status_now(run.folder).get("status") in ("running", "unknown"):
         return "it may be running"
@@ -11191,14 +11153,13 @@ def _why_it_stays(run: Run) -> str | None:
     return None
 
 
-def _prune(root: str, prunable: _Prunable, purge: bool) -> str | None:
+def _prune(root: str, run: Run, purge: bool) -> str | None:
     """Move a run to ROOT/.trash, or delete it; return where it is now."""
     import shutil
 
-    run = prunable.run
     as_it_is_now = Run(run.folder, row=False)  # somebody may have noted something
     as_it_is_now.lineage = run.lineage
-    refusal = prunable.refusal or _why_it_stays(as_it_is_now)
+    refusal = _why_it_stays(as_it_is_now)
     if refusal is not None:
         raise ValueError(f"{run.name} stays: {refusal}")
     if purge:
@@ -11207,12 +11168,10 @@ def _prune(root: str, prunable: _Prunable, purge: bool) -> str | None:
     inside = relpath(run.folder, root)
     if inside.startswith(os.curdir):
         inside = run.name  # found through a link, or given as the root itself
-    wanted = os.path.join(root, TRASH_FOLDER, inside)
-    place = wanted
-    number = 1
+    wanted = place = os.path.join(root, TRASH_FOLDER, inside)
+    numbers = itertools.count(2)
     while lexists(place):
-        number += 1
-        place = f"{wanted}-{number}"
+        place = f"{wanted}-{next(numbers)}"
     os.makedirs(dirname(place), exist_ok=True)
     os.rename(run.folder, place)
     return place
@@ -11410,7 +11369,7 @@ def _run_columns(
         _Column("status", [_status_text(run) for run in runs]),
         _Column("age", ages, map(_format_seconds, ages), rank=3),
         _Column("time", times, map(_format_seconds, times), rank=5),
-        *(_Column(text, [_Expression(text).value(run) for run in runs])
+        *(_Column(text, [_Key(text).value(run) for run in runs])
           for text in dict.fromkeys(asked) if text not in _COLUMN_OF),
         *_key_columns(runs, metrics, asked, 1, 4),
         *_key_columns(runs, config, asked, 2, 6),
@@ -11496,7 +11455,7 @@ def _run_row(run: Run, root: StrPath, shown: Iterable[str] = ()) -> Facts:
         "problems": run.problems,
     }
     for text in shown:
-        row.setdefault(text, _Expression(text).value(run))
+        row.setdefault(text, _Key(text).value(run))
     return row
 
 
@@ -11513,7 +11472,7 @@ def _group_row(group: _Group, asked: Iterable[str]) -> Facts:
     }
     metrics = [key for run in group.runs for key in run if key.startswith("metrics.")]
     for key in dict.fromkeys([*metrics, *asked]):
-        spread = group.spread(_Expression(key))
+        spread = group.spread(_Key(key))
         if spread.mean is not None and key not in row:
             row[key] = spread.mean
             row[f"{key} deviation"] = spread.deviation
@@ -12198,9 +12157,9 @@ def _cmd_report(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.output!r}: there is no such folder; make it first")
     goal = None
     if args.metric is not None:
-        goal = _Expression(args.metric)
+        goal = _Key(args.metric)
         if goal.function not in ("min", "max"):
-            how = f"write 'max({goal.key})' or 'min({goal.key})'"
+            how = f"write 'max({goal.name})' or 'min({goal.name})'"
             raise ValueError(f"metric {goal.text!r} does not say what is best; {how}")
     selection = _Selection(_search_root(args.root), _filters_of(args))
     for warning in selection.warnings:
@@ -12253,7 +12212,7 @@ class _Page:
     """What the sections of a page share: the runs in their order, colours, text."""
 
     def __init__(
-        self, selection: _Selection, goal: _Expression | None, over: list[str],
+        self, selection: _Selection, goal: _Key | None, over: list[str],
         folder: str,
     ) -> None:
         self.root = selection.root
@@ -12266,7 +12225,7 @@ class _Page:
         self.redacted: dict[str, str] = {}
         if goal is not None:
             if self.runs and all(self.best(run) is None for run in self.runs):
-                raise ValueError(f"no run has the metric {goal.key!r}")
+                raise ValueError(f"no run has the metric {goal.name!r}")
             ranked = _in_order(self.runs, goal.value, goal.function == "max")
             self.runs = list(itertools.chain(*ranked.values()))
         keys: dict[str, None] = {}
@@ -12453,7 +12412,7 @@ def _best_html(page: _Page) -> Iterator[str]:
         yield "<p>Choose one with <code>--metric 'max(KEY)'</code> or min.</p>"
         return
     told = page.goal.text
-    step = run.summary[page.goal.key].get(f"{page.goal.function}_step")
+    step = run.summary[page.goal.name].get(f"{page.goal.function}_step")
     if step is not None:
         told += f" at step {_text(step)}"
     yield f'<p class="value">{page.text(page.best(run))}</p>'
@@ -12556,7 +12515,7 @@ def _plots(page: _Page) -> list[_Plot]:
     """Return the plots with their curves, that of the goal first."""
     ends: dict[str, list[float]] = {}  # of each metric, where its curves begin and end
     if page.goal is not None:
-        ends[page.goal.key] = []
+        ends[page.goal.name] = []
     curves = 0
     for run in page.drawn:
         for key, facts in run.summary.items():
@@ -12903,8 +12862,8 @@ class _Scale:
         self.name = name.replace("config.", "", 1)
         self.places: dict[str, float] = {}  # by folder: 0 is the lower end, 1 the upper
         self.marks: dict[str, float] = {}
-        expression = _Expression(name)
-        found = {run.folder: expression.value(run) for run in runs}
+        key = _Key(name)
+        found = {run.folder: key.value(run) for run in runs}
         values = {path: value for path, value in found.items() if value is not None}
         words = sorted({_text(value) for value in values.values()})
         numbers = [n for n in map(_finite, values.values()) if n is not None]
@@ -14148,7 +14107,7 @@ def _cmd_list(args: argparse.Namespace) -> int:
     selection = _Selection(root, _filters_of(args), args.over)
     shown = [key.strip() for text in args.show for key in text.split(",")]
     for key in shown:
-        selection.warnings += _unknown_key(_Expression(key), selection.runs)
+        selection.warnings += _unknown_key(_Key(key), selection.runs)
     for warning in selection.warnings:
         _say(warning)
     asked = [*selection.asked, *shown]
@@ -14280,27 +14239,30 @@ def _cmd_note(args: argparse.Namespace) -> int:
 def _cmd_prune(args: argparse.Namespace) -> int:
     """Say which runs would go; move or delete them when that is asked for."""
     selection = _Selection(_search_root(args.root), _filters_of(args))
-    found = [_Prunable(run) for run in selection.runs]
     for warning in selection.warnings:
         _say(warning)
+    rows: list[Facts] = []
+    for run in selection.runs:
+        size = sum(_file_sizes(run.folder).values())
+        row = {"run_dir": run.folder, "status": run["status"], "size": size}
+        rows.append({**row, "refused": _why_it_stays(run)})
     if args.json:
-        _print_json([prunable.to_json() for prunable in found])
+        _print_json(rows)
     is_meant = args.yes or args.purge
     sizes = []
-    for prunable in found:
-        what = prunable.refusal
+    for run, row in zip(selection.runs, rows):
+        what = row["refused"]
         if what is None:
             what = "would go"
-            sizes.append(prunable.size)
+            sizes.append(row["size"])
             if is_meant:
-                place = _prune(selection.root, prunable, args.purge)
+                place = _prune(selection.root, run, args.purge)
                 what = f"is now {place or 'deleted'}"
         if not args.json:
-            run = prunable.run
             name = relpath(run.path, selection.root)
             about = f"{run['status']}, {_format_seconds(_age(run))} old"
-            size = _format_size(prunable.size)
-            print(_printable(f"{name} ({about}, {size}): {what}"))
+            about += f", {_format_size(row['size'])}"
+            print(_printable(f"{name} ({about}): {what}"))
     if sizes and not (is_meant or args.json):
         about = f"{_format_count(len(sizes), 'run')}, {_format_size(sum(sizes))}"
         print(f"{about}: --yes moves to {TRASH_FOLDER}, --purge deletes")

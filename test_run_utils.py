@@ -9060,13 +9060,13 @@ class Seeds(ReadingCase):
         self.assertEqual(
             [group.config["config.lr"] for group in groups], [0.2, 0.1, 0.3]
         )
-        spread = groups[1].spread(run_utils._Expression("max(acc)"))
+        spread = groups[1].spread(run_utils._Key("max(acc)"))
         self.assertAlmostEqual(spread.mean, 0.6)
         self.assertAlmostEqual(spread.deviation, 0.02**0.5)
         self.assertEqual((spread.count, groups[1].states()), (2, {"success": 2}))
-        spread = groups[0].spread(run_utils._Expression("acc"))
+        spread = groups[0].spread(run_utils._Key("acc"))
         self.assertEqual((spread.count, len(groups[0].runs)), (2, 3))
-        spread = groups[2].spread(run_utils._Expression("acc"))
+        spread = groups[2].spread(run_utils._Key("acc"))
         self.assertEqual((spread.mean, spread.deviation, spread.count), (None, None, 0))
         self.assertEqual(groups[2].states(), {"failed": 1})
         self.assertEqual(list(groups[1].warnings()), [])
@@ -9077,6 +9077,14 @@ class Seeds(ReadingCase):
         self.assertEqual(selection.warnings, [warning])
         top, selection = self.fold("seed,out", sort="-acc", top=2)
         self.assertEqual((len(top), selection.unseen), (2, 0))
+
+    def test_a_deviation_beyond_all_numbers(self) -> None:
+        for seed, loss in enumerate((1e200, -1e200)):
+            rows = [{"step": 0, "loss": loss}]
+            self.make_run(f"exp/{seed}", config={"seed": seed}, metrics=rows)
+        ((group,), _) = self.fold("seed")
+        spread = group.spread(run_utils._Key("loss"))
+        self.assertEqual((spread.mean, spread.deviation), (0, math.inf))
 
     def test_a_key_that_no_run_has_is_said(self) -> None:
         self.make_run("exp/a", config={"seed": 1})
@@ -9187,7 +9195,7 @@ class Pruning(ReadingCase):
     def plan(self, **options: Any) -> dict[str, Any]:
         filters = run_utils._Filters(**options)
         selection = run_utils._Selection(self.tmp / "results", filters)
-        return {run.name: run_utils._Prunable(run) for run in selection.runs}
+        return {run.name: run for run in selection.runs}
 
     def test_who_must_stay(self) -> None:
         self.make_run("exp/free", metadata={"inputs": []})
@@ -9209,7 +9217,8 @@ class Pruning(ReadingCase):
         path, own = str(producer), self.tmp / "x"
         entry = run_utils._input("i", path, path, own)
         self.make_run("exp/consumer", metadata={"inputs": [entry]})
-        refusals = {name: found.refusal for name, found in self.plan().items()}
+        plan = self.plan()
+        refusals = {name: run_utils._why_it_stays(plan[name]) for name in plan}
         expected = {"free": None, "untagged": None, "lost": None, "consumer": None}
         expected.update({"tagged": "it is tagged canonical", "noted": "it has a note"})
         expected.update(dict.fromkeys(("alive", "unknown"), "it may be running"))
