@@ -3098,11 +3098,10 @@ class _RecorderProcess:
 
     def _sample(self) -> None:
         """Take samples until the end; a slow nvidia-smi holds nobody up here."""
-        while self.sampler is not None:
+        pause = float(HEARTBEAT_SECONDS)
+        while self.sampler is not None and not self.ends_sampling.wait(pause):
             with _tolerating("resources"):
-                self.sampler.tick()
-            if self.ends_sampling.wait(HEARTBEAT_SECONDS):
-                return
+                pause = self.sampler.tick()
 
     def _touch(self) -> float:
         if self.rank == 0:
@@ -4834,31 +4833,33 @@ def _cgroup() -> str:
 
 
 class _Sampler:
-    """What the processes of a run take, from one sample to the next."""
+    """What a process takes with its descendants, also those that init has adopted."""
 
     def __init__(self, pid: int, record: _Record) -> None:
+        self.pid = pid
         self.record = record
-        self.tree = _ProcessTree(pid)
+        self.known: dict[int, str] = {}  # when each process started, by its pid
+        self.is_cheap = True  # to count memory by pages
         self.gpus = _GpuMeter()
         self.problem: str | None = None
         self.begun = time.monotonic()
-        self.due = self.begun + HEARTBEAT_SECONDS
+        self.last: tuple[float, float] | None = None  # when, and processor time until
+        self.samples = 0
         self.cpu_seconds = 0.0
         self.cpu_peak = 0.0  # percent of one core
         self.memory = _Values()
-        self.samples = 0
-        self.last = self._sample()
+        self.memory_sources: list[str] = []
+        self._take()
 
-    def tick(self) -> None:
+    def tick(self) -> float:
+        """Append a sample to metrics/system.jsonl; return the seconds until the next."""
         started = time.monotonic()
-        if started < self.due:
-            return
         row = self._take()
         cost = time.monotonic() - started
-        self.due = started + max(HEARTBEAT_SECONDS, cost / SAMPLE_SHARE)
         if row is not None:
             row.update(self.gpus.measure())
             self.record.append("metrics/system.jsonl", row)
+        return max(HEARTBEAT_SECONDS, cost / SAMPLE_SHARE)
 
     def summary(self) -> Facts:
         """Return peaks and means with their sources, for metadata.json."""
@@ -4871,117 +4872,53 @@ class _Sampler:
             "cpu_source": None,
             "memory_bytes_mean": self.memory.mean(),
             "memory_bytes_peak": self.memory.peak,
-            "memory_source": " or ".join(self.memory.sources) or None,
+            "memory_source": " or ".join(self.memory_sources) or None,
             "cgroup_memory_bytes_peak": _cgroup_memory_peak(),
             "gpus": self.gpus.summary(),
             "gpu_source": self.gpus.source,
             "problem": self.problem or self.gpus.problem,
         }
         if self.samples and self.last is not None:
-            mean = 100 * self.cpu_seconds / (self.last.time - self.begun)
-            facts["cpu_seconds"] = round(self.cpu_seconds, 2)
-            facts["cpu_percent_mean"] = round(mean, 1)
-            facts["cpu_percent_peak"] = self.cpu_peak
-            facts["cpu_source"] = "/proc, with ended children"
+            mean = 100 * self.cpu_seconds / (self.last[0] - self.begun)
+            facts.update(
+                cpu_seconds=round(self.cpu_seconds, 2),
+                cpu_percent_mean=round(mean, 1),
+                cpu_percent_peak=self.cpu_peak,
+                cpu_source="/proc, with ended children",
+            )
         return facts
 
-    def _sample(self) -> _Sample | None:
-        try:
-            return self.tree.measure()
-        except _Unknown as reason:
-            self.problem = str(reason)
-            return None
-
     def _take(self) -> Facts | None:
-        """Take a sample, add it to the sums, and return its row."""
-        before = self.last
-        sample = self._sample()
-        if sample is None or before is None:
-            return None
-        self.last = sample
-        self.samples += 1
-        # Where nobody waited for a child, its time vanishes with it.
-        seconds = max(0.0, sample.cpu_seconds - before.cpu_seconds)
-        percent = round(100 * seconds / (sample.time - before.time), 1)
-        self.cpu_seconds += seconds
-        self.cpu_peak = max(percent, self.cpu_peak)
-        row: Facts = {"time": round(time.time(), 3), "processes": sample.processes}
-        row["cpu_percent"] = percent
-        if sample.memory_bytes:  # processes that are just ending have none
-            row["memory_bytes"] = sample.memory_bytes
-            row["memory_source"] = sample.memory_source
-            self.memory.add(sample.memory_bytes, sample.memory_source)
-        return row
-
-
-class _Sample:
-    def __init__(
-        self, processes: int, cpu_seconds: float, memory_bytes: int, source: str
-    ) -> None:
-        self.time = time.monotonic()
-        self.processes = processes
-        self.cpu_seconds = cpu_seconds
-        self.memory_bytes = memory_bytes
-        self.memory_source = source
-
-
-class _Values:
-    """Peak, mean and sources of what was measured again and again."""
-
-    def __init__(self) -> None:
-        self.peak: int | None = None
-        self.total = 0
-        self.count = 0
-        self.sources: list[str] = []
-
-    def add(self, value: int, source: str = "") -> None:
-        self.peak = max(value, self.peak or 0)
-        self.total += value
-        self.count += 1
-        if source not in self.sources:
-            self.sources.append(source)
-
-    def mean(self) -> int | None:
-        if not self.count:
-            return None
-        return self.total // self.count
-
-
-class _ProcessTree:
-    """A process with its descendants, also those that init adopted meanwhile."""
-
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
-        self.known: dict[int, str] = {}  # when each process started, by its pid
-        self.is_cheap = True  # to count memory by pages
-
-    def measure(self) -> _Sample | None:
-        """Return what the processes take now, None if all have ended."""
+        """Take a sample and return its row; None for the first, or if all have ended."""
         if not isdir("/proc/self/task") or not hasattr(os, "sysconf"):
-            raise _Unknown("there is no /proc, which tells what processes take")
+            self.problem = "there is no /proc, which tells what processes take"
+            return None
         found = self._processes()
         if not found:
             return None
         ticks = 0
-        resident = 0  # pages
-        shared = 0
-        for pid, fields in found.items():
+        for fields in found.values():
             # utime, stime, cutime and cstime of proc_pid_stat(5)
             ticks += sum(map(int, fields[11:15]))
-            with _ignoring(OSError):
-                pages = _read_proc(f"/proc/{pid}/statm").split()
-                resident += int(pages[1])
-                shared += int(pages[2])
-        page = os.sysconf("SC_PAGE_SIZE")
-        memory = 0
-        source = "proportional"
-        if self.is_cheap and resident * page < PROPORTIONAL_BYTES:
-            memory = self._proportional_bytes(found)
-        if not memory:
-            memory = (resident - shared) * page
-            source = "resident minus shared"
-        seconds = ticks / os.sysconf("SC_CLK_TCK")
-        return _Sample(len(found), seconds, memory, source)
+        before = self.last
+        now = self.last = (time.monotonic(), ticks / os.sysconf("SC_CLK_TCK"))
+        if before is None:
+            return None
+        self.samples += 1
+        # Where nobody waited for a child, its time vanishes with it.
+        seconds = max(0.0, now[1] - before[1])
+        percent = round(100 * seconds / (now[0] - before[0]), 1)
+        self.cpu_seconds += seconds
+        self.cpu_peak = max(percent, self.cpu_peak)
+        row: Facts = {"time": round(time.time(), 3), "processes": len(found)}
+        row["cpu_percent"] = percent
+        memory, source = self._memory(found)
+        if memory:  # processes that are just ending have none
+            row.update(memory_bytes=memory, memory_source=source)
+            self.memory.add(memory)
+            if source not in self.memory_sources:
+                self.memory_sources.append(source)
+        return row
 
     def _processes(self) -> dict[int, list[str]]:
         """Return the fields of /proc/<pid>/stat of each process of the run."""
@@ -4996,25 +4933,59 @@ class _ProcessTree:
             if self.known.get(pid, fields[19]) != fields[19]:
                 continue  # another process has the number of one that ended
             found[pid] = fields
-            with _ignoring(OSError):
-                for thread in os.listdir(f"/proc/{pid}/task"):
-                    children = _read_proc(f"/proc/{pid}/task/{thread}/children")
-                    waiting += map(int, children.split())
+            waiting += _children(pid)
         self.known = {pid: fields[19] for pid, fields in found.items()}
         return found
 
-    def _proportional_bytes(self, pids: Iterable[int]) -> int:
-        """Return the memory of some processes with each shared page counted once."""
+    def _memory(self, pids: Iterable[int]) -> tuple[int, str]:
+        """Return the memory of processes, and whether each shared page counts once."""
         started = time.monotonic()
-        total = 0
+        page = os.sysconf("SC_PAGE_SIZE")
+        resident = 0
+        private = 0
         for pid in pids:
             with _ignoring(OSError):
-                text = _read_proc(f"/proc/{pid}/smaps_rollup")
-                found = re.search(rb"^Pss: *(\d+) kB", text, re.M)
-                if found is not None:
-                    total += int(found[1]) * 1024
-        self.is_cheap = time.monotonic() - started < PROPORTIONAL_SECONDS
-        return total
+                pages = _read_proc(f"/proc/{pid}/statm").split()
+                resident += int(pages[1]) * page
+                private += (int(pages[1]) - int(pages[2])) * page
+        if self.is_cheap and resident < PROPORTIONAL_BYTES:
+            total = 0
+            for pid in pids:
+                rollup = f"/proc/{pid}/smaps_rollup"
+                total += 1024 * int(_match_in_file(rollup, r"^Pss: *(\d+) kB") or 0)
+            self.is_cheap = time.monotonic() - started < PROPORTIONAL_SECONDS
+            if total:
+                return total, "proportional"
+        return private, "resident minus shared"
+
+
+def _children(pid: int) -> list[int]:
+    """Return the children of a process, where Linux tells them."""
+    found: list[int] = []
+    with _ignoring(OSError):
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            children = _read_proc(f"/proc/{pid}/task/{thread}/children")
+            found += map(int, children.split())
+    return found
+
+
+class _Values:
+    """Peak and mean of what is measured again and again."""
+
+    def __init__(self) -> None:
+        self.peak: int | None = None
+        self.total = 0
+        self.count = 0
+
+    def add(self, value: int) -> None:
+        self.peak = max(value, self.peak or 0)
+        self.total += value
+        self.count += 1
+
+    def mean(self) -> int | None:
+        if not self.count:
+            return None
+        return self.total // self.count
 
 
 def _cgroup_memory_peak() -> int | str | None:
@@ -5049,8 +5020,8 @@ class _GpuMeter:
         started = time.monotonic()
         if self.source is None or self.problem is not None or started < self.due:
             return {}
-        columns = ["index", "utilization.gpu", "memory.used"]
         try:
+            columns = ["index", "utilization.gpu", "memory.used"]
             table = _nvidia_smi(columns, GPU_SECONDS)
         except _Unknown as reason:
             self.problem = str(reason)
@@ -5308,7 +5279,7 @@ class _Repository:
         self.root = realpath(directory)
         self.excluded = excluded
         self.entered: int | None = None
-        self.sources: list[str] = []  # files that were loaded, for code without git
+        self.memory_sources: list[str] = []  # files that were loaded, for code without git
         self.is_deep = True  # without git, the sources below the folder count as well
         self.deadline = time.monotonic() + PATCH_SECONDS
         self.is_git = False
@@ -13924,10 +13895,7 @@ def _descendants(pid: int) -> list[int]:
     """Return a process and all that it and its children have started (Linux)."""
     found = [pid]
     for parent in found:
-        with _ignoring(OSError):
-            for thread in os.listdir(f"/proc/{parent}/task"):
-                children = _read_proc(f"/proc/{parent}/task/{thread}/children")
-                found += map(int, children.split())
+        found += _children(parent)
     return found
 
 
