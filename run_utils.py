@@ -2881,13 +2881,16 @@ module._recorder_main(connection, [each[2] for each in rights], message)
 posix._exit(0)  # tidying up takes longer than an empty block
 """
 _MODULE_CODE = sys._getframe().f_code  # of this very file, as it was compiled
+
+
+def _signals_named(names: str) -> list[int]:
+    """Return the numbers of these signals, as far as the system has them."""
+    known = [name for name in names.split() if hasattr(signal, f"SIG{name}")]
+    return [getattr(signal, f"SIG{name}") for name in known]
+
+
 # What it ignores: a terminal and a scheduler send signals to whole groups.
-_IGNORED_SIGNALS = [
-    getattr(signal, name)
-    for name in ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2",
-                 "SIGALRM", "SIGVTALRM", "SIGXCPU", "SIGPIPE")
-    if hasattr(signal, name)
-]
+_IGNORED_SIGNALS = _signals_named("HUP INT QUIT TERM USR1 USR2 ALRM VTALRM XCPU PIPE")
 
 
 def _spawn_recorder(connection: int, path: str, environment: Mapping[str, str]) -> int:
@@ -3280,9 +3283,9 @@ class _Capture:
             with _ignoring(ValueError):  # the program has forgotten it
                 self.shell.events.unregister("pre_execute", self.renew)
 
-    def copy(self, name: str, data: bytes) -> None:
+    def copy(self, descriptor: int, data: bytes) -> None:
         for stream in self.streams:
-            if stream.name == name:
+            if stream.descriptor == descriptor:
                 stream.copy(data, [])
 
     def stop(self) -> None:
@@ -4848,11 +4851,11 @@ class _Sampler:
         self.cpu_seconds = 0.0
         self.cpu_peak = 0.0  # percent of one core
         self.memory = _Values()
-        self.memory_sources: list[str] = []
+        self.sources: list[str] = []
         self._take()
 
     def tick(self) -> float:
-        """Append a sample to metrics/system.jsonl; return the seconds until the next."""
+        """Append a sample to metrics/system.jsonl; return how long to wait."""
         started = time.monotonic()
         row = self._take()
         cost = time.monotonic() - started
@@ -4872,7 +4875,7 @@ class _Sampler:
             "cpu_source": None,
             "memory_bytes_mean": self.memory.mean(),
             "memory_bytes_peak": self.memory.peak,
-            "memory_source": " or ".join(self.memory_sources) or None,
+            "memory_source": " or ".join(self.sources) or None,
             "cgroup_memory_bytes_peak": _cgroup_memory_peak(),
             "gpus": self.gpus.summary(),
             "gpu_source": self.gpus.source,
@@ -4889,7 +4892,7 @@ class _Sampler:
         return facts
 
     def _take(self) -> Facts | None:
-        """Take a sample and return its row; None for the first, or if all have ended."""
+        """Take a sample; return its row, unless it is the first or all have ended."""
         if not isdir("/proc/self/task") or not hasattr(os, "sysconf"):
             self.problem = "there is no /proc, which tells what processes take"
             return None
@@ -4916,8 +4919,8 @@ class _Sampler:
         if memory:  # processes that are just ending have none
             row.update(memory_bytes=memory, memory_source=source)
             self.memory.add(memory)
-            if source not in self.memory_sources:
-                self.memory_sources.append(source)
+            if source not in self.sources:
+                self.sources.append(source)
         return row
 
     def _processes(self) -> dict[int, list[str]]:
@@ -5279,7 +5282,7 @@ class _Repository:
         self.root = realpath(directory)
         self.excluded = excluded
         self.entered: int | None = None
-        self.memory_sources: list[str] = []  # files that were loaded, for code without git
+        self.sources: list[str] = []  # files that were loaded, for code without git
         self.is_deep = True  # without git, the sources below the folder count as well
         self.deadline = time.monotonic() + PATCH_SECONDS
         self.is_git = False
@@ -13396,11 +13399,6 @@ function hidePoint(plot) {
 # `run -- CMD`: the command has the signals, the terminal, the environment and the open
 # files that it would have without us, and its exit status is ours.
 
-FORWARDED_SIGNALS = (
-    "SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGALRM",
-    "SIGCONT", "SIGXCPU", "SIGVTALRM", "SIGPROF", "SIGIO", "SIGPWR", "SIGABRT",
-)
-
 
 def _cmd_run(args: argparse.Namespace) -> int:
     """Record a command; return its exit status, 128+n when signal n ended it."""
@@ -13422,10 +13420,9 @@ def _cmd_run(args: argparse.Namespace) -> int:
         _say(f"{_prog()}: {problem}; nothing was recorded")
         return code
     with recording as run_dir:
-        if recording.capture is None:
-            raise RuntimeError("the run was not entered")
-        command = _Command(words, recording.capture)
-        code = command.run(limit)
+        assert recording.capture is not None  # nosec
+        command = _Command(words, recording.capture, limit)
+        code = command.run()
         recording.ending = _Ending.of_command(code)
         if command.problem is not None:
             recording.ending.status = "failed"
@@ -13499,11 +13496,9 @@ def _command_options(words: Sequence[str]) -> Facts:
                 config[name].append(word)
     options: Facts = {}
     for name, texts in config.items():
-        values = [_option_value(text) for text in texts]
+        values = [_option_value(text) for text in texts] or [True]
         options[name] = values
-        if not values:
-            options[name] = True
-        elif len(values) == 1:
+        if len(values) == 1:
             options[name] = values[0]
     return options
 
@@ -13536,9 +13531,12 @@ class _Command:
     only its stdout and stderr are others. Those that are logs are left alone.
     """
 
-    def __init__(self, words: list[str], capture: _Capture) -> None:
+    def __init__(
+        self, words: list[str], capture: _Capture, limit: float | None
+    ) -> None:
         self.words = words
         self.capture = capture
+        self.limit = limit  # in seconds
         self.pid = 0  # of the command, once it has been started
         self.code: int | None = None  # how it has ended, -n: by signal n
         self.problem: str | None = None
@@ -13546,9 +13544,8 @@ class _Command:
         self.early: list[int] = []  # signals that came before it was started
         self.terminal: _Terminal | None = None  # ours, when we are in between
         self.channels: list[_Channel] = []
-        self.typed = b""  # what the command has not taken yet
 
-    def run(self, limit: float | None) -> int:
+    def run(self) -> int:
         """Run the command; return its exit status, -n when signal n has ended it."""
         wake, waker = os.pipe()
         _posix.set_blocking(waker, False)
@@ -13556,17 +13553,17 @@ class _Command:
             with _handling(self._handle, waker) as of_children:
                 if all(map(os.isatty, (0, 1, 2))) and _is_foreground():
                     self.terminal = _Terminal()
-                    self.channels = [_Channel(1, self.terminal.master)]
+                    self.channels = [_Channel(self.capture, 1, self.terminal.master)]
                     inner = self.terminal.inner
                     self._start({0: inner, 1: inner, 2: inner}, of_children)
                 else:
                     self._start(self._outputs(), of_children)
-                self._serve(wake, limit)
+                self._serve(wake)
         finally:
             if self.terminal is not None:
                 self.terminal.restore()
             for channel in self.channels:
-                channel.close(self.capture)
+                channel.close()
             for descriptor in (wake, waker):
                 os.close(descriptor)
         return self.code or 0
@@ -13580,11 +13577,13 @@ class _Command:
                 continue
             if stream.place not in places:
                 if os.isatty(stream.descriptor):
-                    reader, places[stream.place] = _posix.openpty()
-                    _pass_as_it_is(places[stream.place], stream.descriptor)
+                    reader, writer = _posix.openpty()
+                    _pass_as_it_is(writer, stream.descriptor)
                 else:
-                    reader, places[stream.place] = os.pipe()
-                self.channels.append(_Channel(stream.descriptor, reader))
+                    reader, writer = os.pipe()
+                places[stream.place] = writer
+                channel = _Channel(self.capture, stream.descriptor, reader)
+                self.channels.append(channel)
             own[stream.descriptor] = places[stream.place]
         return own
 
@@ -13647,11 +13646,12 @@ class _Command:
             else:
                 os.kill(self.pid, number)
 
-    def _serve(self, wake: int, limit: float | None) -> None:
+    def _serve(self, wake: int) -> None:
         """Show what the command prints and let it read what is typed, until it ends."""
         deadline = float("inf")
-        if limit is not None:
-            deadline = time.monotonic() + limit
+        if self.limit is not None:
+            deadline = time.monotonic() + self.limit
+        terminal = self.terminal
         while True:
             is_over = self._has_ended(_posix.WNOHANG)
             readers: list[int] = [wake, *(channel.reader for channel in self.channels)]
@@ -13659,103 +13659,86 @@ class _Command:
             pause = 0.0
             if not is_over:
                 pause = max(0.0, min(1.0, deadline - time.monotonic()))
-                if self.terminal is not None and self.terminal.follow():
-                    if self.typed:
-                        writers.append(self.terminal.master)
+                if terminal is not None and terminal.follow():
+                    if terminal.typed:
+                        writers.append(terminal.master)
                     else:
                         readers.append(0)
             ready, takers, _ = select.select(readers, writers, [], pause)
             if wake in ready:
                 os.read(wake, 512)
-            if 0 in ready and self.terminal is not None:
-                self._read_typed(self.terminal)
-            if takers:
-                with _ignoring(OSError):
-                    self.typed = self.typed[os.write(takers[0], self.typed) :]
+            if terminal is not None:
+                if 0 in ready and terminal.read(self.pid):
+                    self._signal(_signals.SIGSTOP)
+                if takers:
+                    terminal.pass_on()
             for channel in list(self.channels):
-                if channel.reader in ready and not channel.show(self.capture):
+                if channel.reader in ready and not channel.show():
                     self.channels.remove(channel)
-                    if self.terminal is not None:
-                        self.terminal.is_gone = True  # the command has closed it
+                    if terminal is not None:
+                        terminal.is_gone = True  # the command has closed it
             if is_over and set(ready) <= {wake}:
                 return
             if time.monotonic() >= deadline:
                 deadline = time.monotonic() + KILL_SECONDS
-                self._end(limit)
+                self._end()
 
     def _has_ended(self, how: int) -> bool:
+        """Tell whether the command has ended; when it stops, so do we, for our shell."""
         if self.terminal is not None:
             how |= _posix.WUNTRACED
         if self.code is None:
             pid, status = os.waitpid(self.pid, how)
             if pid and self.terminal is not None and _posix.WIFSTOPPED(status):
-                self._stop_as_well(self.terminal)
+                self.terminal.restore()
+                _posix.killpg(_posix.getpgrp(), _signals.SIGTSTP)  # until `fg` or `bg`
+                self._signal(_signals.SIGCONT)
             elif pid:
                 self.code = _exit_code(status)
         return self.code is not None
 
-    def _stop_as_well(self, terminal: _Terminal) -> None:
-        """Stop when the command has stopped, so that our shell sees it; then go on."""
-        terminal.restore()
-        _posix.killpg(_posix.getpgrp(), _signals.SIGTSTP)  # until `fg` or `bg`
-        self._signal(_signals.SIGCONT)
-
-    def _end(self, limit: float | None) -> None:
+    def _end(self) -> None:
         """Ask a command that is late to end, with all it has started; then kill it."""
         number = signal.SIGTERM
         if self.is_late:
             number = _signals.SIGKILL
         self.is_late = True
-        self.problem = f"stopped after its time limit of {limit:g} s"
-        for pid in _descendants(self.pid):
+        self.problem = f"stopped after its time limit of {self.limit:g} s"
+        descendants = [self.pid]
+        for pid in descendants:
+            descendants += _children(pid)
+        for pid in descendants:
             with _ignoring(OSError):
                 os.kill(pid, number)
-
-    def _read_typed(self, terminal: _Terminal) -> None:
-        """Read what is typed; Ctrl-Z stops the command where the kernel would.
-
-        It does not do so here: the command is the first process of its terminal.
-        """
-        data = b""
-        with _ignoring(OSError):
-            data = os.read(0, 1024)
-        if not data:
-            terminal.is_gone = True
-        stop = terminal.stop_byte(self.pid)
-        if not stop or stop not in data:
-            self.typed += data
-            return
-        before, _, rest = data.partition(stop)
-        self.typed += before + rest
-        self._signal(_signals.SIGSTOP)
 
 
 class _Channel:
     """What a command prints, on its way to our stdout or stderr and to the log."""
 
-    def __init__(self, target: int, reader: int) -> None:
+    def __init__(self, capture: _Capture, target: int, reader: int) -> None:
+        self.capture = capture
         self.target = target
         self.reader = reader
-        self.name = {1: "stdout", 2: "stderr"}[target]
         self.text = _TerminalText()
         self.is_terminal = os.isatty(reader)
 
-    def show(self, capture: _Capture) -> bool:
+    def show(self) -> bool:
+        """Show what has come; return False once nobody has the other end any more."""
         data = b""
-        with _ignoring(OSError):  # EIO: nobody has the other side any more
+        with _ignoring(OSError):  # EIO says so of a terminal
             data = os.read(self.reader, FORWARD_BYTES)
         if not data:
-            self.close(capture)
+            self.close()
             return False
         _write_patiently(self.target, data)
         if self.is_terminal:
             data = self.text.add(data)
-        capture.copy(self.name, data)
+        self.capture.copy(self.target, data)
         return True
 
-    def close(self, capture: _Capture) -> None:
+    def close(self) -> None:
         os.close(self.reader)
-        capture.copy(self.name, self.text.end())
+        self.capture.copy(self.target, self.text.end())
 
 
 class _TerminalText:
@@ -13804,47 +13787,72 @@ class _Terminal:
     """The terminal that we are on, and the one that the command gets instead."""
 
     def __init__(self) -> None:
-        self.termios: Any = __import__("termios")
-        self.saved = self.termios.tcgetattr(0)
+        self.tty: Any = __import__("tty")  # which has all of termios
+        self.saved = self.tty.tcgetattr(0)
         self.master, self.inner = _posix.openpty()
         _posix.set_blocking(self.master, False)
-        self.termios.tcsetattr(self.inner, self.termios.TCSANOW, self.saved)
+        self.tty.tcsetattr(self.inner, self.tty.TCSANOW, self.saved)
         self.is_raw = False  # what is typed comes to us as it is
         self.is_gone = False
+        self.typed = b""  # what the command has not taken yet
         _copy_size(0, self.master)
 
     def become_controlling(self) -> None:
         """In the command: begin a session whose terminal is the inner one."""
         fcntl: Any = __import__("fcntl")
         _posix.setsid()
-        fcntl.ioctl(self.inner, self.termios.TIOCSCTTY, 0)
+        fcntl.ioctl(self.inner, self.tty.TIOCSCTTY, 0)
 
     def follow(self) -> bool:
         """Tell whether what is typed is for us: while we are in the foreground."""
-        with _ignoring(OSError, self.termios.error):
+        with _ignoring(OSError, self.tty.error):
             if not self.is_gone and _is_foreground():
                 _copy_size(0, self.master)
                 if not self.is_raw:
-                    tty: Any = __import__("tty")
-                    tty.setraw(0, self.termios.TCSADRAIN)
+                    self.tty.setraw(0, self.tty.TCSADRAIN)
                     self.is_raw = True
                 return True
         return False
 
     def restore(self) -> None:
-        with _ignoring(OSError, self.termios.error):
+        with _ignoring(OSError, self.tty.error):
             if self.is_raw and _is_foreground():
-                self.termios.tcsetattr(0, self.termios.TCSADRAIN, self.saved)
+                self.tty.tcsetattr(0, self.tty.TCSADRAIN, self.saved)
         self.is_raw = False
 
-    def stop_byte(self, pid: int) -> bytes:
+    def read(self, pid: int) -> bool:
+        """Read what is typed; tell whether that stops the command, as Ctrl-Z does.
+
+        The kernel does not stop it: it is the first process of its terminal.
+        """
+        data = b""
+        with _ignoring(OSError):
+            data = os.read(0, 1024)
+        if not data:
+            self.is_gone = True
+        stop = self._stop_byte(pid)
+        is_stopped = bool(stop) and stop in data
+        if is_stopped:
+            data = data.replace(stop, b"", 1)
+        self.typed += data
+        return is_stopped
+
+    def pass_on(self) -> None:
+        """Let the command have what is typed, as much as its terminal takes."""
+        with _ignoring(OSError):
+            self.typed = self.typed[os.write(self.master, self.typed) :]
+
+    def _stop_byte(self, pid: int) -> bytes:
         """Return what is typed to stop the command; nothing if that is up to it."""
-        with _ignoring(OSError, self.termios.error):
-            attributes = self.termios.tcgetattr(self.master)
+        with _ignoring(OSError, self.tty.error):
+            attributes = self.tty.tcgetattr(self.master)
             is_ours = _posix.tcgetpgrp(self.master) == pid
-            if is_ours and attributes[3] & self.termios.ISIG and not _ignores_stop(pid):
-                stop: bytes = attributes[6][self.termios.VSUSP]
-                return stop.strip(b"\0")
+            status = _read_proc(f"/proc/{pid}/status")
+            ignored = re.search(rb"SigIgn:\s*(\w+)", status)
+            if is_ours and attributes[3] & self.tty.ISIG and ignored is not None:
+                if not int(ignored[1], 16) & 1 << _signals.SIGTSTP - 1:
+                    stop: bytes = attributes[6][self.tty.VSUSP]
+                    return stop.strip(b"\0")
         return b""
 
 
@@ -13886,31 +13894,18 @@ def _execute(path: str, words: list[str]) -> None:
         os.execv("/bin/sh", ["sh", path, *words[1:]])  # nosec
 
 
-def _ignores_stop(pid: int) -> bool:
-    ignored = re.search(rb"SigIgn:\s*(\w+)", _read_proc(f"/proc/{pid}/status"))
-    return bool(ignored and int(ignored[1], 16) >> (_signals.SIGTSTP - 1) & 1)
-
-
-def _descendants(pid: int) -> list[int]:
-    """Return a process and all that it and its children have started (Linux)."""
-    found = [pid]
-    for parent in found:
-        found += _children(parent)
-    return found
-
-
 @contextlib.contextmanager
 def _handling(handler: Callable[..., None], waker: int) -> Iterator[Any]:
     """Handle the signals for a command; yield what ours of children was before."""
-    numbers: set[int] = {_signals.SIGWINCH}
-    numbers.update(getattr(signal, n) for n in FORWARDED_SIGNALS if hasattr(signal, n))
+    numbers = _signals_named(
+        "TERM HUP INT QUIT USR1 USR2 ALRM CONT XCPU VTALRM PROF IO PWR ABRT WINCH"
+    )
     if hasattr(signal, "SIGRTMIN"):
-        numbers.update(range(_signals.SIGRTMIN, _signals.SIGRTMAX + 1))
-    for number in list(numbers):
-        if signal.getsignal(number) in (signal.SIG_IGN, None):
-            numbers.remove(number)
-    numbers.add(_signals.SIGCHLD)
-    before = {number: signal.signal(number, handler) for number in numbers}
+        numbers += range(_signals.SIGRTMIN, _signals.SIGRTMAX + 1)
+    before = {_signals.SIGCHLD: signal.signal(_signals.SIGCHLD, handler)}
+    for number in numbers:
+        if signal.getsignal(number) not in (signal.SIG_IGN, None):
+            before[number] = signal.signal(number, handler)
     wakeup = signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
     try:
         yield before[_signals.SIGCHLD]
