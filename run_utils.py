@@ -981,12 +981,15 @@ class _Recording:
 
     def _spawn_recorder(self) -> None:
         try:
-            self.recorder = _Recorder.spawn(self.variables)
-        except _Unknown as reason:
-            self._go_without_recorder(reason)
+            self.recorder = _Recorder(self.variables)
+        except Exception as error:
+            self._go_without_recorder(error)
 
-    def _go_without_recorder(self, reason: _Unknown) -> None:
+    def _go_without_recorder(self, error: Exception) -> None:
+        if _is_foreign(error):
+            raise error
         self.recorder = None
+        reason = str(error) or type(error).__name__
         _warn(f"no recorder ({reason}): its work is done in this process, slower", True)
 
     def _begin(self, record: _Record, site: _Site, config: JSON) -> None:
@@ -1068,6 +1071,9 @@ class _Recording:
             "rank": self.launch.rank,
             "process": _process_identity(self.pid),
             "begun": self.begun,
+            "oom_kills": self.oom_kills,
+            "variables": {},
+            "is_watched": False,
             "secrets": _redactor.secrets(),
             "settings": _changed_settings(),
             "resources": self.options.resources,
@@ -1080,8 +1086,8 @@ class _Recording:
             try:
                 self.recorder.begin(request, capture.forwards)
                 return
-            except _Unknown as reason:
-                self._go_without_recorder(reason)
+            except Exception as error:
+                self._go_without_recorder(error)
         if meeting is not None:
             threading.Thread(target=meeting.serve, daemon=True).start()
         if self.launch.rank == 0:
@@ -2578,6 +2584,9 @@ if TYPE_CHECKING:
         rank: int
         process: Facts  # _process_identity() of the process that entered
         begun: float  # time.monotonic() on entry
+        oom_kills: int  # until then
+        variables: Facts  # that would have changed how it starts
+        is_watched: bool  # whether it is given a pidfd
         secrets: list[str]
         settings: Facts  # what the program has changed
         resources: bool  # whether to take samples
@@ -2588,14 +2597,23 @@ if TYPE_CHECKING:
 class _Recorder:
     """The experiment's end of the recorder: a socket, and no process of its own."""
 
-    def __init__(
-        self, connection: int, starter: int, is_sent_code: bool,
-        withheld: Mapping[str, str],
-    ) -> None:
-        self.kept = _Kept(connection)
-        self.starter = starter  # a process that only starts the recorder
-        self.is_sent_code = is_sent_code
-        self.withheld = withheld  # variables that it gets once it works
+    def __init__(self, variables: Mapping[str, str]) -> None:
+        """Start the process, which gets ready and waits to be told of a run.
+
+        It has this environment, but no variable that would change how it works.
+        Raises _Unknown where there can be none; `begin` does, too.
+        """
+        problem = _no_interpreter()
+        self.path = _file_to_load()
+        if not hasattr(os, "posix_spawn") or not hasattr(select, "poll"):
+            problem = "it takes posix_spawn and poll"  # Windows, eventlet
+        elif os.getpid() == 1:
+            problem = "process 1 would become its parent"
+        elif self.path is None:
+            problem = "run_utils is no module of its own"
+        if problem is not None:
+            raise _Unknown(problem)
+        self.withheld = _python_variables(variables)  # until it works
         self.owner = os.getpid()
         self.pid: int | None = None  # of the recorder
         self.forwards: Sequence[_Forward] = ()
@@ -2603,34 +2621,16 @@ class _Recorder:
         self.received = b""
         self.lock = threading.Lock()
         self.has_died = False
-
-    @staticmethod
-    def spawn(variables: Mapping[str, str]) -> _Recorder:
-        """Start the process, which gets ready and waits to be told of a run.
-
-        It has this environment, but no variable that would change how it works.
-        Raises _Unknown, with the reason, where there can be none; `begin` does, too.
-        """
-        problem = _no_interpreter()
-        path = _file_to_load()
-        if not hasattr(os, "posix_spawn") or not hasattr(select, "poll"):
-            problem = "it takes posix_spawn and poll"  # Windows, eventlet
-        elif os.getpid() == 1:
-            problem = "process 1 would become its parent"
-        elif path is None:
-            problem = "run_utils is no module of its own"
-        if problem is not None:
-            raise _Unknown(problem)
+        environment = {k: v for k, v in variables.items() if k not in self.withheld}
         _socket: Any = __import__("_socket")  # what socket adds is slow to import
         ours, theirs = (_above_stderr(end.detach()) for end in _socket.socketpair())
+        self.kept = _Kept(ours)
         try:
-            withheld = _python_variables(variables)
-            environment = {k: v for k, v in variables.items() if k not in withheld}
-            starter = _spawn_recorder(theirs, path or "", environment)
-            return _Recorder(ours, starter, not path, withheld)
-        except BaseException as error:
+            # A process that only starts the recorder.
+            self.starter = _spawn_recorder(theirs, self.path or "", environment)
+        except BaseException:
             os.close(ours)
-            raise _why_none(error) from None
+            raise
         finally:
             os.close(theirs)
 
@@ -2638,8 +2638,12 @@ class _Recorder:
         """Tell the recorder of the run, once it has answered for the first time."""
         deadline = time.monotonic() + RECORDER_SECONDS
         self.forwards = forwards
-        our_end = _pidfd(os.getpid())
-        watch = [each for each in [our_end] if each is not None]
+        descriptors = []
+        pidfd = _pidfd(self.owner)
+        if pidfd is not None:
+            descriptors.append(pidfd)
+        for forward in forwards:
+            descriptors += [forward.log, forward.target]
         try:
             first = self._answer(0, deadline)
             if first is None and self.is_gone():
@@ -2652,29 +2656,21 @@ class _Recorder:
             if fields is not None and int(fields[1]) == os.getpid():
                 raise _Unknown("this process would become its parent (a subreaper)")
             code = b""
-            if self.is_sent_code:
+            if not self.path:
                 import marshal
 
                 code = marshal.dumps(_MODULE_CODE)
-            message = {
-                "request": request,
-                "environment": self.withheld,
-                "oom_kills": _oom_kills(),
-                "is_watched": bool(watch),
-            }
-            data = json.dumps(message).encode()
+            request["variables"] = self.withheld
+            request["is_watched"] = pidfd is not None
+            data = json.dumps(request).encode()
             sizes = len(code).to_bytes(8, "big") + len(data).to_bytes(8, "big")
-            descriptors = list(watch)
-            for forward in forwards:
-                descriptors += [forward.log, forward.target]
-            self._send(sizes, deadline, descriptors)
-            self._send(code + data, deadline)
-        except BaseException as error:
+            self._send(sizes + code + data, deadline, descriptors)
+        except BaseException:
             self.give_up()
-            raise _why_none(error) from None
+            raise
         finally:
-            for descriptor in watch:
-                os.close(descriptor)
+            if pidfd is not None:
+                os.close(pidfd)
 
     def give_up(self) -> None:
         """Let go of a recorder that has not begun; it ends by itself."""
@@ -2704,19 +2700,18 @@ class _Recorder:
             return False  # a forked child does not talk to the recorder of its parent
         try:
             self.number += 1
-            number = self.number
-            message = {"number": number, "do": do, **facts}
+            message = {"number": self.number, "do": do, **facts}
             with _ignoring(OSError):
                 data = json.dumps(message).encode() + b"\n"
                 self._send(data, deadline, descriptors)
-                return self._answer(number, deadline) is not None
+                return self._answer(self.number, deadline) is not None
             return False
         finally:
             self.lock.release()
 
     def is_gone(self) -> bool:
         """Tell whether the recorder has died, by one system call."""
-        if self.kept.is_ours():
+        if os.getpid() == self.owner and self.kept.is_ours():
             self.has_died = _is_closed_there(self.kept.number)
         return self.has_died
 
@@ -2749,8 +2744,6 @@ class _Recorder:
         self, data: bytes, deadline: float, descriptors: Sequence[int] = ()
     ) -> None:
         """Send all of `data`, and descriptors with its first byte, or raise OSError."""
-        import array
-
         _socket: Any = __import__("_socket")
         if not self.kept.is_ours() or self.is_gone():
             raise OSError(errno.EPIPE, "the other end is closed")
@@ -2758,7 +2751,7 @@ class _Recorder:
         flags |= getattr(_socket, "MSG_NOSIGNAL", 0)  # SIGPIPE would kill the program
         rights: list[Any] = []
         if descriptors:
-            numbers = array.array("i", descriptors)
+            numbers = b"".join(n.to_bytes(4, sys.byteorder) for n in descriptors)
             rights = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, numbers)]
         connection = _socket.socket(fileno=self.kept.number)
         try:
@@ -2789,15 +2782,6 @@ class _Recorder:
                 return None
             self.received += data
         return None
-
-
-def _why_none(error: BaseException) -> BaseException:
-    """Return what went wrong as _Unknown, but what the program raised as it is."""
-    if isinstance(error, _Unknown) or not isinstance(error, Exception):
-        return error
-    if _is_foreign(error):
-        return error
-    return _Unknown(str(error) or type(error).__name__)
 
 
 def _is_ready(descriptor: int, event: int, deadline: float) -> bool:
@@ -2877,7 +2861,7 @@ del code
 message = receive(int.from_bytes(sizes[8:], "big"))
 gc.freeze()
 gc.enable()
-module._recorder_main(connection, [each[2] for each in rights], message)
+module._recorder_main(connection, rights, message)
 posix._exit(0)  # tidying up takes longer than an empty block
 """
 _MODULE_CODE = sys._getframe().f_code  # of this very file, as it was compiled
@@ -2943,29 +2927,22 @@ def _file_to_load() -> str | None:
     return ""
 
 
-def _recorder_main(connection: Any, rights: list[bytes], message: bytes) -> None:
+def _recorder_main(connection: Any, rights: Sequence[Any], message: bytes) -> None:
     """Be the recorder: what the new process does once it is told of a run."""
     sys.stderr = io.StringIO()  # what it has to say comes into metadata.json
     sys.setswitchinterval(0.0005)  # whoever has waited for git goes on at once
-    facts = json.loads(message)
-    os.environ.update(facts["environment"])
-    request: _Request = facts["request"]
+    request: _Request = json.loads(message)
+    os.environ.update(request["variables"])
     globals().update(request["settings"])
     _redactor.learn_values(request["secrets"])
-    process = _RecorderProcess(request, connection, facts["oom_kills"])
-    descriptors = _unpacked(rights)
-    if facts["is_watched"]:
-        process.pidfd = descriptors.pop(0)
-    for log, target in zip(descriptors[::2], descriptors[1::2]):
-        process.forwards.append(_Forward(log, target))
-    process.run()
+    _RecorderProcess(request, connection, _descriptors_in(rights)).run()
 
 
-def _unpacked(rights: Iterable[bytes]) -> list[int]:
-    import array
-
-    descriptors = array.array("i", b"".join(rights)).tolist()
-    for descriptor in descriptors:  # which no program that is started has to inherit
+def _descriptors_in(rights: Sequence[Any]) -> list[int]:
+    """Return what came with a message; no program that is started inherits it."""
+    data = b"".join(each[2] for each in rights)
+    descriptors: list[int] = memoryview(data).cast("i").tolist()
+    for descriptor in descriptors:
         os.set_inheritable(descriptor, False)
     return descriptors
 
@@ -2973,12 +2950,16 @@ def _unpacked(rights: Iterable[bytes]) -> list[int]:
 class _RecorderProcess:
     """The recorder's own end: one loop, and threads for what may block."""
 
-    def __init__(self, request: _Request, connection: Any, oom_kills: int) -> None:
+    def __init__(
+        self, request: _Request, connection: Any, descriptors: list[int]
+    ) -> None:
         self.request = request
         self.connection = connection  # a socket
-        self.oom_kills = oom_kills  # how many had been killed here before
         self.pidfd: int | None = None  # tells of the death of the process that entered
-        self.forwards: list[_Forward] = []
+        if request["is_watched"]:
+            self.pidfd = descriptors.pop(0)
+        pairs = zip(descriptors[::2], descriptors[1::2])
+        self.forwards = [_Forward(log, target) for log, target in pairs]
         self.descriptors: list[int] = []  # those that came with a question
         self.record = _Record.from_json(request["record"])
         self.site = _Site.from_json(request["site"])
@@ -2988,7 +2969,6 @@ class _RecorderProcess:
         self.received = b""
         self.is_over = False  # the block has been left, or its process is dead
         self.has_heir = False  # its process has ended well, perhaps as a daemon does
-        self.wait_status: int | None = None
         self.last_question = 0
         self.sampler: _Sampler | None = None
         if request["resources"] and self.rank == 0:
@@ -3041,7 +3021,7 @@ class _RecorderProcess:
         data = b""
         with _ignoring(OSError):
             data, rights, _, _ = self.connection.recvmsg(65536, 1024)
-            self.descriptors += _unpacked(each[2] for each in rights)
+            self.descriptors += _descriptors_in(rights)
         if not data:  # it has called exec, or closed what it has open, or is dead
             self.poller.unregister(self.connection)
         self.received += data
@@ -3059,29 +3039,27 @@ class _RecorderProcess:
                 with self.metadata_lock:
                     self.metadata.update(message["facts"])
                 self._answer(message["number"])
-            elif message["do"] == "collected":
-                _started_thread(self._wait_for_captures, message["number"])
-            else:  # "drain" or "retarget"
-                _started_thread(self._drain, message["number"], message.get("forward"))
+            else:
+                _started_thread(self._answer_later, message)
 
     def _answer(self, number: int) -> None:
         with _ignoring(OSError):
             self.connection.sendall(b'{"answer": %d}\n' % number)
 
-    def _wait_for_captures(self, number: int) -> None:
-        self.captures.join()
-        self._answer(number)
-
-    def _drain(self, number: int, moved: int | None) -> None:
-        """Answer once all that is in the logs by now is forwarded."""
-        ends = [os.fstat(forward.log).st_size for forward in self.forwards]
-        for forward, end in zip(self.forwards, ends):
-            forward.wake.set()
-            while not forward.has_reached(end):
-                time.sleep(0.001)
-        if moved is not None:
-            self.forwards[moved].retarget(self.descriptors.pop(0))
-        self._answer(number)
+    def _answer_later(self, message: Facts) -> None:
+        """Answer once the captures are done, or what is in the logs is forwarded."""
+        if message["do"] == "collected":
+            self.captures.join()
+        else:
+            ends = [os.fstat(forward.log).st_size for forward in self.forwards]
+            for forward, end in zip(self.forwards, ends):
+                forward.wake.set()
+                while not forward.has_reached(end):
+                    time.sleep(0.001)
+        if message["do"] == "retarget":
+            forward = self.forwards[message["forward"]]
+            forward.retarget(self.descriptors.pop(0))
+        self._answer(message["number"])
 
     def _collect(self) -> None:
         """Find out what is slow to answer; write it down unless the end does so."""
@@ -3124,6 +3102,7 @@ class _RecorderProcess:
         One that has ended well while somebody else has its socket has become a daemon:
         a child of it goes on, and the end of that child is the end of the run.
         """
+        wait_status: int | None = 0
         if not self.has_heir:
             if self.pidfd is not None:
                 if not _is_ready(self.pidfd, _polls.POLLIN, 0.0):
@@ -3131,12 +3110,12 @@ class _RecorderProcess:
                 self.poller.unregister(self.pidfd)
             elif _is_alive(self.site.pid, self.request["process"]["start_ticks"]):
                 return 1.0
-            self.wait_status = _wait_status(self.site.pid, self.pidfd)
+            wait_status = _wait_status(self.site.pid, self.pidfd)
             self.pidfd = None
-            self.has_heir = self.wait_status == 0
+            self.has_heir = wait_status == 0
         if self.has_heir and not _is_closed_there(self.connection.fileno()):
             return 1.0
-        self._record_death(self.wait_status)
+        self._record_death(wait_status)
         return _NEVER
 
     def _record_death(self, wait_status: int | None) -> None:
@@ -3147,7 +3126,8 @@ class _RecorderProcess:
             name = f"logs/{prefix}{name}"
         status = self.record.read_json(name)
         if not isinstance(status.get("exit_code"), int):
-            ending = _Ending.of_death(wait_status, _oom_kills() > self.oom_kills)
+            is_starved = _oom_kills() > self.request["oom_kills"]
+            ending = _Ending.of_death(wait_status, is_starved)
             ending.last_output = _last_output(self.record.path, prefix)
             self._write_death(ending)
 
@@ -3267,7 +3247,8 @@ class _Capture:
         _captures.append(self)
         for stream in self.streams:
             stream.start()
-        self.shell = _ipython()
+        ask = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)
+        self.shell = ask()  # that runs this program cell by cell
         if self.shell is not None:
             self.shell.events.register("pre_execute", self.renew)
 
@@ -3324,24 +3305,8 @@ class _Capture:
             for forward in self.forwards:
                 forward.drain()
 
-    def look_after_recorder(self) -> None:
-        """Give the output back if the recorder is gone, which would forward it."""
-        if self.recorder is None or self.pid != os.getpid():
-            return
-        if self.recorder.is_gone():
-            for stream in self.streams:
-                stream.give_back()
-
 
 _captures: list[_Capture] = []  # those that have started and not stopped, in order
-
-
-def _ipython() -> Any:
-    """Return the shell of IPython that runs this program cell by cell, if one does."""
-    ask = getattr(sys.modules.get("IPython"), "get_ipython", None)
-    if ask is None:
-        return None
-    return ask()
 
 
 class _Stream:
@@ -3550,14 +3515,11 @@ def _can_be_a_file(descriptor: int) -> bool:
     """Tell whether what is written to a descriptor may go to a file instead."""
     if not hasattr(os, "pread") or os.isatty(descriptor):
         return False
-    with _ignoring(ImportError):
-        resource: Any = __import__("resource")
-        limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
-        if limit != resource.RLIM_INFINITY:
-            text = "`ulimit -f` is set: what other programs print is not logged"
-            _warn(text, once=True)
-            return False
-    return True
+    resource: Any = __import__("resource")
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if limit != resource.RLIM_INFINITY:
+        _warn("`ulimit -f` is set: what other programs print is not logged", once=True)
+    return bool(limit == resource.RLIM_INFINITY)
 
 
 def _is_plain(stream: Any) -> bool:
@@ -3598,9 +3560,7 @@ class _Tap:
     def _install(self) -> None:
         self.before = getattr(self.holder, "__dict__", {}).get("write")
         self.original: Callable[[Any], Any] = self.holder.write
-        self.installed = self._plain_write()
-        if self.is_buffered:
-            self.installed = self._buffered_write()
+        self.installed = self._new_write()
         self.holder.write = self.installed
 
     def renew(self) -> None:
@@ -3628,8 +3588,13 @@ class _Tap:
         else:
             del self.holder.write
 
-    def _plain_write(self) -> Callable[[Any], Any]:
-        """Return a `write` for an object, or for a file that has no buffer."""
+    def _new_write(self) -> Callable[[Any], Any]:
+        """Return a `write` for the object.
+
+        A signal handler may raise between any two steps, even when the file is written
+        and the buffer above, which then writes again, does not know it yet. It cannot
+        come into a function of C, so there the result is stored, in `done`.
+        """
         original = self.original
         now = time.monotonic
 
@@ -3638,60 +3603,38 @@ class _Tap:
                 return original(data)  # a later one sees it: what called us was wrapped
             if now() > self.look_at:
                 self._look_after_recorders()
-            try:
-                written = original(data)
-            except OSError as error:
-                return self._write_elsewhere(data, error)
-            if self.copies:
-                self._copy(data, written, [])
-            elif written != len(data) and any(s.is_log() for s in self.streams):
-                # The disk is nearly full, and python -u tries only once.
-                rest = memoryview(data).cast("B")[written:]
-                return written + write(rest)
-            return written
-
-        return write
-
-    def _buffered_write(self) -> Callable[[Any], Any]:
-        """Return a `write` for a file below a buffer, which writes again what failed.
-
-        A signal handler may raise between any two steps, even when the file is written
-        and the buffer does not know it yet. It cannot come into a function of C, so
-        there the result is stored, in `done`.
-        """
-        import collections
-
-        done: collections.deque[Any] = collections.deque()
-        store = done.extend
-        forget = done.clear
-        original = self.original
-        now = time.monotonic
-
-        def write(data: Any) -> Any:
-            if now() > self.look_at:
-                self._look_after_recorders()
             rest = data
+            done: list[Any] = []
             copied: list[int] = []
-            forget()
             try:
                 if self.repeated:
                     rest = self._new_part(data)
-                store(map(original, (rest,)))
+                done.extend(map(original, (rest,)))
                 if self.copies:
                     self._copy(rest, done[0], copied)
+                if not self.is_buffered:
+                    return self._complete(data, done[0])
                 if done[0] is None:
                     return None  # a terminal that does not block takes nothing now
                 self.repeated = b""
                 return len(data) - len(rest) + done[0]
             except BaseException as error:
-                if done:
+                if not done:
+                    return self._write_elsewhere(data, error)
+                if self.is_buffered:
                     self._remember(data, len(data) - len(rest) + (done[0] or 0))
-                    if self.copies:
-                        self._copy(rest, done[0], copied)
-                    raise
-                return self._write_elsewhere(data, error)
+                if self.copies:
+                    self._copy(rest, done[0], copied)
+                raise
 
         return write
+
+    def _complete(self, data: Any, written: Any) -> Any:
+        """Write the rest if the disk is nearly full: python -u tries only once."""
+        if not self.copies and written != len(data):
+            if any(stream.is_log() for stream in self.streams):
+                return written + self.installed(memoryview(data).cast("B")[written:])
+        return written
 
     def _remember(self, data: Any, written: int) -> None:
         """Remember what the buffer above will write again; it keeps no larger piece."""
@@ -3724,10 +3667,14 @@ class _Tap:
         raise error
 
     def _look_after_recorders(self) -> None:
+        """Give back the output of a run whose recorder, which forwards it, is gone."""
         self.look_at = time.monotonic() + LOOK_SECONDS
         with _tolerating("output capture"):
             for stream in self.streams:
-                stream.capture.look_after_recorder()
+                recorder = stream.capture.recorder
+                if recorder is not None and recorder.is_gone():
+                    for other in stream.capture.streams:
+                        other.give_back()
 
 
 _taps: list[_Tap] = []  # all that are set
@@ -13684,7 +13631,7 @@ class _Command:
                 self._end()
 
     def _has_ended(self, how: int) -> bool:
-        """Tell whether the command has ended; when it stops, so do we, for our shell."""
+        """Tell whether the command has ended; stop when it does, for our shell."""
         if self.terminal is not None:
             how |= _posix.WUNTRACED
         if self.code is None:
