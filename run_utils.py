@@ -540,13 +540,14 @@ def _append_metrics(run_dir: StrPath, line: bytes) -> None:
 def _open_metrics(run_dir: StrPath) -> _Kept:
     """Return the open file of a run, under whatever spelling it was opened first."""
     path = abspath(run_dir)
-    kept = _metrics_files.get(path)
-    if kept is None or not kept.is_ours():
-        os.makedirs(path, exist_ok=True)
-        with _Folder(Path(path)).opened("metrics", create=True) as place:
-            kept = _Kept(place.open_for_lines("metrics.jsonl"))
-    _metrics_files[path] = kept
-    _metrics_files[run_dir] = kept
+    with _signals_held():
+        kept = _metrics_files.get(path)
+        if kept is None or not kept.is_ours():
+            os.makedirs(path, exist_ok=True)
+            with _Folder(Path(path)).opened("metrics", create=True) as place:
+                kept = _Kept(place.open_for_lines("metrics.jsonl"))
+        _metrics_files[path] = kept
+        _metrics_files[run_dir] = kept
     return kept
 
 
@@ -927,6 +928,8 @@ class _Recording:
         self.unwritten: Facts | None = None  # how it ended, for the recorder to write
         self.outside: str | None = None  # RUN_DIR outside of all runs
         self.spare: list[_Kept] = []  # descriptors for an exit when none is left
+        self.has_ended = False  # how the block ended is written
+        self.has_left = False  # everything has been let go of
 
     def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Make every call of `function` a run of its own."""
@@ -1107,16 +1110,35 @@ class _Recording:
         self, kind: type[BaseException] | None, error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Write how the block ended; the exception goes on."""
-        if self.record is None or self._is_somebody_elses(self.record):
+        """Write how the block ended; the exception goes on.
+
+        A signal handler may raise before the first step, or between two.
+        """
+        if self.record is None:
+            return
+        try:
+            self._finish(self.record, error)
+        finally:
+            if not self.has_left:
+                self._finish(self.record, error, in_haste=True)
+
+    def _finish(
+        self, record: _Record, error: BaseException | None, in_haste: bool = False
+    ) -> None:
+        """Take what steps of an exit are left; in haste without waiting for anybody."""
+        if self._is_somebody_elses(record):
+            self.has_left = True
             return
         is_interrupted = True
         try:
-            with _signals_held():
-                self._end(self.record, error)
-            is_interrupted = False
+            if not self.has_ended:
+                with _signals_held():
+                    self.has_ended = True
+                    self._end(record, error)
+            is_interrupted = in_haste
         finally:
-            self._leave(self.record, is_interrupted)
+            if self.has_ended:
+                self._leave(record, is_interrupted)
 
     def _is_somebody_elses(self, record: _Record) -> bool:
         """Tell whether a forked child left the block, which is its parent's to finish.
@@ -1198,6 +1220,7 @@ class _Recording:
                 self._finish_recorder(record, is_interrupted)
         finally:
             with _signals_held():
+                self.has_left = True
                 _in_turn([
                     lambda: self._close_capture(is_interrupted),
                     lambda: _close_metrics(record.path),

@@ -1417,6 +1417,36 @@ class TheExceptionOfASignalHandler(RunCase):
         self.assertEqual((done.stdout, done.stderr), ("40\n", ""))
         self.wait_until(self.all_have_ended, "no run says running")
 
+    def test_struck_at_each_of_the_first_calls_of_an_exit(self) -> None:
+        """Once the output stayed in the log, and the run was left running."""
+        body = """
+        import signal
+        class Strike(Exception): pass
+        def strike(number, frame):
+            raise Strike
+        signal.signal(signal.SIGALRM, strike)
+        caught = 0
+        for number in range(2, 22):
+            calls = 0
+            def trace(frame, event, argument):
+                global calls
+                calls += 1
+                if calls == number:
+                    signal.raise_signal(signal.SIGALRM)
+            try:
+                with run_context("results/exp", "exp", resources=False):
+                    sys.settrace(trace)
+            except Strike:
+                caught += 1
+            sys.settrace(None)
+            print(number)
+        print(caught, "caught")
+        """
+        done = self.script(body)
+        shown = [*map(str, range(2, 22)), "20 caught"]
+        self.assertEqual((done.stdout.split("\n")[:-1], done.stderr), (shown, ""))
+        self.wait_until(self.all_have_ended, "no run says running")
+
     def all_have_ended(self) -> bool:
         texts = [(run / "status.json").read_text("ascii") for run in self.run_dirs()]
         return all(json.loads(text)["status"] != "running" for text in texts)
@@ -10308,6 +10338,7 @@ class RunOnATerminal(RunCommandCase):
 
         self.pid, self.master = pty.fork()
         if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job of `&` ignores it
             os.execve(words[0], words, self.environment())
         self.addCleanup(os.close, self.master)
 
