@@ -2644,13 +2644,12 @@ class _Recorder:
         self.received = b""
         self.lock = threading.Lock()
         self.has_died = False
-        environment = {k: v for k, v in variables.items() if k not in self.withheld}
+        env = {k: v for k, v in variables.items() if k not in self.withheld}
         _socket: Any = __import__("_socket")  # what socket adds is slow to import
         ours, theirs = (_above_stderr(end.detach()) for end in _socket.socketpair())
         self.kept = _Kept(ours)
         try:
-            # A process that only starts the recorder.
-            self.starter = _spawn_recorder(theirs, self.path or "", environment)
+            self.starter = _spawn_recorder(theirs, self.path or "", env)  # and no more
         except BaseException:
             os.close(ours)
             raise
@@ -2678,16 +2677,14 @@ class _Recorder:
             fields = _process_stat(first["pid"])
             if fields is not None and int(fields[1]) == os.getpid():
                 raise _Unknown("this process would become its parent (a subreaper)")
-            code = b""
             if not self.path:
                 import marshal
 
                 code = marshal.dumps(_MODULE_CODE)
+                self._send(len(code).to_bytes(8, "big") + code, deadline)
             request["variables"] = self.withheld
             request["is_watched"] = pidfd is not None
-            data = json.dumps(request).encode()
-            sizes = len(code).to_bytes(8, "big") + len(data).to_bytes(8, "big")
-            self._send(sizes + code + data, deadline, descriptors)
+            self._send(json.dumps(request).encode() + b"\n", deadline, descriptors)
         except BaseException:
             self.give_up()
             raise
@@ -2698,7 +2695,7 @@ class _Recorder:
     def give_up(self) -> None:
         """Let go of a recorder that has not begun; it ends by itself."""
         self.has_died = True
-        self.close()
+        self.kept.close()
         if not _reap(self.starter, 0):
             with _ignoring(OSError):
                 os.kill(self.starter, _signals.SIGKILL)
@@ -2735,7 +2732,7 @@ class _Recorder:
     def is_gone(self) -> bool:
         """Tell whether the recorder has died, by one system call."""
         if os.getpid() == self.owner and self.kept.is_ours():
-            self.has_died = _is_closed_there(self.kept.number)
+            self.has_died = _has_hung_up(self.kept.number)
         return self.has_died
 
     def finish(self, seconds: float, ending: Facts | None) -> bool:
@@ -2754,14 +2751,10 @@ class _Recorder:
                 is_complete = self.ask("end", seconds, ends=ends, ending=ending)
         finally:
             is_gone = self.is_gone()
-            self.close()
+            self.kept.close()
         if seconds > 0 and not is_complete and not is_gone:
             _warn("the recorder is still busy; it completes the record")
         return is_complete
-
-    def close(self) -> None:
-        if os.getpid() == self.owner:
-            self.kept.close()
 
     def _send(
         self, data: bytes, deadline: float, descriptors: Sequence[int] = ()
@@ -2813,8 +2806,7 @@ def _is_ready(descriptor: int, event: int, deadline: float) -> bool:
     return bool(poller.poll(max(0.0, deadline - time.monotonic()) * 1000))
 
 
-def _is_closed_there(connection: int) -> bool:
-    """Tell whether nobody has the other end of a socket any more."""
+def _has_hung_up(connection: int) -> bool:
     return _is_ready(connection, 0, 0.0)
 
 
@@ -2857,34 +2849,21 @@ connection = _socket.socket(fileno=posix.dup(0))
 posix.dup2(1, 0)
 connection.sendall(b'{"answer": 0, "pid": %d}\\n' % posix.getpid())
 
-def receive(size):
-    data = connection.recv(size, _socket.MSG_WAITALL)
-    if len(data) < size:
-        sys.exit()
-    return data
-
-def load(code):
-    module = type(sys)("run_utils")
-    module.__file__ = sys.argv[2]
-    sys.modules["run_utils"] = module
-    exec(code, module.__dict__)
-    return module
-
 if sys.argv[2]:
     from _frozen_importlib_external import SourceFileLoader
-    module = load(SourceFileLoader("run_utils", sys.argv[2]).get_code("run_utils"))
-sizes, rights, _, _ = connection.recvmsg(16, _socket.CMSG_SPACE(4 * 8))
-if not sizes:
-    sys.exit()
-code = receive(int.from_bytes(sizes[:8], "big"))
-if code:
+    code = SourceFileLoader("run_utils", sys.argv[2]).get_code("run_utils")
+else:
     import marshal
-    module = load(marshal.loads(code))
+    size = int.from_bytes(connection.recv(8, _socket.MSG_WAITALL), "big")
+    code = marshal.loads(connection.recv(size, _socket.MSG_WAITALL))
+module = type(sys)("run_utils")
+module.__file__ = sys.argv[2]
+sys.modules["run_utils"] = module
+exec(code, module.__dict__)
 del code
-message = receive(int.from_bytes(sizes[8:], "big"))
 gc.freeze()
 gc.enable()
-module._recorder_main(connection, rights, message)
+module._recorder_main(connection)
 posix._exit(0)  # tidying up takes longer than an empty block
 """
 _MODULE_CODE = sys._getframe().f_code  # of this very file, as it was compiled
@@ -2900,36 +2879,33 @@ def _signals_named(names: str) -> list[int]:
 _IGNORED_SIGNALS = _signals_named("HUP INT QUIT TERM USR1 USR2 ALRM VTALRM XCPU PIPE")
 
 
-def _spawn_recorder(connection: int, path: str, environment: Mapping[str, str]) -> int:
-    """Start the process with `connection` as its descriptor 0; return its pid."""
+def _spawn_recorder(connection: int, path: str, env: Mapping[str, str]) -> int:
+    """Start what starts the recorder, whose descriptor 0 is `connection`."""
     flags = ["-s", "-S"]  # without the packages of the user and of the environment
     if sys.dont_write_bytecode:
         flags.append("-B")
     if sys.pycache_prefix:
         flags += ["-X", f"pycache_prefix={sys.pycache_prefix}"]
     flags += ["-X", f"utf8={sys.flags.utf8_mode}"]
-    words = [_neutral_directory(), path]
+    words = ["-c", _BOOTSTRAP, _neutral_directory(), path]
     words += [str(int(number)) for number in _IGNORED_SIGNALS]
-    starter: int = _posix.posix_spawn(
-        sys.executable,
-        [sys.executable, *flags, "-c", _BOOTSTRAP, *words],
-        environment,
-        file_actions=[
-            (_posix.POSIX_SPAWN_DUP2, connection, 0),
-            (_posix.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_RDWR, 0),
-            (_posix.POSIX_SPAWN_DUP2, 1, 2),
-        ],
-        setsigmask=_IGNORED_SIGNALS,
-        setsigdef=[_signals.SIGCHLD],
+    actions = [
+        (_posix.POSIX_SPAWN_DUP2, connection, 0),
+        (_posix.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_RDWR, 0),
+        (_posix.POSIX_SPAWN_DUP2, 1, 2),
+    ]
+    pid: int = _posix.posix_spawn(
+        sys.executable, [sys.executable, *flags, *words], env, file_actions=actions,
+        setsigmask=_IGNORED_SIGNALS, setsigdef=[_signals.SIGCHLD],
     )
-    return starter
+    return pid
 
 
 def _python_variables(variables: Mapping[str, str]) -> dict[str, str]:
     """Return the variables that would change how the recorder's Python works."""
-    names = [name for name in variables if name.startswith("PYTHON")]
-    needed = ("PYTHONHOME", "PYTHONPLATLIBDIR", "PYTHONCOERCECLOCALE")
-    return {name: variables[name] for name in names if name not in needed}
+    names = {name for name in variables if name.startswith("PYTHON")}
+    names -= {"PYTHONHOME", "PYTHONPLATLIBDIR", "PYTHONCOERCECLOCALE"}
+    return {name: variables[name] for name in names}
 
 
 def _file_to_load() -> str | None:
@@ -2950,11 +2926,19 @@ def _file_to_load() -> str | None:
     return ""
 
 
-def _recorder_main(connection: Any, rights: Sequence[Any], message: bytes) -> None:
-    """Be the recorder: what the new process does once it is told of a run."""
+def _recorder_main(connection: Any) -> None:
+    """Be the recorder: what the new process does, from being told of a run on."""
     sys.stderr = io.StringIO()  # what it has to say comes into metadata.json
     sys.setswitchinterval(0.0005)  # whoever has waited for git goes on at once
-    request: _Request = json.loads(message)
+    told = b""
+    rights: list[Any] = []
+    while not told.endswith(b"\n"):
+        data, more, _, _ = connection.recvmsg(65536, 1024)
+        if not data:
+            return  # there is no run
+        told += data
+        rights += more
+    request: _Request = json.loads(told)
     os.environ.update(request["variables"])
     globals().update(request["settings"])
     _redactor.learn_values(request["secrets"])
@@ -3136,7 +3120,7 @@ class _RecorderProcess:
             wait_status = _wait_status(self.site.pid, self.pidfd)
             self.pidfd = None
             self.has_heir = wait_status == 0
-        if self.has_heir and not _is_closed_there(self.connection.fileno()):
+        if self.has_heir and not _has_hung_up(self.connection.fileno()):
             return 1.0
         self._record_death(wait_status)
         return _NEVER
@@ -3145,7 +3129,7 @@ class _RecorderProcess:
         self.is_over = True
         prefix = _rank_prefix(self.rank)
         name = "status.json"
-        if prefix:
+        if self.rank:
             name = f"logs/{prefix}{name}"
         status = self.record.read_json(name)
         if not isinstance(status.get("exit_code"), int):
@@ -3201,10 +3185,9 @@ class _RecorderProcess:
         self._answer(self.last_question)
         if self.request["until_exit"] and self.pidfd is not None:
             self._wait_for_exit(self.pidfd)
-        meeting = self.meeting
-        if meeting is not None and not self._has_failed():
+        if self.meeting is not None and not self._has_failed():
             if self.due[self._answer_ranks] < _NEVER:  # some rank has not come yet
-                meeting.serve()
+                self.meeting.serve()
 
     def _wait_for_exit(self, pidfd: int) -> None:
         if _is_ready(pidfd, _polls.POLLIN, time.monotonic() + 10):
