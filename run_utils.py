@@ -91,7 +91,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
     import subprocess  # nosec
-    from types import FrameType, TracebackType
+    from types import TracebackType
     from typing import Any, TypedDict, Union
 
     StrPath = Union[str, os.PathLike[str]]
@@ -3058,11 +3058,8 @@ class _RecorderProcess:
         if message["do"] == "collected":
             self.captures.join()
         else:
-            ends = [os.fstat(forward.log).st_size for forward in self.forwards]
-            for forward, end in zip(self.forwards, ends):
-                forward.wake.set()
-                while not forward.has_reached(end):
-                    time.sleep(0.001)
+            for forward in self.forwards:
+                forward.wait(_NEVER)
         if message["do"] == "retarget":
             forward = self.forwards[message["forward"]]
             forward.retarget(self.descriptors.pop(0))
@@ -3099,7 +3096,7 @@ class _RecorderProcess:
     def _look_at_logs(self) -> float:
         """Wake the forwards that wait for the end of a long silence."""
         for forward in self.forwards:
-            if forward.has_news():
+            if os.fstat(forward.log).st_size != forward.position():
                 forward.wake.set()
         return SILENT_SECONDS
 
@@ -3734,15 +3731,15 @@ class _Forward:
         return os.lseek(self.log, 0, os.SEEK_CUR)
 
     def wait(self, seconds: float) -> None:
+        """Wait until all that is in the log by now is forwarded, or was cut."""
         deadline = time.monotonic() + seconds
+        self.wake.set()
         with _ignoring(OSError):  # the program has closed the log
             end = os.fstat(self.log).st_size
-            while not self.has_reached(end) and time.monotonic() < deadline:
-                time.sleep(0.002)
-
-    def has_reached(self, end: int) -> bool:
-        """Tell whether all up to an offset is forwarded, or was cut from the log."""
-        return self.position() >= end or os.fstat(self.log).st_size < end
+            while self.position() < end <= os.fstat(self.log).st_size:
+                if time.monotonic() > deadline:
+                    return
+                time.sleep(0.001)
 
     def run(self) -> None:
         """Forward until `stop_at`; look often while there is output, else never."""
@@ -3759,9 +3756,6 @@ class _Forward:
                 return  # the log has been cut
             elif self.wake.wait(_pause(time.monotonic() - silent_since)):
                 self.wake.clear()
-
-    def has_news(self) -> bool:
-        return os.fstat(self.log).st_size != self.position()
 
     def _forward(self, size: int) -> bool:
         """Forward up to `size` bytes; return False if there is nothing new."""
@@ -13494,16 +13488,15 @@ class _Command:
         self.code: int | None = None  # how it has ended, -n: by signal n
         self.problem: str | None = None
         self.is_late = False  # it has passed its time limit
-        self.early: list[int] = []  # signals that came before it was started
         self.terminal: _Terminal | None = None  # ours, when we are in between
         self.channels: list[_Channel] = []
 
     def run(self) -> int:
         """Run the command; return its exit status, -n when signal n has ended it."""
-        wake, waker = os.pipe()
+        wake, waker = os.pipe()  # which tells the signals that have come
         _posix.set_blocking(waker, False)
         try:
-            with _handling(self._handle, waker) as of_children:
+            with _signals_to(waker) as of_children:
                 if all(map(os.isatty, (0, 1, 2))) and _is_foreground():
                     self.terminal = _Terminal()
                     self.channels = [_Channel(self.capture, 1, self.terminal.master)]
@@ -13548,11 +13541,10 @@ class _Command:
         self.pid = _posix.fork()
         if self.pid == 0:
             try:
+                ignored = (_signals.SIGPIPE, _signals.SIGXFSZ)  # by Python itself
                 for number in signal.valid_signals():
-                    if callable(signal.getsignal(number)):
+                    if number in ignored or callable(signal.getsignal(number)):
                         signal.signal(number, signal.SIG_DFL)
-                for number in (_signals.SIGPIPE, _signals.SIGXFSZ):
-                    signal.signal(number, signal.SIG_DFL)  # Python ignores them
                 signal.signal(_signals.SIGCHLD, of_children)
                 if self.terminal is not None:
                     self.terminal.become_controlling()
@@ -13568,24 +13560,19 @@ class _Command:
             os.close(descriptor)
         _signals.pthread_sigmask(_signals.SIG_SETMASK, mask)
         _signals.pthread_sigmask(_signals.SIG_UNBLOCK, [_signals.SIGCHLD])
-        while self.early:
-            self._signal(self.early.pop(0))
         told = os.read(failure, 16)
         os.close(failure)
         if told:
             self.problem = f"{path!r} cannot be run: {os.strerror(int(told))}"
-            self._has_ended(0)
+            os.waitpid(self.pid, 0)
             self.code = 126
             if int(told) in (errno.ENOENT, errno.ENOTDIR):  # its #! line names none
                 self.code = 127
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def _pass_on(self, number: int) -> None:
         """Send a signal on, unless the terminal has sent it to the command as well."""
         if number in (_signals.SIGCHLD, _signals.SIGWINCH):
             return  # they only wake us
-        if self.pid == 0:
-            self.early.append(number)
-            return
         is_typed = number in (signal.SIGINT, _signals.SIGQUIT) and _is_foreground()
         if self.terminal is not None or not is_typed:
             self._signal(number)
@@ -13606,7 +13593,7 @@ class _Command:
             deadline = time.monotonic() + self.limit
         terminal = self.terminal
         while True:
-            is_over = self._has_ended(_posix.WNOHANG)
+            is_over = self._has_ended()
             readers: list[int] = [wake, *(channel.reader for channel in self.channels)]
             writers = []
             pause = 0.0
@@ -13619,7 +13606,8 @@ class _Command:
                         readers.append(0)
             ready, takers, _ = select.select(readers, writers, [], pause)
             if wake in ready:
-                os.read(wake, 512)
+                for number in os.read(wake, 512):
+                    self._pass_on(number)
             if terminal is not None:
                 if 0 in ready and terminal.read(self.pid):
                     self._signal(_signals.SIGSTOP)
@@ -13636,8 +13624,9 @@ class _Command:
                 deadline = time.monotonic() + KILL_SECONDS
                 self._end()
 
-    def _has_ended(self, how: int) -> bool:
+    def _has_ended(self) -> bool:
         """Tell whether the command has ended; stop when it does, for our shell."""
+        how = _posix.WNOHANG
         if self.terminal is not None:
             how |= _posix.WUNTRACED
         if self.code is None:
@@ -13829,11 +13818,8 @@ def _copy_size(outer: int, inner: int) -> None:
 def _is_foreground() -> bool:
     """Tell whether our process group is the one that the terminal works for."""
     with _ignoring(OSError):  # no terminal
-        terminal = os.open("/dev/tty", os.O_RDONLY | _CLOSE_ON_EXEC)
-        try:
-            return bool(_posix.tcgetpgrp(terminal) == _posix.getpgrp())
-        finally:
-            os.close(terminal)
+        with io.FileIO("/dev/tty") as terminal:
+            return bool(_posix.tcgetpgrp(terminal.fileno()) == _posix.getpgrp())
     return False
 
 
@@ -13848,18 +13834,19 @@ def _execute(path: str, words: list[str]) -> None:
 
 
 @contextlib.contextmanager
-def _handling(handler: Callable[..., None], waker: int) -> Iterator[Any]:
-    """Handle the signals for a command; yield what ours of children was before."""
+def _signals_to(waker: int) -> Iterator[Any]:
+    """Have signals written to a descriptor; yield how that of children was handled."""
     numbers = _signals_named(
         "TERM HUP INT QUIT USR1 USR2 ALRM CONT XCPU VTALRM PROF IO PWR ABRT WINCH"
     )
     if hasattr(signal, "SIGRTMIN"):
         numbers += range(_signals.SIGRTMIN, _signals.SIGRTMAX + 1)
-    before = {_signals.SIGCHLD: signal.signal(_signals.SIGCHLD, handler)}
-    for number in numbers:
-        if signal.getsignal(number) not in (signal.SIG_IGN, None):
-            before[number] = signal.signal(number, handler)
     wakeup = signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
+    before = {}
+    for number in [*numbers, _signals.SIGCHLD]:
+        handled = signal.getsignal(number)
+        if handled not in (signal.SIG_IGN, None) or number == _signals.SIGCHLD:
+            before[number] = signal.signal(number, lambda *_: None)
     try:
         yield before[_signals.SIGCHLD]
     finally:
