@@ -689,7 +689,7 @@ class Run(dict):  # type: ignore[type-arg]
         facts = _read_json(f"{self.folder}/metrics/summary.json")
         try:
             size = os.stat(path).st_size
-            if _mapping(facts, "metrics.jsonl").get("bytes") != size:
+            if _at(facts, "metrics.jsonl", "bytes") != size:
                 facts = _summarize_metrics(self.folder)
         except FileNotFoundError:
             pass
@@ -852,7 +852,7 @@ def _script_of(run: Run) -> str:
     recorded = run.metadata.get("script_name")
     if isinstance(recorded, str) and recorded:
         return recorded
-    words = _texts(run.metadata.get("argv"))
+    words = _texts(run.metadata, "argv")
     if "-m" in words[:-1]:
         return words[words.index("-m") + 1]
     for word in words:
@@ -874,7 +874,7 @@ _ROW: dict[str, Callable[[Run], object]] = {
     "attempts": lambda run: len(run.attempts) + 1,
     "hostname": lambda run: run.metadata.get("hostname", run.status.get("hostname")),
     "user": lambda run: run.metadata.get("user"),
-    "git_commit": lambda run: _mapping(run.metadata, "git").get("commit_short"),
+    "git_commit": lambda run: _at(run.metadata, "git", "commit_short"),
     "script_name": _script_of,
     "tags": lambda run: _tags(run.notes),
 }
@@ -1148,7 +1148,7 @@ class _Recording:
         if self.pid == os.getpid():
             return False
         status = record.read_json("status.json")
-        started = _mapping(status, "process").get("start_ticks")
+        started = _at(status, "process", "start_ticks")
         is_over = status.get("status") != "running"
         return is_over or started is None or _is_alive(self.pid, started)
 
@@ -1658,8 +1658,8 @@ def _say_what_failed(record: _Record) -> None:
     metadata = record.read_json("metadata.json")
     capture = _mapping(metadata, "capture")
     for name in ("git", "git.patch"):
-        problem = _mapping(capture, name).get("problem")
-        if problem and not _mapping(capture, name).get("is_expected"):
+        problem = _at(capture, name, "problem")
+        if problem and not _at(capture, name, "is_expected"):
             _warn(f"the code is not recorded completely: {problem}", once=True)
             break
     if record.attempt > 1:
@@ -1744,7 +1744,7 @@ class _Record:
             attempt = _attempt(path)
         record = _Record(path, attempt, _results_root(path.parent))
         metadata = record.read_json("metadata.json")
-        record.commit = _mapping(metadata, "git").get("commit_short")
+        record.commit = _at(metadata, "git", "commit_short")
         record.script = metadata.get("script_name")
         return record
 
@@ -1931,7 +1931,7 @@ class _Record:
         """
         for path in itertools.islice(self.earlier_runs(), MAX_EARLIER):
             metadata = _read_json(path / "metadata.json")
-            schema = _mapping(metadata, "run_utils").get("schema_version")
+            schema = _at(metadata, "run_utils", "schema_version")
             if schema == SCHEMA_VERSION:
                 yield metadata
 
@@ -2553,7 +2553,7 @@ def _with_failed_rank(record: _Record) -> Facts | None:
             failed[str(facts["rank"])] = facts
     if status.get("status") in (None, "running") or not failed:
         return None
-    own = _mapping(status, "ranks").get("0")
+    own = _at(status, "ranks", "0")
     if own is None:
         own = {key: status[key] for key in _OUTCOME if key in status}
     causes = dict(failed)
@@ -4444,7 +4444,7 @@ class _Packages:
             return None
         for earlier in self.record.earlier_metadata():
             about = _mapping(earlier, "packages")
-            report = _mapping(_mapping(earlier, "capture"), "pip_freeze")
+            report = _mapping(earlier, "capture", "pip_freeze")
             lines = earlier.get("pip_freeze")
             is_whole = report.get("ok") is True and isinstance(lines, list)
             if is_whole and about.get("state") == self.state:
@@ -6047,8 +6047,8 @@ class _EarlierPatch:
 
     def _read(self, run_dir: Path) -> None:
         metadata = _read_json(run_dir / "metadata.json")
-        facts = _mapping(_mapping(metadata, "git"), "patch")
-        is_ours = _mapping(metadata, "run_utils").get("version") == __version__
+        facts = _mapping(metadata, "git", "patch")
+        is_ours = _at(metadata, "run_utils", "version") == __version__
         if not is_ours or facts.get("redacted") != [] or facts.get("left_out") != []:
             return
         data = b""
@@ -6307,8 +6307,8 @@ class _Plan:
             raise ValueError(f"{folder!r} has no metadata.json that can be read")
         self.git = _mapping(self.metadata, "git")
         self.patch = _mapping(self.git, "patch")
-        self.root = _word(self.patch.get("root")) or _word(self.git.get("root"))
-        self.argv = _texts(self.metadata.get("argv"))
+        self.root = _word(self.patch, "root") or _word(self.git, "root")
+        self.argv = _texts(self.metadata, "argv")
         self.python = self._recorded_python()
         self.is_installed = False  # in an environment of the new tree
         self.launcher: list[str] = []  # before the command of one rank
@@ -6333,7 +6333,7 @@ class _Plan:
     def _recorded_python(self) -> str | None:
         """Return the Python that would run it again, None if the command needs none."""
         facts = _mapping(self.metadata, "python")
-        recorded = _word(facts.get("executable"))
+        recorded = _word(facts, "executable")
         if not recorded or facts.get("origin") == "PATH":
             return None
         if re.match(_PYTHON, basename(recorded)) and isfile(recorded):
@@ -6366,7 +6366,7 @@ class _Plan:
 
     def _add_value(self, name: str, value: str) -> None:
         config = {_bare(_short(key)): old for key, old in self.run.flat_config.items()}
-        is_ours = _mapping(self.metadata, "python").get("origin") == "this process"
+        is_ours = _at(self.metadata, "python", "origin") == "this process"
         if _bare(name) not in config or not is_ours:
             hint = _similar(name, config)
             raise ValueError(f"no word of the command sets {name!r}{hint}")
@@ -6380,7 +6380,7 @@ class _Plan:
 
     def check(self, place: str) -> None:
         """Look at all that is quick to see; `place` is where the tree is to go."""
-        name = _word(self.patch.get("file"))
+        name = _word(self.patch, "file")
         digest = _sha256(os.path.join(self.folder, name))
         if name and digest is None:
             self.add("code", 2, f"{name} is not in {self.folder!r}")
@@ -6401,9 +6401,9 @@ class _Plan:
         for key, words in _LAUNCHER_LINES.items():
             if facts.get(key) != ranks:
                 continue
-            here = _word(facts.get("LOCAL_WORLD_SIZE")) or ranks
+            here = _word(facts, "LOCAL_WORLD_SIZE") or ranks
             if key == "WORLD_SIZE" and here != ranks:
-                hosts = _word(facts.get("GROUP_WORLD_SIZE"))
+                hosts = _word(facts, "GROUP_WORLD_SIZE")
                 return [words[0], "--nnodes", hosts, words[1], here]
             return [*words, ranks]
         return []
@@ -6412,7 +6412,7 @@ class _Plan:
         """Compare what is free with what the run has left."""
         import shutil
 
-        outputs = _those(self.metadata.get("outputs"), dict)
+        outputs = _rows(self.metadata, "outputs")
         sizes = [_number(output.get("size")) or 0 for output in outputs]
         needed = sum(sizes) + (_number(self.patch.get("bytes")) or 0)
         while not isdir(place):
@@ -6426,12 +6426,12 @@ class _Plan:
         """Hold the files of other runs against what they were."""
         inputs = _read_inputs(self.run_dir)
         problems = []
-        cwd = _word(self.metadata.get("working_dir"))
+        cwd = _word(self.metadata, "working_dir")
         for entry in inputs:
             place, problem = _input_now(entry, self.run_dir)
             if problem is not None:
                 problems.append(f"{entry.get('run')}/{entry['path']} {problem}")
-            recorded = os.path.join(_word(entry.get("run_dir")), entry["path"])
+            recorded = os.path.join(_word(entry, "run_dir"), entry["path"])
             for number, word in enumerate(self.argv):
                 start, equals, value = word.rpartition("=")
                 if normpath(os.path.join(cwd, value)) == recorded:
@@ -6449,7 +6449,7 @@ class _Plan:
         if flags:
             text = f"redacted in the command: {', '.join(flags)}; give them by --set"
             self.add("secrets", 1, text, stops=True)
-        names = _texts(self.patch.get("redacted"))
+        names = _texts(self.patch, "redacted")
         if names:
             text = "redacted in the code; fill them in by hand"
             self.add("secrets", 1, text, names, stops=True)
@@ -6473,9 +6473,9 @@ class _Plan:
         _collect(now, "cuda", _cuda)
         sides = []
         for facts in (self.metadata, now):
-            version = _word(_mapping(facts, "python").get("version")).split(" ")[0]
+            version = _word(facts, "python", "version").split(" ")[0]
             side: Facts = {"python": version}
-            side["GPUs"] = _mapping(facts, "cuda").get("device_count") or 0
+            side["GPUs"] = _at(facts, "cuda", "device_count") or 0
             side.update(self._known_packages(facts))
             sides.append(side)
         then, here = sides
@@ -6487,12 +6487,12 @@ class _Plan:
                 if new is None:
                     text = f"{name} {old}, here missing"
                 rows.append((_weight(name, old, new), text))
-        for package in _those(self.metadata.get("local_packages"), dict):
+        for package in _rows(self.metadata, "local_packages"):
             problem = None
             if not self.is_installed:
                 problem = _package_now(package)
             if problem is not None:
-                rows.append(((1, _word(package.get("path"))), problem))
+                rows.append(((1, _word(package, "path")), problem))
         lines = [text for _, text in sorted(rows)]
         if lines:
             self.add("environment", 1, lines[0], lines[1:])
@@ -6501,7 +6501,7 @@ class _Plan:
 
     def _known_packages(self, facts: Facts) -> Facts:
         lines = []
-        for line in _texts(facts.get("pip_freeze")):
+        for line in _texts(facts, "pip_freeze"):
             if line.startswith("-e /"):
                 lines.append(f"{self._name_of_folder(line[3:])} @ from a folder")
             elif not line.startswith("#"):
@@ -6510,8 +6510,8 @@ class _Plan:
 
     def _name_of_folder(self, folder: str) -> str:
         """Return which package was installed from here: there, or as rebuilt by us."""
-        for package in _those(self.metadata.get("local_packages"), dict):
-            name = _word(package.get("name"))
+        for package in _rows(self.metadata, "local_packages"):
+            name = _word(package, "name")
             is_rebuilt = f"/.git/packages/{_safe_name(name)}" in f"{folder}/"
             if is_rebuilt or folder in (package.get("path"), package.get("root")):
                 return name
@@ -6542,7 +6542,7 @@ class _Plan:
         if not is_all:
             _write_file(f"{building}/{_HALF_BUILT}", b"")
         os.rename(building, target)
-        commit = _word(self.git.get("commit_short"))
+        commit = _word(self.git, "commit_short")
         text = commit or "the sources of a folder without git"
         if self.patch.get("file"):
             text += f" with {self.patch['file']}"
@@ -6560,17 +6560,17 @@ class _Plan:
         if "base" not in git and git.get("commit_full"):  # of version 1
             base = {"commit": git["commit_full"], "url": git.get("remote_origin_url")}
         switches = _fetch(place, base, root)
-        waiting = _those(git.get("submodules"), dict)
+        waiting = _rows(git, "submodules")
         for inner in waiting:
-            waiting += _those(inner.get("submodules"), dict)
-            path = os.path.join(place, _word(inner.get("path")))
+            waiting += _rows(inner, "submodules")
+            path = os.path.join(place, _word(inner, "path"))
             if not realpath(path).startswith(realpath(place) + os.sep):
                 raise _Unknown(f"{inner.get('path')!r} leads out of the tree")
             if inner.get("base"):
-                former = os.path.join(root, _word(inner.get("path")))
+                former = os.path.join(root, _word(inner, "path"))
                 _fetch(path, _mapping(inner, "base"), former)
         if patch.get("file"):
-            file = os.path.join(self.folder, basename(_word(patch["file"])))
+            file = os.path.join(self.folder, basename(_word(patch, "file")))
             _new_git(place, *switches, "apply", "--whitespace=nowarn", file)
 
     def _missing_files(self, tree: str) -> list[str]:
@@ -6581,10 +6581,10 @@ class _Plan:
         import shutil
 
         texts = []
-        left_out = _those(self.patch.get("left_out"), dict)
+        left_out = _rows(self.patch, "left_out")
         for entry in left_out:
-            source = os.path.join(self.root, _word(entry.get("path")))
-            place = os.path.join(tree, _word(entry.get("path")))
+            source = os.path.join(self.root, _word(entry, "path"))
+            place = os.path.join(tree, _word(entry, "path"))
             folder = realpath(dirname(place))
             is_inside = f"{folder}/".startswith(realpath(tree) + "/")
             now = _sha256(source)
@@ -6596,13 +6596,13 @@ class _Plan:
         more = int(_number(self.patch.get("left_out_count")) or 0) - len(left_out)
         if more > 0:
             texts.append(f"{more} more that were left out")
-        texts += [f"{name}: redacted" for name in _texts(self.patch.get("redacted"))]
-        for name in _texts(self.git.get("changed_after_entry")):
+        texts += [f"{name}: redacted" for name in _texts(self.patch, "redacted")]
+        for name in _texts(self.git, "changed_after_entry"):
             texts.append(f"{name}: changed after entry, taken as committed")
-        report = _mapping(_mapping(self.metadata, "capture"), "git.patch")
+        report = _mapping(self.metadata, "capture", "git.patch")
         base = self.git.get("base")
         if report.get("problem") and (base is None or base.get("url")):
-            texts.append(_word(report["problem"]))
+            texts.append(_word(report, "problem"))
         return texts
 
     def install(self, target: str) -> None:
@@ -6620,9 +6620,9 @@ class _Plan:
         os.makedirs(f"{target}/.git/info")
         _write_file(f"{target}/.git/info/exclude", b"/.venv/\n")
         for place, package in self._local_packages(target):
-            patch, root = _mapping(package, "patch"), _word(package.get("root"))
+            patch, root = _mapping(package, "patch"), _word(package, "root")
             os.makedirs(place)
-            self._rebuild(place, package, patch, _word(patch.get("root")) or root)
+            self._rebuild(place, package, patch, _word(patch, "root") or root)
         for command in commands:
             _run(command, timeout=INSTALL_SECONDS, cwd=target)
         os.remove(f"{target}/{_HALF_BUILT}")
@@ -6633,24 +6633,24 @@ class _Plan:
 
     def _local_packages(self, target: str) -> Iterator[tuple[str, Facts]]:
         """Yield where each package goes whose code was recorded by itself."""
-        for package in _those(self.metadata.get("local_packages"), dict):
+        for package in _rows(self.metadata, "local_packages"):
             if package.get("patch") or package.get("base"):
-                name = _safe_name(_word(package.get("name")))
+                name = _safe_name(_word(package, "name"))
                 yield f"{target}/.git/packages/{name}", package
 
     def environment_commands(self, target: str) -> list[list[str]]:
         """Return what makes the environment, and write the requirements for it."""
-        version = _word(_mapping(self.metadata, "python").get("version")).split(" ")[0]
-        lines = _texts(self.metadata.get("pip_freeze"))
+        version = _word(self.metadata, "python", "version").split(" ")[0]
+        lines = _texts(self.metadata, "pip_freeze")
         if not version or not lines:
             return []
         kept = []
         local = []
         for place, package in self._local_packages(target):
-            path, root = _word(package.get("path")), _word(package.get("root"))
+            path, root = _word(package, "path"), _word(package, "root")
             inside = relpath(path, root or path)
             kept.append(f"-e {normpath(os.path.join(place, inside))}")
-            local.append(_word(package.get("name")))
+            local.append(_word(package, "name"))
         for line in lines:
             is_local = line.startswith("-e /") or "@ file:" in line
             name = re.split(r"[ =@<>]", line, maxsplit=1)[0]
@@ -6665,12 +6665,12 @@ class _Plan:
             install += ["--extra-index-url", WHEEL_INDEX + tag]
         venv = f"{target}/.venv"
         python = f"{venv}/bin/python"
-        conda = _texts(_mapping(self.metadata, "environment").get("conda_packages"))
+        conda = _texts(self.metadata, "environment", "conda_packages")
         if conda:
             pins = ["=".join(text.rsplit("-", 2)) for text in conda]
             make = ["conda", "create", "--yes", "--prefix", venv]
             environment = _mapping(self.metadata, "environment")
-            for channel in _texts(environment.get("conda_channels")):
+            for channel in _texts(environment, "conda_channels"):
                 make += ["--channel", channel]
             make += pins
         elif _on_path("uv") is not None:
@@ -6688,7 +6688,7 @@ class _Plan:
         return [make, [python, "-m", "pip", "install", *install]]
 
     def command(self, target: str) -> tuple[list[str], str]:
-        cwd = _word(self.metadata.get("working_dir"))
+        cwd = _word(self.metadata, "working_dir")
         words = [_moved(word, self.root, target) for word in self.argv]
         is_python = bool(re.match(_PYTHON, basename(words[0])))
         if self.python and is_python:
@@ -6750,12 +6750,6 @@ _LAUNCHER_LINES = {  # by the variable that tells the number of ranks
 }
 
 
-def _word(value: object) -> str:
-    if isinstance(value, str):
-        return value
-    return ""
-
-
 def _bare(flag: str) -> str:
     return flag.lstrip("-").replace("-", "_")
 
@@ -6781,7 +6775,7 @@ def _weight(name: str, old: object, new: object) -> tuple[int, str]:
 
 def _package_now(package: Facts) -> str | None:
     """Return how the folder of a local package is not as it was."""
-    name, path = package.get("name"), _word(package.get("path"))
+    name, path = package.get("name"), _word(package, "path")
     patch = _mapping(package, "patch")
     if path and not isdir(path):
         return f"{name} was in {path}, which is gone"
@@ -6803,7 +6797,7 @@ def _package_now(package: Facts) -> str | None:
 
 def _input_now(entry: Facts, run_dir: str) -> tuple[str, str | None]:
     """Return where an input is now, and what is wrong with it."""
-    beside = normpath(os.path.join(run_dir, _word(entry.get("relative"))))
+    beside = normpath(os.path.join(run_dir, _word(entry, "relative")))
     places = [f"{beside}/{entry['path']}", f"{entry.get('run_dir')}/{entry['path']}"]
     for place in filter(exists, places):
         info = os.stat(place)
@@ -6815,7 +6809,7 @@ def _input_now(entry: Facts, run_dir: str) -> tuple[str, str | None]:
         if info.st_size != size:
             return place, f"has {info.st_size} bytes, not {size}"
         producer = _read_json(f"{_run_of(place)}/metadata.json")
-        outputs = _those(producer.get("outputs"), dict)
+        outputs = _rows(producer, "outputs")
         known = {output.get("path"): output.get("sha256") for output in outputs}
         if known.get(entry["path"]) == _sha256(place):
             return place, None  # only its time is another
@@ -6825,7 +6819,7 @@ def _input_now(entry: Facts, run_dir: str) -> tuple[str, str | None]:
 
 def _fetch(place: str, base: Facts, former: str) -> list[str]:
     """Make a repository with the commit of a base; return what turns filters off."""
-    commit = _word(base.get("commit"))
+    commit = _word(base, "commit")
     if base and not re.fullmatch("[0-9a-f]{40,64}", commit):
         raise _Unknown(f"{commit!r} is no commit")
     os.makedirs(place, exist_ok=True)
@@ -6835,7 +6829,7 @@ def _fetch(place: str, base: Facts, former: str) -> list[str]:
     tree.read_config()
     if not base:
         return tree.switches
-    url = re.sub(f"[^/]*{REDACTED}[^/]*@", "", _word(base.get("url")))
+    url = re.sub(f"[^/]*{REDACTED}[^/]*@", "", _word(base, "url"))
     if url:
         _new_git(place, "remote", "add", "--", "origin", url)
     problem = ""
@@ -6872,7 +6866,7 @@ def _run_again(plan: _Plan, target: str, tolerance: float, is_quiet: bool) -> Fa
     if isdir(venv):
         paths = os.pathsep.join([f"{venv}/bin", env.get("PATH", "")])
         env.update(VIRTUAL_ENV=venv, PATH=paths)
-    if _mapping(plan.metadata, "python").get("origin") != "this process":
+    if _at(plan.metadata, "python", "origin") != "this process":
         base = f"{target}/results/{plan.run.path.parent.name}"
         prefix = re.split(f"-{_STAMP}", plan.run.name)[0]
         ours = ["run", "--base-dir", base, "--prefix", prefix]
@@ -6886,7 +6880,7 @@ def _run_again(plan: _Plan, target: str, tolerance: float, is_quiet: bool) -> Fa
     for root in (target, dirname(plan.run_dir)):
         for path in _walk_runs(root):
             again = Run(path, row=False)
-            if _mapping(again.metadata, "reproduces").get("run_dir") == plan.folder:
+            if _at(again.metadata, "reproduces", "run_dir") == plan.folder:
                 return _compared(plan.run, again, tolerance)
     raise ValueError(f"it ended with status {done.returncode}; no run recorded it")
 
@@ -7173,11 +7167,11 @@ def _recorded_inputs(run_dir: StrPath) -> list[Facts]:
     run = Run(run_dir, row=False)
     inputs = run.metadata.get("inputs")
     if inputs is not None or not run.config:
-        return _those(inputs, dict)
-    cwd = _word(run.metadata.get("working_dir"))
+        return _rows(run.metadata, "inputs")
+    cwd = _word(run.metadata, "working_dir")
     if not os.path.isabs(cwd):
         cwd = os.sep
-    return _inputs(run.config, _texts(run.metadata.get("argv")), run.path, cwd)
+    return _inputs(run.config, _texts(run.metadata, "argv"), run.path, cwd)
 
 
 class _Lineage:
@@ -10097,7 +10091,7 @@ class _Index:
         for block in self._lines():
             lines = [line for line in block.split(b"\n") if wanted in line]
             for row in _rows_of(b"\n".join(lines)):
-                if name in [*_texts(row.get("inputs")), *_texts(row.get("tied"))]:
+                if name in [*_texts(row, "inputs"), *_texts(row, "tied")]:
                     yield f"{self.root}/{row.get('path')}"
 
 
@@ -10748,7 +10742,7 @@ def _left(run: str, size: int, digest: str) -> bool:
     if b'"outputs": [' in metadata:
         if digest.encode("ascii") not in metadata:
             return False
-        outputs = _those(_read_json(f"{run}/metadata.json").get("outputs"), dict)
+        outputs = _rows(_read_json(f"{run}/metadata.json"), "outputs")
         return digest in [file.get("sha256") for file in outputs]
     deadline = time.monotonic() + PROGRAM_SECONDS
     for name, length in _output_sizes(run).items():
@@ -10761,7 +10755,7 @@ def _reason(run: Run) -> str | None:
     """Return in one line why a run failed, or what is wrong with one that did not."""
     status = run.status
     if status.get("status") in ("running", "success"):
-        return _one_line(_texts(status.get("warnings"))[:1])
+        return _one_line(_texts(status, "warnings")[:1])
     parts = []
     if status.get("failed_rank") is not None:
         parts.append(f"rank {_text(status['failed_rank'])}")
@@ -10776,7 +10770,7 @@ def _reason(run: Run) -> str | None:
         parts.append(_text(status["problem"]))
     elif status.get("exit_code"):
         parts.append(f"exit code {code}")
-        output = map(str.strip, _texts(status.get("last_output")))
+        output = map(str.strip, _texts(status, "last_output"))
         if message in ("", code):
             message = "".join(list(filter(None, output))[-1:])
         parts.append(message)
@@ -10801,7 +10795,7 @@ def _unexplained_job(run: Run) -> str:
     """Return the number of the SLURM job of a run that cannot tell how it ended."""
     status = run.status
     if status.get("status") == "lost" or status.get("exit_reason") == "killed":
-        job = _word(_mapping(run.metadata, "launcher").get("SLURM_JOB_ID"))
+        job = _word(run.metadata, "launcher", "SLURM_JOB_ID")
         if re.fullmatch("[0-9]{1,12}", job):
             return job
     return ""
@@ -10994,9 +10988,9 @@ def _comparable_machine(metadata: Facts) -> Facts:
     python = _mapping(metadata, "python")
     machine: Facts = {
         "hostname": metadata.get("hostname"),
-        "python": _word(python.get("version")).split(" ")[0],
+        "python": _word(python, "version").split(" ")[0],
         "executable": python.get("executable"),
-        "container": _mapping(metadata, "container").get("image"),
+        "container": _at(metadata, "container", "image"),
     }
     for section in ("platform", "cuda", "determinism"):
         machine.update(_mapping(metadata, section))
@@ -11011,11 +11005,11 @@ def _comparable_now(run: Run) -> Comparable:
     site.results_root = str(_results_root(run.path.parent))
     site.script = None
     site.loaded = _files_of_patch(run)
-    for folder in (_word(then.get("directory")), _word(then.get("root"))):
+    for folder in (_word(then, "directory"), _word(then, "root")):
         if isdir(folder):
             site.directory = folder
     repository = _Repository.of(site)
-    repository.wanted = _word(_mapping(then, "base").get("commit")) or None
+    repository.wanted = _word(then, "base", "commit") or None
     record = _Unwritten(run)
     now = _quick_metadata(site, None)
     _collect(now, "git", lambda: _git(site, repository))
@@ -11024,7 +11018,7 @@ def _comparable_now(run: Run) -> Comparable:
     _collect(now, "container", _container)
     _collect(now, "cuda", _cuda)
     now["determinism"] = _seeds(run)
-    loaded = _mapping(run.metadata, "cuda").get("torch_cuda_version")
+    loaded = _at(run.metadata, "cuda", "torch_cuda_version")
     now["cuda"] = {**_mapping(now, "cuda"), "torch_cuda_version": loaded}
     facts = _comparable(now)
     if facts["code"] is not None:
@@ -11034,7 +11028,7 @@ def _comparable_now(run: Run) -> Comparable:
 
 
 def _files_of_patch(run: Run) -> list[str]:
-    top = _text(_mapping(_mapping(run.metadata, "git"), "patch").get("root"))
+    top = _text(_at(run.metadata, "git", "patch", "root"))
     patch = _patches_of(run).get("git.patch", "")
     names = re.findall(r"^\+\+\+ b/(.+)", patch, re.M)
     return [os.path.join(top, name) for name in names]
@@ -11106,22 +11100,42 @@ def _arguments(config: Facts) -> Facts:
     return {key: value for key, value in config.items() if key != "command"}
 
 
-def _mapping(facts: object, key: str) -> Facts:
-    if isinstance(facts, dict):
-        value = facts.get(key)
-        if isinstance(value, dict):
-            return value
+def _at(facts: JSON, *keys: str) -> JSON:
+    """Return facts[key][...]; None where that is not there."""
+    for key in keys:
+        if not isinstance(facts, dict):
+            return None
+        facts = facts.get(key)
+    return facts
+
+
+def _mapping(facts: JSON, *keys: str) -> Facts:
+    value = _at(facts, *keys)
+    if isinstance(value, dict):
+        return value
     return {}
 
 
-def _those(value: object, kind: type[_Item]) -> list[_Item]:
-    if not isinstance(value, list):
-        return []
-    return [item for item in value if isinstance(item, kind)]
+def _word(facts: JSON, *keys: str) -> str:
+    value = _at(facts, *keys)
+    if isinstance(value, str):
+        return value
+    return ""
 
 
-def _texts(value: object) -> list[str]:
-    return _those(value, str)
+def _texts(facts: JSON, *keys: str) -> list[str]:
+    return [text for text in _items(facts, *keys) if isinstance(text, str)]
+
+
+def _rows(facts: JSON, key: str) -> list[Facts]:
+    return [row for row in _items(facts, key) if isinstance(row, dict)]
+
+
+def _items(facts: JSON, *keys: str) -> list[JSON]:
+    value = _at(facts, *keys)
+    if isinstance(value, list):
+        return value
+    return []
 
 
 def _text(value: object) -> str:
@@ -11175,7 +11189,7 @@ def _tags(notes: Iterable[Facts]) -> list[str]:
     """Return the tags that are in force after all notes, in their order."""
     tags: dict[str, None] = {}
     for note in notes:
-        added, taken = _texts(note.get("tags")), _texts(note.get("untag"))
+        added, taken = _texts(note, "tags"), _texts(note, "untag")
         for tag in [*added, *taken]:
             tags.pop(tag, None)
         tags.update(dict.fromkeys(tag for tag in added if tag and tag not in taken))
@@ -11647,7 +11661,7 @@ def _run_paragraphs(run: Run) -> Iterator[Paragraph]:
         yield "tags", [" ".join(run["tags"])]
     yield "notes", _format_notes(run)
     captures = _mapping(metadata, "capture")
-    whys = {name: _mapping(captures, name).get("problem") for name in captures}
+    whys = {name: _at(captures, name, "problem") for name in captures}
     problems = [f"{name}: {_text(why)}" for name, why in whys.items() if why]
     if not metadata and not run.problems:
         problems.append("metadata.json: missing")
@@ -11694,12 +11708,12 @@ def _format_attempts(run: Run) -> Iterator[str]:
 
 def _format_why(run: Run) -> list[str]:
     status = run.status
-    trace = _mapping(status, "exception").get("traceback")
+    trace = _at(status, "exception", "traceback")
     lines: list[str] = []
     if isinstance(trace, str):
         lines = trace.rstrip().splitlines()[-4:-1]
     elif status.get("status") not in ("running", "success"):
-        lines = _texts(status.get("last_output")) or _last_output(run.path)
+        lines = _texts(status, "last_output") or _last_output(run.path)
         lines = [f"  {line}" for line in lines[-8:]]
     if run["reason"]:
         return [run["reason"], *lines]
@@ -11834,7 +11848,7 @@ def _format_resources(resources: Facts) -> list[str]:
         source = _text(resources.get("memory_source"))
         words.append(f"memory {_format_size(memory)} peak ({source})")
     gpus = []
-    for gpu in _those(resources.get("gpus"), dict):
+    for gpu in _rows(resources, "gpus"):
         mean = _number(gpu.get("utilization_percent_mean"))
         if mean is not None:
             gpus.append(f"GPU {_text(gpu.get('index'))} {mean:.0f} % mean")
@@ -11852,7 +11866,7 @@ def _format_notes(run: Run) -> list[str]:
 
 def _command_of(run: Run) -> str:
     """Return the command of a run as one line that can be pasted into a shell."""
-    words = _texts(run.metadata.get("argv"))
+    words = _texts(run.metadata, "argv")
     if not words:
         command = _text(run.metadata.get("command") or run.config.get("command") or "?")
         words = [command]
@@ -11896,7 +11910,7 @@ def _diff_paragraphs(run: Run, found: Differences) -> Iterator[Paragraph]:
 
 
 def _commits_between(run: Run, then: JSON, now: JSON) -> list[str]:
-    root = _text(_mapping(run.metadata, "git").get("root"))
+    root = _text(_at(run.metadata, "git", "root"))
     for commit in (then, now):
         if re.fullmatch("[0-9a-f]{4,64}", str(commit)) is None:
             return []
