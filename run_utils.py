@@ -588,11 +588,7 @@ def find_runs(
     Raises ValueError for what cannot be read. A key, status or tag that no run has is
     said on stderr.
     """
-    filters = _Filters(
-        where=where, status=status, since=since, older=older, contains=contains,
-        tag=tag, has_outputs=has_outputs, sort=sort, top=top, limit=limit,
-    )
-    selection = _Selection(abspath(root), filters)
+    selection = _Selection(abspath(root), _Filters(locals()))
     for warning in selection.warnings:
         _warn(warning)
     return _Runs(selection.runs)
@@ -622,7 +618,7 @@ class Run(dict):  # type: ignore[type-arg]
     asked for.
     """
 
-    lineage: Callable[[], _Lineage] | None = None  # of all runs of the results root
+    lineage: _Lineage | None = None  # of all runs of the results root
 
     def __init__(self, path: StrPath, row: bool = True) -> None:
         """Read the row; with `row=False` nothing is read before it is asked for."""
@@ -705,7 +701,8 @@ class Run(dict):  # type: ignore[type-arg]
         found = {}
         for key, facts in self.raw_summary.items():
             if isinstance(facts, dict):
-                found[key] = _with_floats({**_NO_VALUES, **facts})
+                known = {**_NO_VALUES, **facts}
+                found[key] = {name: _as_float(value) for name, value in known.items()}
                 if type(found[key]["count"]) is not int:
                     found[key]["count"] = 0
         return found
@@ -742,10 +739,10 @@ class Run(dict):  # type: ignore[type-arg]
     @cached_property
     def used_by(self) -> list[str]:
         """The names of the runs that used it, which all runs of the tree are asked."""
-        if self.lineage is not None:
-            return self.lineage().users_of(self.path)
-        root = _results_root(self.path.parent)
-        return _Lineage(root, self.path).users_of(self.path)
+        lineage = self.lineage
+        if lineage is None:
+            lineage = _Lineage(_results_root(self.path.parent), self.path)
+        return lineage.users_of(self.path)
 
     @cached_property
     def outputs(self) -> dict[str, int]:
@@ -7100,11 +7097,8 @@ def _input(key: str, path: str, producer: str, run_dir: StrPath) -> Facts:
 
 def _warn_of_inputs(inputs: Iterable[Facts]) -> None:
     for entry in inputs:
-        why = []
-        if entry["status"] in ("failed", "lost"):
-            why.append(entry["status"])
-        notes = _read_lines(os.path.join(entry["run_dir"], "notes.jsonl"))
-        if "superseded" in _tags(notes):
+        why = [word for word in ("failed", "lost") if word == entry["status"]]
+        if "superseded" in _tags(_read_lines(f"{entry['run_dir']}/notes.jsonl")):
             why.append("superseded")
         if why:
             what = f"{entry['key']}={entry['path']} comes from {entry['run']}"
@@ -7178,20 +7172,31 @@ class _Lineage:
     """Which runs below a results root used which, read from the runs themselves."""
 
     def __init__(self, root: Path, run: Path | None = None) -> None:
-        """Read all runs below `root`; with `run`, only what tells who used that."""
-        walk = _Walk(str(root))
-        self.runs = walk.runs
-        self.named: dict[str, str] = {}  # where the run of a name is
-        self.edges: dict[tuple[Path, Path], list[str]] = {}
-        consumers: Iterable[str] = self.runs
-        producers = self.runs
-        if run is not None:
-            consumers = _possible_users(run, walk)
-            producers = [str(run)]
-        for folder in consumers:
-            self._add_inputs(Path(folder))
-        for folder in producers:
-            self._add_users(Path(folder))
+        """Ask all runs below `root`; with `run`, only those that may have used that."""
+        self.root = root
+        self.run = run
+
+    @cached_property
+    def edges(self) -> dict[tuple[Path, Path], list[str]]:
+        """What was used, by who made it and who used it."""
+        edges: dict[tuple[Path, Path], list[str]] = {}
+        for producer, consumer, path in self._uses():
+            paths = edges.setdefault((producer, consumer), [])
+            if path == os.curdir:
+                path = "its directory"
+            if path not in paths[:MAX_INPUTS]:
+                paths.append(path)
+        return edges
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """Where a run is, by its name and by that which it had first."""
+        found = {_first_name(run): run for run in self.tree.runs}
+        return {**found, **{basename(run): run for run in self.tree.runs}}
+
+    @cached_property
+    def tree(self) -> _Walk:
+        return _Walk(str(self.root))
 
     def users_of(self, run: Path) -> list[str]:
         real = realpath(run)
@@ -7219,30 +7224,26 @@ class _Lineage:
             for step in reversed(following.get(run, [])):
                 waiting.append((depth + 1, *step))
 
-    def _add_inputs(self, consumer: Path) -> None:
-        for entry in _read_inputs(consumer):
-            self._add(self._where_now(entry, consumer), consumer, str(entry["path"]))
-        for tied, what in _ties(consumer):
-            self._add(self._where_now(tied, consumer), consumer, what)
-
-    def _add_users(self, producer: Path) -> None:
-        for row in _read_lines(producer / "artifacts" / "USED_BY.jsonl"):
-            consumer = Path(str(row.get("consumer_run_dir") or "?"))
-            if not _is_run(consumer):
-                consumer = self._find(consumer)
-            path = str(row.get("artifact_relpath"))
-            inside = f"artifacts/{path}"
-            is_beside = lexists(producer / path)
-            if path != os.curdir and (lexists(producer / inside) or not is_beside):
-                path = inside
-            self._add(producer, consumer, path)
-
-    def _add(self, producer: Path, consumer: Path, path: str) -> None:
-        paths = self.edges.setdefault((producer, consumer), [])
-        if path == os.curdir:
-            path = "its directory"
-        if path not in paths[:MAX_INPUTS]:
-            paths.append(path)
+    def _uses(self) -> Iterator[tuple[Path, Path, str]]:
+        consumers = producers = self.tree.runs
+        if self.run is not None:
+            consumers = _possible_users(self.run, self.tree)
+            producers = [str(self.run)]
+        for consumer in map(Path, consumers):
+            inputs = [(entry, str(entry["path"])) for entry in _read_inputs(consumer)]
+            for entry, what in [*inputs, *_ties(consumer)]:
+                yield self._where_now(entry, consumer), consumer, what
+        for producer in map(Path, producers):
+            for row in _read_lines(producer / "artifacts" / "USED_BY.jsonl"):
+                consumer = Path(str(row.get("consumer_run_dir") or "?"))
+                if not _is_run(consumer):
+                    consumer = self._find(consumer)
+                path = str(row.get("artifact_relpath"))
+                inside = f"artifacts/{path}"
+                is_beside = lexists(producer / path)
+                if path != os.curdir and (lexists(producer / inside) or not is_beside):
+                    path = inside
+                yield producer, consumer, path
 
     def _where_now(self, entry: Facts, consumer: Path) -> Path:
         """Return where a producer is now: moved with us, in its place, or renamed."""
@@ -7255,27 +7256,23 @@ class _Lineage:
 
     def _find(self, path: Path) -> Path:
         """Return the run that had this name; the path itself when there is none."""
-        if not self.named:
-            self.named = {basename(run): run for run in self.runs}
-        if path.name not in self.named:
-            for run in self.runs:  # a renamed one knows the name it had first
-                name = _read_json(f"{run}/status.json").get("run")
-                self.named.setdefault(str(name), run)
-        return Path(self.named.get(path.name, path))
+        return Path(self.names.get(path.name, path))
 
 
-def _possible_users(run: Path, walk: _Walk) -> Iterable[str]:
-    """Return the runs that, by the index, used a run; and those it does not know."""
+def _possible_users(run: Path, walk: _Walk) -> list[str]:
+    """Return the runs that by the index used a run, and those it does not know."""
     runs = [path for path in walk.runs if path not in walk.index.starts]
-    first_name = _text(_read_json(f"{run}/status.json").get("run"))
-    for name in {run.name, first_name}:
+    for name in {run.name, _first_name(run)}:
         runs += walk.index.users_of(name)
-    return dict.fromkeys(runs)
+    return list(dict.fromkeys(runs))
+
+
+def _first_name(run: StrPath) -> str:
+    return _text(_read_json(f"{run}/status.json").get("run"))
 
 
 # Keys of metadata.json that tie a run to one other, and what that is called.
 _TIES = {"reproduces": "(reproduced)", "parent": "(ran inside)"}
-_TIED = rb'\n  "(reproduces|parent)": [^n]'  # it is not null
 
 
 def _ties(run: Path) -> Iterator[tuple[Facts, str]]:
@@ -7283,8 +7280,9 @@ def _ties(run: Path) -> Iterator[tuple[Facts, str]]:
 
     {"run": "train-20260131-142501", "run_dir": ..., "relative": "../train-..."}
     """
-    if not re.search(_TIED, _readable_bytes(run / "metadata.json", MAX_RECORD)):
-        return  # as with most: not to parse 10,000 of them is worth a line
+    data = _readable_bytes(run / "metadata.json", MAX_RECORD)
+    if not re.search(rb'\n  "(reproduces|parent)": [^n]', data):
+        return  # null, as with most: not to parse 10,000 of them is worth a line
     metadata = _read_json(f"{run}/metadata.json")
     for key, what in _TIES.items():
         tied = metadata.get(key)
@@ -9962,38 +9960,38 @@ class _Walk:
         self.found: set[str] = set()
         self.links: list[str] = []
         self.entered: set[str] = set()  # folders, by their paths without links
-        real_root = realpath(root)
-        self._enter(root, real_root)
+        self._enter(root)
         deadline = time.monotonic() + LINK_SECONDS
-        for link in list(self.links):
-            target = realpath(link)
-            if self._leads_elsewhere(target, real_root):
+        for target in map(realpath, list(self.links)):
+            if self._leads_elsewhere(target):
                 if time.monotonic() > deadline:
                     self.problems.append("not all links were followed in the time")
                     break
-                self._enter(target, target, deadline)
+                self._enter(target, deadline)
         self.runs = sorted(self.found, reverse=True)  # mostly the newest first
 
     def newest_first(self, limit: int | None = None) -> list[str]:
         runs = [Run(folder, row=False) for folder in self.runs]
         return [run.folder for run in _newest(runs, limit, self.index)]
 
-    def _leads_elsewhere(self, target: str, real_root: str) -> bool:
+    def _leads_elsewhere(self, target: str) -> bool:
         """Tell whether a link's target is a folder that may be entered, and is new."""
-        if target in _folders_above(real_root) or not isdir(target):
+        root = realpath(self.root)
+        if target in _folders_above(root) or not isdir(target):
             return False
-        if not self.entered.isdisjoint(_folders_above(target)):
-            return False
-        return os.stat(target).st_uid == os.stat(real_root).st_uid
+        is_new = self.entered.isdisjoint(_folders_above(target))
+        return is_new and os.stat(target).st_uid == os.stat(root).st_uid
 
-    def _enter(self, top: str, real_top: str, deadline: float = float("inf")) -> None:
+    def _enter(self, top: str, deadline: float = float("inf")) -> None:
         """Collect the runs at and below a folder."""
         waiting = [(top, 0)]
         while waiting and time.monotonic() < deadline:
             folder, depth = waiting.pop()
-            self.entered.add(real_top + folder[len(top) :])
-            names, inside = self._listed(folder)
-            if _is_record(folder, names, inside):
+            self.entered.add(realpath(folder))
+            inside = self._folders_in(folder)
+            rest = {*DEFAULT_SUBDIRS, "attempts"}  # what may be left of a run
+            is_rest = _stamp_of(basename(folder)) and rest.issuperset(inside)
+            if is_rest or _is_run(folder):
                 self.found.add(folder)
                 continue
             known: Mapping[str, str] = {}
@@ -10009,28 +10007,17 @@ class _Walk:
                 elif depth < MAX_WALK and not name.startswith("."):
                     waiting.append((path, depth + 1))
 
-    def _listed(self, folder: str) -> tuple[set[str], list[str]]:
-        names: set[str] = set()
-        inside: list[str] = []
+    def _folders_in(self, folder: str) -> list[str]:
+        inside = []
         try:
             for entry in os.scandir(folder):
                 if entry.is_dir(follow_symlinks=False):
                     inside.append(entry.name)
-                    continue
-                names.add(entry.name)
-                if entry.is_symlink():
+                elif entry.is_symlink():
                     self.links.append(entry.path)
         except OSError as error:
             self.problems.append(_unreadable(error, folder))
-        return names, inside
-
-
-def _is_record(folder: str, names: set[str], inside: list[str]) -> bool:
-    """Tell whether a folder with these files and folders is a run, or what is left."""
-    if not names.isdisjoint(("status.json", "metadata.json")):
-        return _is_run(folder)
-    rest = {*DEFAULT_SUBDIRS, "attempts"}
-    return _stamp_of(basename(folder)) != "" and rest.issuperset(inside)
+        return inside
 
 
 def _walk_runs(root: StrPath) -> list[str]:
@@ -10152,32 +10139,29 @@ def _liveness(facts: Facts, path: str) -> str:
 class _Filters:
     """What is asked for of runs, and their order; ValueError where that is unclear."""
 
-    def __init__(
-        self, *, where: str | None = None, status: str | None = None,
-        since: str | None = None, older: str | None = None,
-        contains: str | None = None, tag: str | None = None, has_outputs: bool = False,
-        sort: str | None = None, top: int | None = None, limit: int | None = None,
-    ) -> None:
-        self.status = status
-        self.tag = tag
-        self.contains = (contains or "").lower()
-        self.has_outputs = has_outputs
-        self.limit = limit
-        self.is_top = top is not None
+    def __init__(self, options: Mapping[str, JSON]) -> None:
+        """Take them by their names as parameters of find_runs."""
+        self.status: str | None = options.get("status")
+        self.tag: str | None = options.get("tag")
+        self.contains: str = (options.get("contains") or "").lower()
+        self.has_outputs: bool = options.get("has_outputs", False)
+        self.since = _moment(options.get("since"), "since")
+        self.older = _moment(options.get("older"), "older")
         self.where: _Condition | None = None
-        self.since = _moment(since, "since")
-        self.older = _moment(older, "older")
+        if options.get("where") is not None:
+            self.where = _Condition(options["where"])
         self.sort: _Key | None = None
-        self.is_descending = False
-        if where is not None:
-            self.where = _Condition(where)
+        sort = options.get("sort")
+        self.reverse = sort is not None and sort.startswith("-")
         if sort is not None:
-            self.is_descending = sort.startswith("-")
             self.sort = _Key(sort.removeprefix("-"))
-        if top is not None:
+        top = options.get("top")
+        self.is_top = top is not None
+        if self.is_top and sort is None:
+            raise ValueError("top is of a value; give one as sort='-max(KEY)'")
+        self.limit: int | None = options.get("limit")
+        if self.is_top:
             self.limit = top
-            if sort is None:
-                raise ValueError("top is of a value; give one as sort='-max(KEY)'")
         if self.limit is not None and self.limit < 0:
             raise ValueError(f"limit is {self.limit}; give 0 for all, or a number")
 
@@ -10257,8 +10241,7 @@ class _Selection:
         walk = _Walk(self.root)
         self.warnings = walk.problems
         everything = [Run(path, row=False) for path in walk.runs]
-        root_of_all = _results_root(Path(self.root))
-        lineage = functools.lru_cache(None)(lambda: _Lineage(root_of_all))
+        lineage = _Lineage(_results_root(Path(self.root)))
         found = []  # those that are asked for, in no order
         for run in everything:
             run.lineage = lineage
@@ -10304,14 +10287,11 @@ def _first_of(
     groups = [items]
     sort = filters.sort
     if sort is not None:
-        ranked = _in_order(items, lambda item: item.value(sort), filters.is_descending)
+        ranked = _in_order(items, lambda item: item.value(sort), filters.reverse)
         groups = list(ranked.values())
-        if filters.is_top:
-            numbers, texts = (
-                [group for rank, group in ranked.items() if rank[0] == kind]
-                for kind in (0, 1)
-            )
-            groups = numbers or texts  # as of started_utc or model
+        if filters.is_top:  # texts, as of a model, only where there are no numbers
+            kind = min([1, *(rank[0] for rank in ranked)])
+            groups = [group for rank, group in ranked.items() if rank[0] == kind]
     count = sum(map(len, groups))
     limit = filters.limit or count
     first: list[_Ranked] = []
@@ -10323,7 +10303,7 @@ def _first_of(
 
 
 def _in_order(
-    items: Iterable[_Item], value_of: Callable[[_Item], object], is_descending: bool
+    items: Iterable[_Item], value_of: Callable[[_Item], object], reverse: bool = False
 ) -> dict[tuple[int, float, str], list[_Item]]:
     """Return items in groups of equal values, in the order of the values.
 
@@ -10333,9 +10313,8 @@ def _in_order(
     groups: dict[tuple[int, float, str], list[_Item]] = {}
     for item in items:
         groups.setdefault(_sort_rank(value_of(item)), []).append(item)
-    ranks = sorted(groups, reverse=is_descending)
-    ranks.sort(key=lambda rank: rank[0])
-    return {rank: groups[rank] for rank in ranks}
+    ranks = sorted(groups, reverse=reverse)
+    return {rank: groups[rank] for rank in sorted(ranks, key=lambda rank: rank[0])}
 
 
 def _sort_rank(value: object) -> tuple[int, float, str]:
@@ -10419,7 +10398,7 @@ _TERM = (
     r"""(?x)\s*
     (?P<key> (?:max|min|first|last)\(.+?\)(?=\s*[<>=!~])  # max(val/acc)
            | (?:[^\s<>=!~"'()]|"[^"]*")+ )                # lr, model.lr, "val loss"
-    \s* (?P<operator> <=|>=|==|!=|=|<|>|~ )
+    \s* (?P<sign> <=|>=|==|!=|=|<|>|~ )
     \s* (?: "(?P<double>[^"]*)" | '(?P<single>[^']*)'
            | (?P<word>(?:\\.|[^\s"'()\\]|\([^\s"'()]*\))+) )  # 3, vit(-b|-l)
     (?= \s* $ | \s* \) | \s+ (?:and|or) \b )
@@ -10431,13 +10410,12 @@ class _Condition:
     """What "lr<1e-3 and (max(acc)>0.9 or model~qwen)" asks of a run."""
 
     def __init__(self, text: str) -> None:
-        self.text = text
-        self.position = 0
+        self.text = self.rest = text
         self.terms: list[_Term] = []
         if text.count("(") > MAX_DEPTH:
             raise self._problem()
         self.holds = self._any()
-        if text[self.position :].strip():
+        if self.rest.strip():
             raise self._problem()
 
     def _any(self) -> Callable[[Run], bool]:
@@ -10460,27 +10438,27 @@ class _Condition:
             if not self._has(r"\)"):
                 raise self._problem()
             return inner
-        found = _compiled(_TERM).match(self.text, self.position)
+        found = _compiled(_TERM).match(self.rest)
         if found is None:
             raise self._problem()
         # No part of an operator is in a value without quotes: not "lr<=>3".
-        if found["operator"] != "~" and re.search("[()<>=!~]", found["word"] or ""):
+        if found["sign"] != "~" and re.search("[()<>=!~]", found["word"] or ""):
             raise self._problem()
-        self.position = found.end()
+        self.rest = self.rest[found.end() :]
         self.terms.append(_Term(found))
         return self.terms[-1].holds
 
     def _has(self, pattern: str) -> bool:
         """Tell whether this word or sign comes next, and go on after it."""
-        found = re.compile(rf"\s*{pattern}").match(self.text, self.position)
+        found = re.match(rf"\s*{pattern}", self.rest)
         if found is not None:
-            self.position = found.end()
+            self.rest = self.rest[found.end() :]
         return found is not None
 
     def _problem(self) -> ValueError:
-        place = repr(self.text[self.position :].strip())
-        if place == "''":
-            place = "its end"
+        place = "its end"
+        if self.rest.strip():
+            place = repr(self.rest.strip())
         what = f"where {self.text!r} is not understood at {place}"
         how = "write KEY<VALUE (or <= > >= == != ~), joined by and/or"
         return ValueError(f"{what}; {how}")
@@ -10494,10 +10472,10 @@ class _Term:
         if re.fullmatch(r'"[^"]+"', name):
             name = name[1:-1]
         self.key = _Key(name)
-        self.operator = found["operator"]
+        self.sign = found["sign"]
         self.wanted = found["double"] or found["single"] or found["word"] or ""
         self.wants_null = self.wanted.lower() in ("null", "none")
-        if self.operator == "~":
+        if self.sign == "~":
             try:
                 re.compile(self.wanted)
             except re.error as error:
@@ -10510,25 +10488,24 @@ class _Term:
         A number is neither less, more nor equal to a text, and NaN to nothing.
         """
         found = self.key.value(run)
-        if self.operator == "~":
+        if self.sign == "~":
             return found is not None and bool(re.search(self.wanted, _text(found)))
-        if found is None or self.wants_null:
-            if found is None and self.wants_null:
-                return self.operator in ("=", "==")
-            return self.operator == "!="
+        if found is None and self.wants_null:
+            return self.sign in ("=", "==")
         sides: JSON = None, None
         if not (isinstance(found, str) and self.key.name in _ROW):
             sides = _number(found), _number(self.wanted)
-        if (sides[0] is None) != (sides[1] is None):
-            return self.operator == "!="
+        is_mixed = (sides[0] is None) != (sides[1] is None)
+        if is_mixed or found is None or self.wants_null:
+            return self.sign == "!="
         if sides[0] is None:
             sides = _text(found).lower(), self.wanted.lower()
         import operator
 
-        return bool(getattr(operator, _OPERATORS[self.operator])(*sides))
+        return bool(getattr(operator, _SIGNS[self.sign])(*sides))
 
 
-_OPERATORS = {
+_SIGNS = {
     "<": "lt", "<=": "le", ">": "gt", ">=": "ge", "=": "eq", "==": "eq", "!=": "ne",
 }
 
@@ -10719,12 +10696,11 @@ def _sha256(
     """Return the hash of a regular file, None if it cannot be read or not in time."""
     digest = _digest("sha256")
     with _ignoring(OSError), _opened(path, sys.maxsize, follow) as file:
-        while time.monotonic() < deadline:
-            data = file.read(METRICS_BYTES)
-            if not data:
-                found: str = digest.hexdigest()
-                return found
+        for data in iter(lambda: file.read(METRICS_BYTES), b""):
+            if time.monotonic() >= deadline:
+                return None
             digest.update(data)
+        return str(digest.hexdigest())
     return None
 
 
@@ -10923,8 +10899,7 @@ def _comparable_run(run: Run) -> Comparable:
         if code.get("is_dirty") and not patches:
             patches["uncommitted changes"] = f"not kept by {run.name}"
         code.update(patches)
-    metrics = {k: v for k, v in run.metrics.items() if k not in ("step", "time")}
-    facts["metrics"] = metrics
+    facts["metrics"] = {k: v for k, v in run.metrics.items() if k not in _NO_METRICS}
     return facts
 
 
@@ -12096,7 +12071,7 @@ def _cmd_report(args: argparse.Namespace) -> int:
         if goal.function not in ("min", "max"):
             how = f"write 'max({goal.name})' or 'min({goal.name})'"
             raise ValueError(f"metric {goal.text!r} does not say what is best; {how}")
-    selection = _Selection(_search_root(args.root), _filters_of(args))
+    selection = _Selection(_search_root(args.root), _Filters(vars(args)))
     for warning in selection.warnings:
         _warn(warning)
     page = _Page(selection, goal, args.over.split(","), dirname(output))
@@ -12366,7 +12341,7 @@ def _name_html(page: _Page, place: int) -> str:
 
 def _values_html(page: _Page, key: str) -> str:
     values = {_text(run[key]): run[key] for run in page.runs if key in run}
-    ordered = list(_in_order(values, values.__getitem__, False).values())
+    ordered = list(_in_order(values, values.__getitem__).values())
     texts = [page.text(equals[0] or _NO_TEXT, 40) for equals in ordered]
     if max(map(len, values)) > 40:  # of paths one would only see the same beginning
         return f"{len(texts)} values"
@@ -14008,20 +13983,12 @@ def _follow(run_dir: Path) -> None:
         time.sleep(max(FOLLOW_SECONDS, 5 * took))
 
 
-def _filters_of(args: argparse.Namespace) -> _Filters:
-    return _Filters(
-        where=args.where, status=args.status, since=args.since, older=args.older,
-        contains=args.contains, tag=args.tag, has_outputs=args.has_outputs,
-        sort=args.sort, top=args.top, limit=args.limit,
-    )
-
-
 def _cmd_list(args: argparse.Namespace) -> int:
     """Print a row for each run that was asked for, or for each group of them."""
     root = _search_root(args.root)
     if args.limit is None and args.format is None:
         args.limit = MAX_ROWS
-    selection = _Selection(root, _filters_of(args), args.over)
+    selection = _Selection(root, _Filters(vars(args)), args.over)
     shown = [key.strip() for text in args.show for key in text.split(",")]
     for key in shown:
         selection.warnings += _unknown_key(_Key(key), selection.runs)
@@ -14155,7 +14122,7 @@ def _cmd_note(args: argparse.Namespace) -> int:
 
 def _cmd_prune(args: argparse.Namespace) -> int:
     """Say which runs would go; move or delete them when that is asked for."""
-    selection = _Selection(_search_root(args.root), _filters_of(args))
+    selection = _Selection(_search_root(args.root), _Filters(vars(args)))
     for warning in selection.warnings:
         _say(warning)
     rows: list[Facts] = []

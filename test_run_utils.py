@@ -8885,7 +8885,7 @@ class WhatDiffers(ReadingCase):
     """It is decided before filters and cuts, and within a script."""
 
     def differing(self, **options: Any) -> dict[str, list[str]]:
-        filters = run_utils._Filters(**options)
+        filters = run_utils._Filters(options)
         selection = run_utils._Selection(self.tmp / "results", filters)
         return {script: sorted(keys) for script, keys in selection.differing.items()}
 
@@ -9068,7 +9068,7 @@ class Seeds(ReadingCase):
     """Runs that differ only in the seed are one row: mean, deviation, n, states."""
 
     def fold(self, over: str, **options: Any) -> Any:
-        filters = run_utils._Filters(**options)
+        filters = run_utils._Filters(options)
         selection = run_utils._Selection(self.tmp / "results", filters, over)
         return selection.groups, selection
 
@@ -9223,7 +9223,7 @@ class Pruning(ReadingCase):
     """Runs go to .trash, or for good; who may still be needed stays."""
 
     def plan(self, **options: Any) -> dict[str, Any]:
-        filters = run_utils._Filters(**options)
+        filters = run_utils._Filters(options)
         selection = run_utils._Selection(self.tmp / "results", filters)
         return {run.name: run for run in selection.runs}
 
