@@ -10290,8 +10290,8 @@ def _first_of(
         ranked = _in_order(items, lambda item: item.value(sort), filters.reverse)
         groups = list(ranked.values())
         if filters.is_top:  # texts, as of a model, only where there are no numbers
-            kind = min([1, *(rank[0] for rank in ranked)])
-            groups = [group for rank, group in ranked.items() if rank[0] == kind]
+            groups = [group for rank, group in ranked.items() if rank[0] == 0]
+            groups = groups or [ranked[rank] for rank in ranked if rank[0] == 1]
     count = sum(map(len, groups))
     limit = filters.limit or count
     first: list[_Ranked] = []
