@@ -6228,46 +6228,29 @@ def _cmd_reproduce(args: argparse.Namespace) -> int:
     _make_room(target)
     plan.set_values(args.set)
     plan.check(dirname(target))
-    for finding in plan.findings:
-        if args.exec and finding.stops:
-            raise ValueError(f"--exec is refused: {finding.about}: {finding.text}")
-    if plan.level() < 2:
-        plan.build(target, is_all=not args.venv)
-    if plan.level() < 2 and args.venv:
-        plan.install(target)
+    for step in plan.steps:
+        if args.exec and step["stops"]:
+            raise ValueError(f"--exec is refused: {step['about']}: {step['text']}")
+    plan.build(target, args.venv)
     if not args.json:
         plan.show(target)
     comparison: Facts = {}
-    if plan.level() < 2 and args.exec:
+    if args.exec and plan.level() < 2:
         comparison = _run_again(plan, target, float(args.tolerance or 1e-6), args.json)
-        if not args.json:
-            _show_comparison(comparison)
     if args.json:
         _print_json({**plan.to_json(target), "comparison": comparison})
-    if comparison:
-        return int(not comparison["same"])
-    return plan.level()
-
-
-_HALF_BUILT = ".git/run_utils.half"  # in a tree that still lacks its environment
-
-
-def _make_room(target: str) -> None:
-    """Refuse a folder that exists, unless it is a tree that was never finished."""
-    import shutil
-
-    if isfile(f"{target}/{_HALF_BUILT}"):
-        shutil.rmtree(target)
-    if lexists(target):
-        raise ValueError(f"{target!r} exists; give another folder by --into")
+    if not comparison:
+        return plan.level()
+    if not args.json:
+        _show_comparison(comparison)
+    return int(not comparison["same"])
 
 
 def _cmd_verify(args: argparse.Namespace) -> int:
     plan = _Plan(args.run)
     plan.check(os.curdir)
     with _temporary_folder() as scratch:
-        if plan.level() < 2:
-            plan.build(os.path.join(scratch, "tree"))
+        plan.build(f"{scratch}/tree")
     if args.json:
         _print_json(plan.to_json(None))
     else:
@@ -6275,17 +6258,26 @@ def _cmd_verify(args: argparse.Namespace) -> int:
     return plan.level()
 
 
-class _Finding:
-    """A line of the plan: 0 is as it was, 1 differs, 2 makes it impossible."""
+_UNFINISHED = ".git/run_utils"  # in a tree that lacks files, or its environment
 
-    def __init__(
-        self, about: str, level: int, text: str, details: Sequence[str], stops: bool
-    ) -> None:
-        self.about = about
-        self.level = level
-        self.text = text
-        self.details = list(details)
-        self.stops = stops  # --exec is refused
+
+def _make_room(tree: str) -> None:
+    """Refuse a folder that exists, unless it is a tree that was never finished."""
+    if isfile(f"{tree}/{_UNFINISHED}"):
+        _remove_tree(tree)
+    if lexists(tree):
+        raise ValueError(f"{tree!r} exists; give another folder by --into")
+
+
+@contextlib.contextmanager
+def _or_nothing(tree: str) -> Iterator[None]:
+    """Remove a tree whose making fails or is interrupted."""
+    try:
+        yield
+    except BaseException:
+        with _ignoring(OSError):
+            _remove_tree(tree)
+        raise
 
 
 class _Plan:
@@ -6309,16 +6301,21 @@ class _Plan:
         self.python = self._recorded_python()
         self.is_installed = False  # in an environment of the new tree
         self.launcher: list[str] = []  # before the command of one rank
-        self.findings: list[_Finding] = []
+        self.steps: list[Facts] = []
 
     def add(
         self, about: str, level: int, text: str, details: Sequence[str] = (),
         stops: bool = False,
     ) -> None:
-        self.findings.append(_Finding(about, level, text, details, stops))
+        """Say that something is as it was (0), differs (1) or makes it impossible (2).
+
+        What `stops` has --exec refused.
+        """
+        step = {"about": about, "level": level, "text": text}
+        self.steps.append({**step, "details": list(details), "stops": stops})
 
     def level(self) -> int:
-        return max([finding.level for finding in self.findings], default=0)
+        return max([step["level"] for step in self.steps], default=0)
 
     def default_target(self) -> str:
         """Return a folder beside the repository that we are in, else in this folder."""
@@ -6463,47 +6460,40 @@ class _Plan:
         if self.python is None:
             return
         site = _Site.here([self.python, "-c", ""])
-        now: Facts = dict.fromkeys(("python", "pip_freeze", "cuda"))
-        now["capture"] = {}
+        now: Facts = {"capture": {}}
         _collect(now, "python", lambda: _python_of_command(site))
         _collect(now, "pip_freeze", _Packages(site, _Unwritten(self.run)).lines)
         _collect(now, "cuda", _cuda)
-        sides = []
-        for facts in (self.metadata, now):
-            version = _word(facts, "python", "version").split(" ")[0]
-            side: Facts = {"python": version}
-            side["GPUs"] = _at(facts, "cuda", "device_count") or 0
-            side.update(self._known_packages(facts))
-            sides.append(side)
-        then, here = sides
+        then, here = self._environment(self.metadata), self._environment(now)
         rows = []
         for name, old in then.items():
-            new = here.get(name)
+            new = here.get(name, "missing")
             if new != old and REDACTED not in str(old):
-                text = f"{name} {old}, here {new}"
-                if new is None:
-                    text = f"{name} {old}, here missing"
-                rows.append((_weight(name, old, new), text))
+                rows.append((_weight(name, old, new), f"{name} {old}, here {new}"))
         for package in _rows(self.metadata, "local_packages"):
             problem = None
             if not self.is_installed:
                 problem = _package_now(package)
             if problem is not None:
-                rows.append(((1, _word(package, "path")), problem))
+                rows.append((1, problem))
         lines = [text for _, text in sorted(rows)]
         if lines:
             self.add("environment", 1, lines[0], lines[1:])
         else:
             self.add("environment", 0, f"Python {then['python']} and its packages")
 
-    def _known_packages(self, facts: Facts) -> Facts:
+    def _environment(self, metadata: Facts) -> Facts:
         lines = []
-        for line in _texts(facts, "pip_freeze"):
+        for line in _texts(metadata, "pip_freeze"):
             if line.startswith("-e /"):
                 lines.append(f"{self._name_of_folder(line[3:])} @ from a folder")
             elif not line.startswith("#"):
                 lines.append(line)
-        return _comparable_packages(lines) or {}
+        return {
+            "python": _python_version(metadata),
+            "GPUs": _at(metadata, "cuda", "device_count") or 0,
+            **(_comparable_packages(lines) or {}),
+        }
 
     def _name_of_folder(self, folder: str) -> str:
         """Return which package was installed from here: there, or as rebuilt by us."""
@@ -6514,39 +6504,37 @@ class _Plan:
                 return name
         return basename(folder)
 
-    def build(self, target: str, is_all: bool = True) -> None:
+    def build(self, target: str, has_environment: bool = False) -> None:
         """Make the tree as a whole, or leave nothing at `target`."""
-        import shutil
-
+        if self.level() == 2:
+            return
         building = f"{target}.building"
-        mark = f"{building}/.git/run_utils"
-        if lexists(building):
-            if os.listdir(building) and not isfile(mark):
-                raise ValueError(f"{building!r} is not from here; remove it")
-            shutil.rmtree(building)
-        os.makedirs(dirname(mark))
-        _write_file(mark, os.fsencode(self.folder))
+        _make_room(building)
+        os.makedirs(f"{building}/.git")
+        _write_file(f"{building}/{_UNFINISHED}", b"")
         try:
-            self._rebuild(building, self.git, self.patch, self.root)
+            with _or_nothing(building):
+                self._rebuild(building, self.git, self.patch, self.root)
+                missing = self._missing_files(building)
         except _Unknown as reason:
-            shutil.rmtree(building)
             self.add("code", 2, str(reason))
             return
-        except BaseException:  # Ctrl-C
-            shutil.rmtree(building, ignore_errors=True)
-            raise
-        missing = self._missing_files(building)
-        if not is_all:
-            _write_file(f"{building}/{_HALF_BUILT}", b"")
+        if not has_environment:
+            os.remove(f"{building}/{_UNFINISHED}")
         os.rename(building, target)
+        self._add_code(missing)
+        if has_environment:
+            with _or_nothing(target):
+                self._install(target)
+
+    def _add_code(self, missing: Sequence[str]) -> None:
         commit = _word(self.git, "commit_short")
         text = commit or "the sources of a folder without git"
         if self.patch.get("file"):
             text += f" with {self.patch['file']}"
-        elif not commit:
-            text = "none was recorded"
-            missing = [*missing, text]
-        if missing:
+        if not commit and not self.patch.get("file"):
+            self.add("code", 1, "none was recorded", missing)
+        elif missing:
             self.add("code", 1, f"{text}, but not all", missing)
         else:
             self.add("code", 0, f"{text}, byte for byte")
@@ -6596,36 +6584,27 @@ class _Plan:
         texts += [f"{name}: redacted" for name in _texts(self.patch, "redacted")]
         for name in _texts(self.git, "changed_after_entry"):
             texts.append(f"{name}: changed after entry, taken as committed")
-        report = _mapping(self.metadata, "capture", "git.patch")
+        problem = _word(self.metadata, "capture", "git.patch", "problem")
         base = self.git.get("base")
-        if report.get("problem") and (base is None or base.get("url")):
-            texts.append(_word(report, "problem"))
+        if problem and (base is None or _at(base, "url")):
+            texts.append(problem)
         return texts
 
-    def install(self, target: str) -> None:
-        """Make the recorded environment inside the new tree, and nowhere else."""
-        import shutil
-
-        try:
-            self._install(target)
-        except BaseException:
-            shutil.rmtree(target, ignore_errors=True)
-            raise
-
     def _install(self, target: str) -> None:
+        """Make the recorded environment inside the new tree, and nowhere else."""
         commands = self.environment_commands(target)
         os.makedirs(f"{target}/.git/info")
         _write_file(f"{target}/.git/info/exclude", b"/.venv/\n")
         for place, package in self._local_packages(target):
-            patch, root = _mapping(package, "patch"), _word(package, "root")
-            os.makedirs(place)
-            self._rebuild(place, package, patch, _word(patch, "root") or root)
+            patch = _mapping(package, "patch")
+            root = _word(patch, "root") or _word(package, "root")
+            self._rebuild(place, package, patch, root)
         for command in commands:
             _run(command, timeout=INSTALL_SECONDS, cwd=target)
-        os.remove(f"{target}/{_HALF_BUILT}")
+        os.remove(f"{target}/{_UNFINISHED}")
         self.python = f"{target}/.venv/bin/python"
         self.is_installed = True
-        self.findings = [each for each in self.findings if each.about != "environment"]
+        self.steps = [step for step in self.steps if step["about"] != "environment"]
         self._check_environment()
 
     def _local_packages(self, target: str) -> Iterator[tuple[str, Facts]]:
@@ -6637,52 +6616,52 @@ class _Plan:
 
     def environment_commands(self, target: str) -> list[list[str]]:
         """Return what makes the environment, and write the requirements for it."""
-        version = _word(self.metadata, "python", "version").split(" ")[0]
-        lines = _texts(self.metadata, "pip_freeze")
-        if not version or not lines:
+        version = _python_version(self.metadata)
+        if not version or not _texts(self.metadata, "pip_freeze"):
             return []
-        kept = []
-        local = []
-        for place, package in self._local_packages(target):
-            path, root = _word(package, "path"), _word(package, "root")
-            inside = relpath(path, root or path)
-            kept.append(f"-e {normpath(os.path.join(place, inside))}")
-            local.append(_word(package, "name"))
-        for line in lines:
-            is_local = line.startswith("-e /") or "@ file:" in line
-            name = re.split(r"[ =@<>]", line, maxsplit=1)[0]
-            if not is_local and name not in local and REDACTED not in line:
-                kept.append(line)
+        lines = self._requirements(target)
         file = f"{target}/.git/requirements.txt"
         if isdir(target):
-            _write_file(file, "\n".join([*kept, ""]).encode("utf-8"))
+            _write_file(file, "\n".join([*lines, ""]).encode("utf-8"))
         install = ["--no-deps", "-r", file]
-        tags = re.findall(r"\+(cu\d+|cpu|rocm[\d.]+|xpu)\b", "\n".join(kept))
+        tags = re.findall(r"\+(cu\d+|cpu|rocm[\d.]+|xpu)\b", "\n".join(lines))
         for tag in sorted(set(tags)):
             install += ["--extra-index-url", WHEEL_INDEX + tag]
         venv = f"{target}/.venv"
         python = f"{venv}/bin/python"
         conda = _texts(self.metadata, "environment", "conda_packages")
         if conda:
-            pins = ["=".join(text.rsplit("-", 2)) for text in conda]
             make = ["conda", "create", "--yes", "--prefix", venv]
-            environment = _mapping(self.metadata, "environment")
-            for channel in _texts(environment, "conda_channels"):
+            for channel in _texts(self.metadata, "environment", "conda_channels"):
                 make += ["--channel", channel]
-            make += pins
+            make += ["=".join(text.rsplit("-", 2)) for text in conda]
         elif _on_path("uv") is not None:
-            install += ["--index-strategy", "unsafe-best-match"]
-            return [
-                ["uv", "venv", "--python", version, venv],
-                ["uv", "pip", "install", "--python", python, *install],
-            ]
+            make = ["uv", "venv", "--python", version, venv]
+            strategy = ["--index-strategy", "unsafe-best-match"]
+            install = ["uv", "pip", "install", "--python", python, *install, *strategy]
+            return [make, install]
         else:
-            minor = "python" + ".".join(version.split(".")[:2])
             base = self.python
             if base in (None, sys.executable):
+                minor = "python" + ".".join(version.split(".")[:2])
                 base = _on_path(minor) or sys.executable
             make = [base, "-m", "venv", venv]
         return [make, [python, "-m", "pip", "install", *install]]
+
+    def _requirements(self, target: str) -> list[str]:
+        lines = []
+        rebuilt = []
+        for place, package in self._local_packages(target):
+            path = _word(package, "path")
+            inside = relpath(path, _word(package, "root") or path)
+            lines.append(f"-e {normpath(os.path.join(place, inside))}")
+            rebuilt.append(package.get("name"))
+        for line in _texts(self.metadata, "pip_freeze"):
+            is_local = line.startswith("-e /") or "@ file:" in line
+            name = re.split(r"[ =@<>]", line, maxsplit=1)[0]
+            if not is_local and name not in rebuilt and REDACTED not in line:
+                lines.append(line)
+        return lines
 
     def command(self, target: str) -> tuple[list[str], str]:
         cwd = _word(self.metadata, "working_dir")
@@ -6702,32 +6681,34 @@ class _Plan:
             "run": self.folder,
             "tree": target,
             "level": self.level(),
-            "steps": [vars(finding) for finding in self._ordered()],
+            "steps": self._ordered(),
             "environment": self.environment_commands(target or "TREE"),
             "command": words,
             "working_dir": place,
         }
 
-    def _ordered(self) -> list[_Finding]:
+    def _ordered(self) -> list[Facts]:
         order = ("code", "inputs", "secrets", "disk", "environment", "command")
-        return sorted(self.findings, key=lambda each: order.index(each.about))
+        return sorted(self.steps, key=lambda step: order.index(step["about"]))
 
     def show(self, target: str | None) -> None:
         """Print the plan, the most important first, on one screen."""
         lines = []
         room = PLAN_DETAILS
-        for finding in self._ordered():
-            word = ("same", "differs", "impossible")[finding.level]
-            text = f"{finding.about}: {word}: {finding.text}"
-            details = finding.details[: max(1, min(5, room))]
+        differing = []
+        for step in self._ordered():
+            word = ("same", "differs", "impossible")[step["level"]]
+            if step["level"]:
+                differing.append(step["about"])
+            details = step["details"][: max(1, min(5, room))]
             room -= len(details)
-            if len(details) < len(finding.details):
-                rest = len(finding.details) - len(details)
+            rest = len(step["details"]) - len(details)
+            if rest:
                 details.append(f"and {rest} more, see --json")
+            text = f"{step['about']}: {word}: {step['text']}"
             lines.append("\n     ".join([text, *details]))
         if target is not None and self.level() < 2:
-            differs = [each.about for each in self.findings if each.level]
-            if "environment" in differs and not self.is_installed:
+            if "environment" in differing and not self.is_installed:
                 lines += map(shlex.join, self.environment_commands(target))
             words, place = self.command(target)
             lines.append(f"cd {shlex.quote(place)} && {shlex.join(words)}")
@@ -6760,14 +6741,18 @@ def _moved(word: str, root: str, target: str) -> str:
     return word
 
 
-def _weight(name: str, old: object, new: object) -> tuple[int, str]:
+def _python_version(metadata: Facts) -> str:
+    return _word(metadata, "python", "version").split(" ")[0]
+
+
+def _weight(name: str, old: object, new: object) -> int:
     """Return how much a difference matters: Python, GPUs, what is missing, versions."""
     if name in ("python", "GPUs"):
-        return 0, name
-    if new is None:
-        return 1, name
+        return 0
+    if new == "missing":
+        return 1
     is_major = str(old).split(".")[0] != str(new).split(".")[0]
-    return 3 - int(is_major), name
+    return 3 - int(is_major)
 
 
 def _package_now(package: Facts) -> str | None:
@@ -6861,8 +6846,8 @@ def _run_again(plan: _Plan, target: str, tolerance: float, is_quiet: bool) -> Fa
     env = {**os.environ, REPRODUCES: plan.folder}
     venv = f"{target}/.venv"
     if isdir(venv):
-        paths = os.pathsep.join([f"{venv}/bin", env.get("PATH", "")])
-        env.update(VIRTUAL_ENV=venv, PATH=paths)
+        path = os.pathsep.join([f"{venv}/bin", env.get("PATH", "")])
+        env.update(VIRTUAL_ENV=venv, PATH=path)
     if _at(plan.metadata, "python", "origin") != "this process":
         base = f"{target}/results/{plan.run.path.parent.name}"
         prefix = re.split(f"-{_STAMP}", plan.run.name)[0]
@@ -6871,9 +6856,8 @@ def _run_again(plan: _Plan, target: str, tolerance: float, is_quiet: bool) -> Fa
     output = None
     if is_quiet:  # its log has it
         output = subprocess.DEVNULL
-    print(end="", flush=True)
-    options: Any = {"cwd": place, "env": env, "stdout": output}
-    done = subprocess.run(words, **options)  # nosec
+    sys.stdout.flush()
+    done = subprocess.run(words, cwd=place, env=env, stdout=output)  # nosec
     for root in (target, dirname(plan.run_dir)):
         for path in _walk_runs(root):
             again = Run(path, row=False)
@@ -6883,20 +6867,18 @@ def _run_again(plan: _Plan, target: str, tolerance: float, is_quiet: bool) -> Fa
 
 
 def _compared(then: Run, now: Run, tolerance: float) -> Facts:
-    sides = [_outcome(then), _outcome(now)]
+    before, after = _outcome(then), _outcome(now)
     rows: list[Facts] = []
-    for kind, key in dict.fromkeys([*sides[0], *sides[1]]):
-        old, new = sides[0].get((kind, key)), sides[1].get((kind, key))
-        if kind == "log" and (None in (old, new) or old == new == _NO_OUTPUT):
+    nothing = _digest("sha256").hexdigest()
+    for kind, key in {**before, **after}:
+        old, new = before.get((kind, key)), after.get((kind, key))
+        if kind == "log" and (None in (old, new) or old == new == nothing):
             continue  # the streams were not kept in the same way, or had nothing
         verdict = _verdict(kind, old, new, tolerance)
         row = {"kind": kind, "key": key, "then": old, "now": new, "verdict": verdict}
         rows.append(row)
     level, is_same = _level_reached(then, rows, tolerance)
     return {"run": str(now.path), "rows": rows, "level": level, "same": is_same}
-
-
-_NO_OUTPUT = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"  # b""
 
 
 def _outcome(run: Run) -> dict[tuple[str, str], JSON]:
@@ -6990,8 +6972,6 @@ def _enclosing_seeds(run: Run, rows: Sequence[Facts]) -> int:
 
 def _show_comparison(comparison: Facts) -> None:
     """Print what came out: first what is not the same, at last the level reached."""
-    if not comparison:
-        return
     for row in sorted(comparison["rows"], key=lambda row: row["verdict"] == "same"):
         text = f"{row['kind']} {row['key']}: {row['verdict']}"
         if row["verdict"] != "same" and row["kind"] not in ("file", "log"):
@@ -10963,7 +10943,7 @@ def _comparable_machine(metadata: Facts) -> Facts:
     python = _mapping(metadata, "python")
     machine: Facts = {
         "hostname": metadata.get("hostname"),
-        "python": _word(python, "version").split(" ")[0],
+        "python": _python_version(metadata),
         "executable": python.get("executable"),
         "container": _at(metadata, "container", "image"),
     }
