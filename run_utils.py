@@ -91,7 +91,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
     import subprocess  # nosec
-    from types import TracebackType
+    from types import CodeType, TracebackType
     from typing import Any, TypedDict, Union
 
     StrPath = Union[str, os.PathLike[str]]
@@ -8771,12 +8771,8 @@ def _raise_if_foreign(error: Exception) -> None:
 
     Whatever else an object raises when it is looked at is its own affair.
     """
-    handlers = _signal_handlers()
-    trace = error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code in handlers:
-            raise error
-        trace = trace.tb_next
+    if _is_of_handler(error):
+        raise error
 
 
 def _flattened(prefix: str, value: JSON) -> dict[str, JSON]:
@@ -8992,14 +8988,11 @@ _polls: Any = select
 class _ProgramFailed(_Unknown):
     """A program could not be started, passed a limit, or ended with a bad status."""
 
-    def __init__(
-        self, reason: str, status: int | None = None, output: bytes = b"",
-        errors: bytes = b"",
-    ) -> None:
-        super().__init__(reason)
-        self.status = status  # its exit status, -n for signal n, None if it is unknown
-        self.output = output  # what it had printed until then
-        self.errors = errors
+    def __init__(self, program: _Program, problem: str) -> None:
+        super().__init__(f"{program.name} {problem}")
+        self.status = program.status
+        self.output = bytes(program.output)
+        self.errors = bytes(program.errors)
 
 
 def _run(
@@ -9024,10 +9017,10 @@ class _Program:
         self.name = basename(argv[0])
         self.pid = 0
         self.end: int | None = None  # a descriptor that tells of its end
-        self.status: int | None = None  # as _exit_code() tells it, once it has ended
+        self.status: int | None = None  # once it has ended; -n for signal n
         self.output = bytearray()
         self.errors = bytearray()
-        self.texts: dict[int, bytearray] = {}  # by the pipe that they come from
+        self.texts: dict[int, bytearray] = {}  # the two, by their pipes
         self.child: subprocess.Popen[bytes] | None = None
         try:
             if hasattr(os, "posix_spawn") and hasattr(select, "poll"):
@@ -9038,7 +9031,7 @@ class _Program:
             self.close()
             if not isinstance(error, (OSError, ValueError)) or _is_foreign(error):
                 raise
-            raise _ProgramFailed(f"{self.name} cannot be started: {error}") from None
+            raise _ProgramFailed(self, f"cannot be started: {error}") from None
 
     def _spawn(
         self, argv: Sequence[str], cwd: str, env: Mapping[str, str], stdin: int | None
@@ -9075,11 +9068,12 @@ class _Program:
     ) -> None:
         import subprocess  # nosec
 
-        options: Any = {"cwd": cwd, "env": env, "stdin": stdin}
         if stdin is None:
-            options["stdin"] = subprocess.DEVNULL
-        options.update(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        self.child = subprocess.Popen(argv, start_new_session=True, **options)  # nosec
+            stdin = subprocess.DEVNULL
+        self.child = subprocess.Popen(  # nosec
+            argv, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=cwd,
+            env=env, start_new_session=True,
+        )
         self.pid = self.child.pid
 
     def result(self, timeout: float | None = None, limit: int | None = None) -> bytes:
@@ -9091,13 +9085,11 @@ class _Program:
             problem = read(timeout or PROGRAM_SECONDS, limit or PROGRAM_BYTES)
         finally:
             self.close()
-        output, errors = bytes(self.output), bytes(self.errors)
         if problem is None and self.status != 0:
-            problem = f"ended with status {self.status}{_complaint(errors)}"
+            problem = f"ended with status {self.status}{_complaint(self.errors)}"
         if problem is not None:
-            reason = f"{self.name} {problem}"
-            raise _ProgramFailed(reason, self.status, output, errors)
-        return output
+            raise _ProgramFailed(self, problem)
+        return bytes(self.output)
 
     def _read(self, timeout: float, limit: int) -> str | None:
         """Read until the program ends; return which limit it has passed, if one.
@@ -9112,14 +9104,14 @@ class _Program:
         while True:
             has_ended = self._has_ended()
             ready = poller.poll(self._pause(deadline) * 1000)
-            found = [each for each, _ in ready if each in self.texts]
-            for descriptor in found:
-                data = os.read(descriptor, 65536)
-                self.texts[descriptor] += data
+            found = [pipe for pipe, _ in ready if pipe in self.texts]
+            for pipe in found:
+                data = os.read(pipe, 65536)
+                self.texts[pipe] += data
                 if not data:
-                    poller.unregister(descriptor)
-                    del self.texts[descriptor]
-                    os.close(descriptor)
+                    poller.unregister(pipe)
+                    del self.texts[pipe]
+                    os.close(pipe)
             if max(len(self.output), len(self.errors)) > limit:
                 return f"printed more than {limit} bytes"
             if has_ended and not found:
@@ -9170,19 +9162,13 @@ class _Program:
         self.end = None
         self.texts = {}
         if self.child is not None and self.status is None:
-            self._kill_child(self.child)
+            with _ignoring(Exception):  # it has not ended even then
+                self.child.kill()
+                self.child.wait(0.5)
         elif self.pid and not self._has_ended():
             with _ignoring(OSError):
                 _posix.killpg(self.pid, _signals.SIGKILL)
             _reap(self.pid, 0.5)
-
-    def _kill_child(self, child: subprocess.Popen[bytes]) -> None:
-        import subprocess  # nosec
-
-        with _ignoring(OSError):
-            child.kill()
-        with _ignoring(subprocess.TimeoutExpired):
-            child.wait(0.5)
 
 
 def _pidfd(pid: int) -> int | None:
@@ -9192,11 +9178,11 @@ def _pidfd(pid: int) -> int | None:
     return None
 
 
-def _lines_of(printed: bytes) -> list[str]:
+def _lines_of(printed: bytes | bytearray) -> list[str]:
     return printed.decode("utf-8", "replace").splitlines()
 
 
-def _complaint(errors: bytes) -> str:
+def _complaint(errors: bytearray) -> str:
     """Return the line of stderr that tells best what went wrong, after a colon.
 
     fatal: detected dubious ownership in repository at '/data'
@@ -9210,10 +9196,7 @@ def _complaint(errors: bytes) -> str:
 
 def _neutral_directory() -> str:
     """Return a directory into which nobody can put a module or a program."""
-    for path in ("/proc", "/var/empty"):
-        if isdir(path):
-            return path
-    return os.sep
+    return next(filter(isdir, ("/proc", "/var/empty")), os.sep)
 
 
 def _safe_python(executable: str) -> list[str]:
@@ -9254,11 +9237,11 @@ def _read_proc(path: str) -> bytes:
 
 def _process_identity(pid: int) -> Facts:
     """Return what tells a process from a later one with the same pid."""
+    identity = {**_boot(), "start_ticks": None}
     fields = _process_stat(pid)
-    started = None
     if fields is not None:
-        started = int(fields[19])
-    return {**_boot(), "start_ticks": started}
+        identity["start_ticks"] = int(fields[19])
+    return identity
 
 
 @functools.lru_cache(None)
@@ -9276,15 +9259,14 @@ def _is_alive(pid: int, start_ticks: int | None) -> bool:
     """Return whether a process of this host is the one meant, and not a zombie."""
     fields = _process_stat(pid)
     if fields is not None:
-        is_same = start_ticks is None or start_ticks == int(fields[19])
-        return is_same and fields[0] not in "ZX"
+        return start_ticks in (None, int(fields[19])) and fields[0] not in "ZX"
     if hasattr(os, "killpg"):  # on Windows signal 0 would end the process
         try:
             os.kill(pid, 0)
         except ProcessLookupError:
             return False
         except PermissionError:  # another user's, which /proc may hide (hidepid=2)
-            return True
+            pass
     return True
 
 
@@ -9295,17 +9277,17 @@ def _wait_status(pid: int, pidfd: int | None) -> int | None:
     pidfd has it, since Linux 6.15: PIDFD_GET_INFO of linux/pidfd.h.
     """
     get_info = 0xC040FF0B
-    info_exit = 8  # the bit of the mask that asks for exit_code and says it is there
+    has_exit = 8  # the bit of the mask that asks for exit_code and says it is there
     for _ in range(20):
         fields = _process_stat(pid)
         if fields is not None and fields[0] in "ZX":
             return int(fields[49])  # field 52, exit_code, in proc(5)
         if fields is None and pidfd is not None:
             # struct pidfd_info { __u64 mask; ... __s32 exit_code; }: 64 bytes
-            info = bytearray(info_exit.to_bytes(8, sys.byteorder) + bytes(56))
+            info = bytearray(has_exit.to_bytes(8, sys.byteorder) + bytes(56))
             with _ignoring(ImportError, OSError):  # an older kernel
                 __import__("fcntl").ioctl(pidfd, get_info, info)
-                if int.from_bytes(info[:8], sys.byteorder) & info_exit:
+                if int.from_bytes(info[:8], sys.byteorder) & has_exit:
                     return int.from_bytes(info[60:], sys.byteorder)
         time.sleep(0.01)
     return None
@@ -9353,8 +9335,8 @@ def _digest(name: str, data: bytes = b"") -> Any:
 
 # === Files ===
 # Whole files by a temporary name and os.replace, lines by one write(2) each. One
-# function opens what is read or appended to: a regular file, and never a link, a FIFO
-# or a device. Files are readable by colleagues (0666 & ~umask); fsync is only used
+# function opens what is read or appended to: a regular file, never a link, a FIFO or
+# a device. Colleagues can read what is written (0666 & ~umask); fsync is only used
 # where a state changes.
 
 _NO_FOLLOW: int = getattr(os, "O_NOFOLLOW", 0)
@@ -9398,29 +9380,16 @@ def _write_file(
         raise
 
 
-def _append_line(path: StrPath, row: Facts, dir_fd: int | None = None) -> None:
-    line = _redacted_json(row, indent=None)
-    descriptor = _open_for_lines(path, dir_fd)
-    try:
-        written = os.write(descriptor, line)
-    finally:
-        os.close(descriptor)
-    if written != len(line):
-        raise OSError(errno.ENOSPC, "only a part of a line fitted", os.fspath(path))
-
-
 @contextlib.contextmanager
 def _temporary_folder() -> Iterator[str]:
     """Make a folder for a moment, without tempfile, which takes long to load."""
-    path = None
     named = [os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP")]
-    for place in [*named, "/tmp", "/var/tmp", os.getcwd()]:  # nosec
-        name = f"run_utils-{os.urandom(8).hex()}"
+    for place in filter(None, [*named, "/tmp", "/var/tmp", os.getcwd()]):  # nosec
+        path = os.path.join(abspath(place), f"run_utils-{os.urandom(8).hex()}")
         with _ignoring(OSError):
-            if path is None and place:
-                os.mkdir(os.path.join(place, name), 0o700)
-                path = os.path.join(abspath(place), name)
-    if path is None:
+            os.mkdir(path, 0o700)
+            break
+    else:
         raise _Unknown("no folder is to be had for temporary files")
     try:
         yield path
@@ -9431,13 +9400,10 @@ def _temporary_folder() -> Iterator[str]:
 
 def _remove_tree(path: str) -> None:
     for folder, folders, names in os.walk(path, topdown=False):
-        for name in [*names, *folders]:
-            inside = os.path.join(folder, name)
-            if name in folders and not os.path.islink(inside):
-                os.rmdir(inside)
-            else:
-                os.unlink(inside)
-    os.rmdir(path)
+        places = [os.path.join(folder, name) for name in names + folders]
+        for place in filter(lexists, places):  # a file, or a link to a folder
+            os.unlink(place)
+        os.rmdir(folder)
 
 
 @contextlib.contextmanager
@@ -9455,18 +9421,6 @@ def _unnamed_file(data: bytes) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-def _open_for_lines(path: StrPath, dir_fd: int | None = None) -> int:
-    """Open a JSONL file for appending; end the torn line of an earlier writer."""
-    descriptor = _open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, dir_fd=dir_fd)
-    with _ignoring(OSError, AttributeError):  # no os.pread on Windows
-        size = os.fstat(descriptor).st_size
-        if size and _posix.pread(descriptor, 1, size - 1) != b"\n":
-            time.sleep(0.01)  # Its writer may only be in the middle of its write.
-            if os.fstat(descriptor).st_size == size:
-                os.write(descriptor, b"\n")
-    return descriptor
 
 
 def _write_all(descriptor: int, data: bytes) -> None:
@@ -9530,7 +9484,10 @@ class _Folder:
 
     def __init__(self, path: Path, identity: Sequence[int] = ()) -> None:
         self.path = path
-        self.identity = tuple(identity) or _identity_of(os.stat(path))
+        if not identity:
+            info = os.stat(path)
+            identity = (info.st_dev, info.st_ino)
+        self.identity = tuple(identity)
 
     @contextlib.contextmanager
     def opened(self, inside: str = "", create: bool = False) -> Iterator[_Place]:
@@ -9544,9 +9501,7 @@ class _Folder:
             if _identity(opened[0]) != self.identity:
                 text = "another directory has taken the place of the run's"
                 raise OSError(errno.ENOTDIR, text, str(self.path))
-            for name in inside.split("/"):
-                if not name:
-                    continue
+            for name in filter(None, inside.split("/")):
                 if create:
                     with _ignoring(FileExistsError):
                         os.mkdir(name, dir_fd=opened[-1])
@@ -9578,13 +9533,28 @@ class _Place:
         _write_file(os.path.join(self.path, name), data, durable, self.dir_fd)
 
     def append(self, name: str, row: Facts) -> None:
-        _append_line(os.path.join(self.path, name), row, self.dir_fd)
+        line = _redacted_json(row, indent=None)
+        descriptor = self.open_for_lines(name)
+        try:
+            written = os.write(descriptor, line)
+        finally:
+            os.close(descriptor)
+        if written != len(line):
+            raise OSError(errno.ENOSPC, "only a part of a line fitted", name)
 
     def open(self, name: str, flags: int) -> int:
         return _open(os.path.join(self.path, name), flags, self.dir_fd)
 
     def open_for_lines(self, name: str) -> int:
-        return _open_for_lines(os.path.join(self.path, name), self.dir_fd)
+        """Open a JSONL file for appending; end the torn line of an earlier writer."""
+        descriptor = self.open(name, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+        with _ignoring(OSError, AttributeError):  # no os.pread on Windows
+            size = os.fstat(descriptor).st_size
+            if size and _posix.pread(descriptor, 1, size - 1) != b"\n":
+                time.sleep(0.01)  # Its writer may only be in the middle of its write.
+                if os.fstat(descriptor).st_size == size:
+                    os.write(descriptor, b"\n")
+        return descriptor
 
 
 class _Kept:
@@ -9612,10 +9582,6 @@ def _identity(descriptor: int) -> tuple[int, int] | None:
         if _is_foreign(error):
             raise
         return None
-    return info.st_dev, info.st_ino
-
-
-def _identity_of(info: os.stat_result) -> tuple[int, int]:
     return info.st_dev, info.st_ino
 
 
@@ -9698,30 +9664,22 @@ class _ignoring:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> bool:
+    def __exit__(self, kind: object, error: BaseException | None, at: object) -> bool:
         return isinstance(error, self.kinds) and not _is_foreign(error)
 
 
-class _tolerating:
+class _tolerating(_ignoring):
     """Turn a failure of recording into one line on stderr."""
 
     def __init__(self, what: str) -> None:
+        super().__init__(Exception)
         self.what = what
 
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> bool:
-        if not isinstance(error, Exception) or _is_foreign(error):
-            return False
-        _warn(f"{self.what}: {type(error).__name__}: {error}")
-        return True
+    def __exit__(self, kind: object, error: BaseException | None, at: object) -> bool:
+        is_ignored = super().__exit__(kind, error, at)
+        if is_ignored:
+            _warn(f"{self.what}: {type(error).__name__}: {error}")
+        return is_ignored
 
 
 def _is_foreign(error: BaseException) -> bool:
@@ -9731,36 +9689,41 @@ def _is_foreign(error: BaseException) -> bool:
     OSError without errno was not raised by the system: it comes from a handler too,
     unless the standard library has raised it.
     """
-    trace = error.__traceback__
-    ours = _is_foreign.__code__.co_filename
-    file = ours
-    handlers = None
-    while trace is not None:
-        code = trace.tb_frame.f_code
-        file = code.co_filename
-        if file != ours:
-            if handlers is None:
-                handlers = _signal_handlers()
-            if code in handlers:
-                return True
-        trace = trace.tb_next
-    if not isinstance(error, OSError) or error.errno is not None or file == ours:
+    if _is_of_handler(error):
+        return True
+    codes = _codes(error)
+    if not isinstance(error, OSError) or error.errno is not None or not codes:
         return False
+    file = codes[-1].co_filename
     is_standard = file.startswith(dirname(os.__file__) + os.sep)
-    return not is_standard or "-packages" in file
+    return file != _OUR_FILE and (not is_standard or "-packages" in file)
+
+
+def _is_of_handler(error: BaseException) -> bool:
+    codes = [code for code in _codes(error) if code.co_filename != _OUR_FILE]
+    return bool(codes) and not _signal_handlers().isdisjoint(codes)
+
+
+def _codes(error: BaseException) -> list[CodeType]:
+    """Return the code that an exception has come through, its origin last."""
+    codes = []
+    trace = error.__traceback__
+    while trace is not None:
+        codes.append(trace.tb_frame.f_code)
+        trace = trace.tb_next
+    return codes
+
+
+_OUR_FILE = _codes.__code__.co_filename
 
 
 def _signal_handlers() -> set[object]:
     found = set()
-    for number in signal.valid_signals():
-        handler = signal.getsignal(number)
-        if not callable(handler):
-            continue
-        handler = getattr(handler, "__func__", handler)
-        if not hasattr(handler, "__code__"):
-            handler = vars(type(handler)).get("__call__")
-        found.add(getattr(handler, "__code__", None))
-    found.discard(None)
+    for handler in map(signal.getsignal, signal.valid_signals()):
+        function = getattr(handler, "__func__", handler)
+        if not hasattr(function, "__code__"):
+            function = vars(type(function)).get("__call__")
+        found.add(getattr(function, "__code__", None))
     return found
 
 
@@ -9769,11 +9732,10 @@ _warned: set[str] = set()
 
 def _warn(text: str, once: bool = False) -> None:
     """Say one line on stderr; never fail."""
-    if once and text in _warned:
-        return
-    _warned.add(text)
-    with _ignoring(Exception):
-        _say(f"run_utils: {_redactor.text(text)}")
+    if not once or text not in _warned:
+        _warned.add(text)
+        with _ignoring(Exception):
+            _say(f"run_utils: {_redactor.text(text)}")
 
 
 def _say(text: str) -> None:
@@ -9795,17 +9757,16 @@ def _utc(seconds: float | None = None) -> str:
 
 
 def _seconds(utc: object) -> float | None:
-    parts = re.match(
-        r"(\d{4})-(\d\d)-(\d\d)[T ](\d\d):(\d\d):(\d\d)(\.\d{1,9})?", str(utc)
-    )
+    two = r"(\d\d)"
+    pattern = rf"(\d{{4}})-{two}-{two}[T ]{two}:{two}:{two}(\.\d{{1,9}})?"
+    parts = re.match(pattern, str(utc))
     if parts is None:
         return None
-    year, month, day, hour, minute, second = (int(part) for part in parts.groups()[:6])
     import calendar
 
+    *date, fraction = parts.groups("0")
     with _ignoring(ValueError, OverflowError):  # a 13th month
-        whole = calendar.timegm((year, month, day, hour, minute, second))
-        return whole + float(parts[7] or 0)
+        return calendar.timegm(tuple(map(int, date))) + float(fraction)
     return None
 
 

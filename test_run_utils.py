@@ -1723,11 +1723,12 @@ class TheIndex(RunCase):
 
     def test_a_torn_tail_costs_only_itself(self) -> None:
         path = self.tmp / "lines.jsonl"
-        run_utils._append_line(path, {"n": 1})
+        place = run_utils._Place("", None)
+        place.append(path, {"n": 1})
         whole = path.read_bytes()
         for cut in range(1, len(whole)):
             path.write_bytes(whole[:cut])
-            run_utils._append_line(path, {"n": 2})
+            place.append(path, {"n": 2})
             last = list(run_utils._read_lines(path))[-1]
             self.assertEqual(last, {"n": 2})
 
