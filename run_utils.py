@@ -663,6 +663,10 @@ class Run(dict):  # type: ignore[type-arg]
         """The content of status.json, with "lost" for a run that must have died."""
         return _status_now(self.folder, self.read_facts("status.json"))
 
+    @property
+    def state(self) -> str:
+        return _text(self.status.get("status", "?"))
+
     @cached_property
     def config(self) -> Facts:
         """The arguments, from metadata.json; of an ancestor's run from config.yaml."""
@@ -863,7 +867,7 @@ _ROW: dict[str, Callable[[Run], object]] = {
     "name": lambda run: run.name,
     "run_dir": lambda run: run.folder,
     "experiment": lambda run: basename(dirname(run.folder)),
-    "status": lambda run: _text(run.status.get("status", "?")),
+    "status": lambda run: run.state,
     "exit_reason": lambda run: run.status.get("exit_reason"),
     "reason": lambda run: _reason(run),
     "started_utc": _started_utc,
@@ -7066,7 +7070,7 @@ def _input(key: str, path: str, producer: str, run_dir: StrPath) -> Facts:
         "path": inside,
         "size": None,
         "mtime": None,
-        "status": _text(_status_now(producer).get("status")),
+        "status": Run(producer, row=False).state,
     }
     with _ignoring(OSError):
         info = os.stat(path)
@@ -7241,9 +7245,9 @@ class _Lineage:
 
 def _possible_users(run: Path, walk: _Walk) -> list[str]:
     """Return the runs that by the index used a run, and those it does not know."""
-    runs = [path for path in walk.runs if path not in walk.index.starts]
+    runs = [path for path in walk.runs if path not in walk.starts]
     for name in {run.name, _first_name(run)}:
-        runs += walk.index.users_of(name)
+        runs += walk.users_of(name)
     return list(dict.fromkeys(runs))
 
 
@@ -9892,11 +9896,14 @@ class _Walk:
 
     Links are followed once, to what lies outside of the folder and belongs to its
     owner: a link to / must not lead us through the machine.
+
+    index/runs_index.jsonl is a cache, which may not know a run. To parse all its lines
+    would take longer than to ask the runs: what is wanted is searched as we write it.
     """
 
     def __init__(self, root: str) -> None:
         self.root = root
-        self.index = _Index(_results_root(Path(root)))
+        self.results_root = _results_root(Path(root))
         self.problems: list[str] = []
         self.found: set[str] = set()
         self.links: list[str] = []
@@ -9913,7 +9920,21 @@ class _Walk:
 
     def newest_first(self, limit: int | None = None) -> list[str]:
         runs = [Run(folder, row=False) for folder in self.runs]
-        return [run.folder for run in _newest(runs, limit, self.index)]
+        return [run.folder for run in self.newest(runs, limit)]
+
+    def newest(self, runs: Iterable[_Ranked], limit: int | None) -> list[_Ranked]:
+        """Return the newest runs in the order of their starts, at most `limit`.
+
+        Of many only those are asked that, by the index, may be among the newest.
+        """
+        asked = list(runs)
+        if limit is not None and len(asked) > max(limit, MANY_RUNS):
+            asked.sort(key=lambda run: self.starts.get(run.folder, "9"))
+            least = min(run.started for run in asked[-limit:])
+            bound = _utc(least - INDEX_SECONDS)
+            asked = [r for r in asked if self.starts.get(r.folder, "9") > bound]
+        asked.sort(key=lambda run: (run.started, run.folder), reverse=True)
+        return asked[:limit]
 
     def _leads_elsewhere(self, target: str) -> bool:
         """Tell whether a link's target is a folder that may be entered, and is new."""
@@ -9937,7 +9958,7 @@ class _Walk:
                 continue
             known: Mapping[str, str] = {}
             if len(inside) > MANY_RUNS:
-                known = self.index.starts
+                known = self.starts
             for name in inside:
                 path = f"{folder}/{name}"
                 is_run = path in known
@@ -9960,38 +9981,6 @@ class _Walk:
             self.problems.append(_unreadable(error, folder))
         return inside
 
-
-def _walk_runs(root: StrPath) -> list[str]:
-    return _Walk(os.fspath(root)).newest_first()
-
-
-def _newest(
-    runs: Iterable[_Ranked], limit: int | None, index: _Index
-) -> list[_Ranked]:
-    """Return the newest runs in the order of their starts, at most `limit`.
-
-    Of many only those are asked that, by the index, may be among the newest.
-    """
-    asked = list(runs)
-    if limit is not None and len(asked) > max(limit, MANY_RUNS):
-        asked.sort(key=lambda run: index.starts.get(run.folder, "9"))
-        least = min(run.started for run in asked[-limit:])
-        bound = _utc(least - INDEX_SECONDS)
-        asked = [r for r in asked if index.starts.get(r.folder, "9") > bound]
-    asked.sort(key=lambda run: (run.started, run.folder), reverse=True)
-    return asked[:limit]
-
-
-class _Index:
-    """What index/runs_index.jsonl says of runs; a cache, which may not know a run.
-
-    It is read when it is asked. To parse all lines would take longer than to ask the
-    runs, so what is wanted is looked for as we write it.
-    """
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-
     @cached_property
     def starts(self) -> dict[str, str]:
         """By path when runs began, "2026-01-31T14:25:01Z", that told their inputs then.
@@ -10000,27 +9989,29 @@ class _Index:
         """
         starts = {}
         event = '{"event": "start", "timestamp_utc": "'
-        for lines in self._lines():
+        for lines in self._index_lines():
             for part in lines.decode("latin-1").split('", "inputs": [')[:-1]:
                 line = part[part.rfind("\n") + 1 :]
                 if line.startswith(event):
                     path = line[line.rindex('"') + 1 :]
-                    starts[f"{self.root}/{path}"] = line[len(event) :][:20]
+                    starts[f"{self.results_root}/{path}"] = line[len(event) :][:20]
         return starts
 
-    def _lines(self) -> Iterator[bytes]:
+    def _index_lines(self) -> Iterator[bytes]:
         with _ignoring(OSError):
-            for lines, _ in _line_blocks(self.root / INDEX_FILE, MAX_INDEX):
-                yield lines
+            yield from _line_blocks(self.results_root / INDEX_FILE, MAX_INDEX)
 
     def users_of(self, name: str) -> Iterator[str]:
         """Yield the runs of whose lines `inputs` or `tied` have the name of a run."""
         wanted = json.dumps(name).encode("ascii")
-        for block in self._lines():
+        for block in self._index_lines():
             lines = [line for line in block.split(b"\n") if wanted in line]
             for row in _rows_of(b"\n".join(lines)):
                 if name in [*_texts(row, "inputs"), *_texts(row, "tied")]:
-                    yield f"{self.root}/{row.get('path')}"
+                    yield f"{self.results_root}/{row.get('path')}"
+
+def _walk_runs(root: StrPath) -> list[str]:
+    return _Walk(os.fspath(root)).newest_first()
 
 
 def _started(run_dir: StrPath) -> float:
@@ -10114,7 +10105,7 @@ class _Filters:
             return False
         if self.older is not None and run.started >= self.older:
             return False
-        if self.status is not None and _ROW["status"](run) != self.status:
+        if self.status is not None and run.state != self.status:
             return False
         if self.tag is not None and self.tag not in _tags(run.notes):
             return False
@@ -10139,7 +10130,7 @@ class _Filters:
             if key.text not in absent:
                 yield from _unknown_key(key, runs)
         if self.status not in (None, "running", "success", "failed", "lost", "unknown"):
-            states = sorted({str(_ROW["status"](run)) for run in runs})
+            states = sorted({run.state for run in runs})
             if self.status not in states:
                 there_are = f"there are: {', '.join(states)}"
                 yield f"no run has the status {self.status!r}; {there_are}"
@@ -10182,7 +10173,7 @@ class _Selection:
         walk = _Walk(self.root)
         self.warnings = walk.problems
         everything = [Run(path, row=False) for path in walk.runs]
-        lineage = _Lineage(_results_root(Path(self.root)))
+        lineage = _Lineage(walk.results_root)
         found = []  # those that are asked for, in no order
         for run in everything:
             run.lineage = lineage
@@ -10193,7 +10184,7 @@ class _Selection:
             self.warnings += filters.unknown_words(everything)
         # self.unseen is how many more there are, beyond the limit.
         if over is None:
-            self.runs, self.unseen = _first_of(found, filters, walk.index)
+            self.runs, self.unseen = _first_of(found, filters, walk)
             found = _with_others(self.runs, everything)
         else:
             found.sort(key=lambda run: (run.started, run.folder), reverse=True)
@@ -10201,7 +10192,7 @@ class _Selection:
             for key in keys:
                 self.warnings += _unknown_key(_Key(key), everything)
             groups = _fold_seeds(found, keys)
-            self.groups, self.unseen = _first_of(groups, filters, walk.index)
+            self.groups, self.unseen = _first_of(groups, filters, walk)
             self.runs = [run for group in self.groups for run in group.runs]
         _ask_sacct(self.runs)
         for run in self.runs:
@@ -10222,7 +10213,7 @@ def _with_others(shown: Sequence[Run], everything: Sequence[Run]) -> list[Run]:
 
 
 def _first_of(
-    items: list[_Ranked], filters: _Filters, index: _Index
+    items: list[_Ranked], filters: _Filters, walk: _Walk
 ) -> tuple[list[_Ranked], int]:
     """Return runs, or groups of them, in their order, and how many the limit hides."""
     groups = [items]
@@ -10239,7 +10230,7 @@ def _first_of(
     for group in groups:
         if len(first) >= limit:
             break
-        first += _newest(group, limit - len(first), index)
+        first += walk.newest(group, limit - len(first))
     return first, count - len(first)
 
 
@@ -10461,13 +10452,14 @@ def _summarize_metrics(run_dir: StrPath) -> Facts:
     "count": 10}, ..., "metrics.jsonl": {"bytes": 812}}: by its size a reader sees
     whether rows were added since.
     """
+    path = f"{run_dir}/metrics/metrics.jsonl"
     summary: Facts = {}
-    size = 0
-    for lines, position in _metric_lines(run_dir):
-        size = position
-        for key, values, steps in _columns_of(_rows_of(lines)):
-            if key in summary or len(summary) < MAX_ITEMS:
-                _add_values(summary.setdefault(key, {**_NO_VALUES}), values, steps)
+    if not exists(path):
+        return summary
+    size = os.path.getsize(path)
+    for key, values, steps in _metric_columns(path):
+        if key in summary or len(summary) < MAX_ITEMS:
+            _add_values(summary.setdefault(key, {**_NO_VALUES}), values, steps)
     if summary:
         summary["metrics.jsonl"] = {"bytes": size}
     return summary
@@ -10527,34 +10519,40 @@ def _member_start(key: str) -> str:
 def _all_series(run_dir: StrPath) -> dict[str, tuple[list[JSON], list[JSON]]]:
     series: dict[str, tuple[list[JSON], list[JSON]]] = {}
     with _ignoring(OSError):
-        for lines, _ in _metric_lines(run_dir):
-            for key, values, steps in _columns_of(_rows_of(lines)):
-                known = series.setdefault(key, ([], []))
-                known[0].extend(map(_as_float, values))
-                known[1].extend(steps)
+        for key, values, steps in _metric_columns(f"{run_dir}/metrics/metrics.jsonl"):
+            known = series.setdefault(key, ([], []))
+            known[0].extend(map(_as_float, values))
+            known[1].extend(steps)
     return series
 
 
-def _metric_lines(run_dir: StrPath) -> Iterator[tuple[bytes, int]]:
-    return _line_blocks(f"{run_dir}/metrics/metrics.jsonl", MAX_METRICS)
+def _metric_columns(path: str) -> Iterator[tuple[str, list[JSON], list[JSON]]]:
+    """Yield metrics, some of their values, and the steps that belong to them."""
+    for rows in map(_rows_of, _line_blocks(path, MAX_METRICS)):
+        different = dict.fromkeys(map(tuple, rows))  # nearly all have the same keys
+        steps = [row.get("step") for row in rows]
+        for key in dict.fromkeys(itertools.chain(*different)):
+            try:
+                yield key, [row[key] for row in rows], steps
+            except KeyError:
+                some = [row for row in rows if key in row]
+                yield key, [row[key] for row in some], [row.get("step") for row in some]
 
 
-def _line_blocks(path: StrPath, limit: int) -> Iterator[tuple[bytes, int]]:
-    """Yield the lines of a file, METRICS_BYTES at a time, and how far that goes."""
+def _line_blocks(path: StrPath, limit: int) -> Iterator[bytes]:
+    """Yield the lines of a file, METRICS_BYTES at a time."""
     try:
         file = _opened(path, limit)
     except FileNotFoundError:
         return
     rest = b""
-    size = 0
     with file:
         for data in iter(lambda: file.read(METRICS_BYTES), b""):
-            size += len(data)
             lines, _, rest = (rest + data).rpartition(b"\n")
-            yield lines, size
+            yield lines
             if len(rest) > METRICS_BYTES:
                 rest = b"torn"  # a line that never ends
-    yield rest, size
+    yield rest
 
 
 def _rows_of(lines: bytes) -> list[Facts]:
@@ -10571,18 +10569,6 @@ def _rows_of(lines: bytes) -> list[Facts]:
     if lines.count(b"{") > len(rows):  # mappings in mappings, or a text with a brace
         rows = [_flattened("", row) for row in rows]
     return rows
-
-
-def _columns_of(rows: list[Facts]) -> Iterator[tuple[str, list[JSON], list[JSON]]]:
-    """Yield for each key of some rows its values and the steps that belong to them."""
-    different = dict.fromkeys(map(tuple, rows))  # nearly all rows have the same keys
-    steps = [row.get("step") for row in rows]
-    for key in dict.fromkeys(itertools.chain(*different)):
-        try:
-            yield key, [row[key] for row in rows], steps
-        except KeyError:
-            having = [row for row in rows if key in row]
-            yield key, [row[key] for row in having], [row.get("step") for row in having]
 
 
 # What a run left, and why it failed.
@@ -10669,37 +10655,35 @@ def _left(run: str, size: int, digest: str) -> bool:
 
 
 def _reason(run: Run) -> str | None:
-    """Return in one line why a run failed, or what is wrong with one that did not."""
+    """Return "rank 1: ValueError: bad" of a run that failed, or what else is wrong."""
+    lines = ": ".join(filter(None, _reasons(run))).strip().splitlines()
+    if not lines:
+        return None
+    return _shortened(lines[0], MAX_REPR)
+
+
+def _reasons(run: Run) -> Iterator[str]:
     status = run.status
-    if status.get("status") in ("running", "success"):
-        return _one_line(_texts(status, "warnings")[:1])
-    parts = []
+    if run.state in ("running", "success"):
+        yield from _texts(status, "warnings")[:1]
+        return
     if status.get("failed_rank") is not None:
-        parts.append(f"rank {_text(status['failed_rank'])}")
+        yield f"rank {_text(status['failed_rank'])}"
     _ask_sacct([run])
-    parts.append(_job_ends.get(_unexplained_job(run), ""))
+    yield _job_ends.get(_unexplained_job(run), "")
     exception = _mapping(status, "exception")
     message = _text(exception.get("message") or "")
     code = _text(status.get("exit_code"))
     if exception and exception.get("type") != "SystemExit":
-        parts.append(f"{_text(exception.get('type'))}: {message}")
+        yield f"{_text(exception.get('type'))}: {message}"
     elif status.get("problem"):
-        parts.append(_text(status["problem"]))
+        yield _text(status["problem"])
     elif status.get("exit_code"):
-        parts.append(f"exit code {code}")
+        yield f"exit code {code}"
         output = map(str.strip, _texts(status, "last_output"))
         if message in ("", code):
             message = "".join(list(filter(None, output))[-1:])
-        parts.append(message)
-    return _one_line(parts)
-
-
-def _one_line(parts: Iterable[str]) -> str | None:
-    """Return texts as one short line, "rank 1: ValueError: bad"; None for nothing."""
-    lines = ": ".join(filter(None, parts)).strip().splitlines()
-    if not lines:
-        return None
-    return _shortened(lines[0], MAX_REPR)
+        yield message
 
 
 # How SLURM ended a job, where that explains the end of a run.
@@ -10710,8 +10694,7 @@ _job_ends: dict[str, str] = {}  # what sacct told of a job, or ""; it is asked o
 
 def _unexplained_job(run: Run) -> str:
     """Return the number of the SLURM job of a run that cannot tell how it ended."""
-    status = run.status
-    if status.get("status") == "lost" or status.get("exit_reason") == "killed":
+    if run.state == "lost" or run.status.get("exit_reason") == "killed":
         job = _word(run.metadata, "launcher", "SLURM_JOB_ID")
         if re.fullmatch("[0-9]{1,12}", job):
             return job
@@ -10770,7 +10753,7 @@ class _Group:
         self.folder = newest.folder
 
     def states(self) -> dict[str, int]:
-        states = [str(_ROW["status"](run)) for run in self.runs]
+        states = [run.state for run in self.runs]
         return {state: states.count(state) for state in states}
 
     def spread(self, key: _Key) -> _Spread:
@@ -10853,11 +10836,8 @@ def _patches_of(run: Run) -> Facts:
 
 
 def _seeds(run: Run) -> Facts:
-    """Return the seeds at the start of a run, or later if they are known from then."""
-    return {
-        **_mapping(run.metadata, "determinism"),
-        **_mapping(run.status, "determinism"),
-    }
+    """Return the seeds at the start of a run, or as they were found out later."""
+    return _mapping(run.metadata, "determinism") | _mapping(run.status, "determinism")
 
 
 def _comparable(metadata: Facts) -> Comparable:
@@ -10901,11 +10881,10 @@ _UNEQUAL = ("memory_kib", "hash_randomization", "random_state", "numpy_state")
 
 
 def _comparable_machine(metadata: Facts) -> Facts:
-    python = _mapping(metadata, "python")
-    machine: Facts = {
+    machine = {
         "hostname": metadata.get("hostname"),
         "python": _python_version(metadata),
-        "executable": python.get("executable"),
+        "executable": _at(metadata, "python", "executable"),
         "container": _at(metadata, "container", "image"),
     }
     for section in ("platform", "cuda", "determinism"):
@@ -10920,7 +10899,10 @@ def _comparable_now(run: Run) -> Comparable:
     site.run_dir = run.folder
     site.results_root = str(_results_root(run.path.parent))
     site.script = None
-    site.loaded = _files_of_patch(run)
+    top = _word(then, "patch", "root")
+    patch = _patches_of(run).get("git.patch", "")
+    names = re.findall(r"^\+\+\+ b/(.+)", patch, re.M)
+    site.loaded = [os.path.join(top, name) for name in names]
     for folder in (_word(then, "directory"), _word(then, "root")):
         if isdir(folder):
             site.directory = folder
@@ -10943,13 +10925,6 @@ def _comparable_now(run: Run) -> Comparable:
     return facts
 
 
-def _files_of_patch(run: Run) -> list[str]:
-    top = _text(_at(run.metadata, "git", "patch", "root"))
-    patch = _patches_of(run).get("git.patch", "")
-    names = re.findall(r"^\+\+\+ b/(.+)", patch, re.M)
-    return [os.path.join(top, name) for name in names]
-
-
 class _Unwritten(_Record):
     """A record that keeps in memory what would be the patches of a run."""
 
@@ -10966,14 +10941,14 @@ class _Unwritten(_Record):
 
     def earlier_metadata(self) -> Iterator[Facts]:
         """Yield that of the run itself: what has not changed is taken from there."""
-        yield self.metadata or {}
+        yield self.metadata
 
 
 # Pruning: nothing goes that somebody may still need, and nothing without being asked.
 
 
 def _why_it_stays(run: Run) -> str | None:
-    if _status_now(run.folder).get("status") in ("running", "unknown"):
+    if run.state in ("running", "unknown"):
         return "it may be running"
     if run.used_by:
         return f"{run.used_by[0]} used it"
@@ -14037,7 +14012,7 @@ def _cmd_lineage(args: argparse.Namespace) -> int:
 def _run_and_status(run: Path) -> str:
     if not _is_run(run):
         return f"{run.name} (not there now)"
-    return f"{run.name} ({_text(_status_now(run).get('status'))})"
+    return f"{run.name} ({Run(run, row=False).state})"
 
 
 def _cmd_note(args: argparse.Namespace) -> int:

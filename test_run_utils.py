@@ -6627,7 +6627,7 @@ class LineageOfATree(ReadingCase):
         users = sorted(name.split("-")[0] for name in Run(first).used_by)
         self.assertEqual(users, ["second", "third"])
         self.assertEqual(Run(second).used_by, [next(new.glob("third-*")).name])
-        with mock.patch.object(run_utils._Index, "users_of", return_value=iter(())):
+        with mock.patch.object(run_utils._Walk, "users_of", return_value=iter(())):
             self.assertEqual(Run(first).used_by, [])  # nothing else is read
 
     def test_cycles_end(self) -> None:
