@@ -661,7 +661,15 @@ class Run(dict):  # type: ignore[type-arg]
     @cached_property
     def status(self) -> Facts:
         """The content of status.json, with "lost" for a run that must have died."""
-        return _status_now(self.folder, self.read_facts("status.json"))
+        facts = self.read_facts("status.json")
+        if facts.get("status") != "running":
+            return facts or {"status": "?"}
+        path = f"{self.folder}/status.json"
+        judged = {**facts, "status": _liveness(facts, path)}
+        latest = _read_json(path)
+        if latest.get("status", "running") != "running":
+            return latest  # it ended while we looked
+        return judged
 
     @property
     def state(self) -> str:
@@ -1573,14 +1581,14 @@ def _resumable(base_dir: Path, resume: StrPath, prefix: str | None) -> Path:
     found = _latest_own_run(base_dir, prefix)
     if found is None:
         raise ValueError(missing)
-    if _status_now(found).get("status") == "success":
+    if Run(found, row=False).state == "success":
         text = f"the latest run, {str(found)!r}, has ended in success"
         raise ValueError(f"{text}; give its name to resume it all the same")
     return found
 
 
 def _refuse_live(path: Path) -> None:
-    if _is_run(path) and _status_now(path).get("status") == "running":
+    if _is_run(path) and Run(path, row=False).state == "running":
         raise ValueError(f"run {str(path)!r} is still running; it cannot be resumed")
 
 
@@ -10031,25 +10039,12 @@ def _started(run_dir: StrPath) -> float:
     return seconds or 0.0
 
 
-def _status_now(run_dir: StrPath, facts: Facts | None = None) -> Facts:
-    """Return status.json, with "lost" for a run that cannot be running any more.
+def _liveness(facts: Facts, path: str) -> str:
+    """Return "running", "lost" or "unknown" for a status.json that says running.
 
     On its own host the process itself is asked, elsewhere the heartbeat, which is the
     time of status.json. Without both it is "unknown".
     """
-    path = f"{run_dir}/status.json"
-    facts = facts or _read_json(path) or {"status": "?"}
-    if facts.get("status") != "running":
-        return facts
-    judged = {**facts, "status": _liveness(facts, path)}
-    latest = _read_json(path)
-    if latest.get("status", "running") != "running":
-        return latest  # it ended while we looked
-    return judged
-
-
-def _liveness(facts: Facts, path: str) -> str:
-    """Return "running", "lost" or "unknown" for a status.json that says running."""
     process = _mapping(facts, "process")
     pid = facts.get("pid")
     is_alive = None

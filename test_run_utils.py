@@ -8747,7 +8747,7 @@ class WhatReadersSay(RunCase):
         path.write_text(json.dumps({**now, **facts}), "utf-8")
         then = time.time() - age
         os.utime(path, (then, then))
-        return str(run_utils._status_now(self.tmp)["status"])
+        return Run(self.tmp).state
 
     def test_this_very_process_is_running_whatever_the_clock_says(self) -> None:
         for age in (0, 1e6, -1e6):
