@@ -3070,8 +3070,7 @@ class _RecorderProcess:
             for forward in self.forwards:
                 forward.wait(_NEVER)
         if message["do"] == "retarget":
-            forward = self.forwards[message["forward"]]
-            forward.retarget(self.descriptors.pop(0))
+            self.forwards[message["at"]].retarget(self.descriptors.pop(0))
         self._answer(message["number"])
 
     def _collect(self) -> None:
@@ -3103,7 +3102,7 @@ class _RecorderProcess:
         return HEARTBEAT_SECONDS
 
     def _look_at_logs(self) -> float:
-        """Wake the forwards that wait for the end of a long silence."""
+        """Wake the forwards that wait for the end of a silence."""
         for forward in self.forwards:
             if os.fstat(forward.log).st_size != forward.position():
                 forward.wake.set()
@@ -3225,7 +3224,7 @@ def _started_thread(work: Callable[..., None], *args: object) -> threading.Threa
 class _Capture:
     """The output of one run: the streams that are captured, and their logs."""
 
-    def __init__(self, record: _Record, rank_prefix: str = "") -> None:
+    def __init__(self, record: _Record, rank_prefix: str) -> None:
         self.record = record
         self.rank_prefix = rank_prefix  # "rank3." for the logs of another rank
         self.pid = os.getpid()
@@ -3501,12 +3500,11 @@ class _Stream:
         if not self.saved.is_ours() or not ended.saved.is_ours():
             return
         target = ended.saved.number
-        forward, recorder = self.forward, self.capture.recorder
+        forward = self.forward
+        recorder = self.capture.recorder
         if forward is not None and forward.target == self.saved.number:
             number = self.capture.forwards.index(forward)
-            if recorder is None or not recorder.ask(
-                "retarget", descriptors=[target], forward=number
-            ):
+            if not recorder or not recorder.ask("retarget", None, [target], at=number):
                 self.is_logged = False
         os.dup2(target, self.saved.number, inheritable=False)
         self.saved.identity = ended.saved.identity
@@ -3751,7 +3749,11 @@ class _Forward:
                 time.sleep(0.001)
 
     def run(self) -> None:
-        """Forward until `stop_at`; look often while there is output, else never."""
+        """Forward until `stop_at`; look often while there is output.
+
+        After a long silence the recorder looks, for all streams: once a second is as
+        often as it may wake when it is idle.
+        """
         silent_since = time.monotonic()
         while True:
             size = FORWARD_BYTES
@@ -3761,10 +3763,15 @@ class _Forward:
                 return
             if self._forward(size):
                 silent_since = time.monotonic()
-            elif self.stop_at is not None:
+                continue
+            if self.stop_at is not None:
                 return  # the log has been cut
-            elif self.wake.wait(_pause(time.monotonic() - silent_since)):
-                self.wake.clear()
+            pause = max(0.005, (time.monotonic() - silent_since) / 8)
+            if pause < SILENT_SECONDS:
+                self.wake.wait(pause)
+            else:
+                self.wake.wait()  # until `_look_at_logs` has seen something
+            self.wake.clear()
 
     def _forward(self, size: int) -> bool:
         """Forward up to `size` bytes; return False if there is nothing new."""
@@ -3796,18 +3803,6 @@ class _Forward:
         self.target = target
         self.is_broken = False
         os.close(before)
-
-
-def _pause(silence: float) -> float | None:
-    """Return how long to wait for output after so many seconds without.
-
-    After a long silence it is until `_look_at_logs` finds some: once a second is as
-    often as an idle recorder may wake, and not for each stream.
-    """
-    pause = max(0.005, silence / 8)
-    if pause > SILENT_SECONDS:
-        return None
-    return pause
 
 
 def _write_patiently(descriptor: int, data: bytes) -> bool:
@@ -13262,13 +13257,14 @@ def _cmd_run(args: argparse.Namespace) -> int:
         args.base_dir, args.prefix, config, notes=args.note, tags=args.tag
     )
     recording.argv = words
-    if _on_path(words[0], os.getcwd()) is None:
+    path = _on_path(words[0], os.getcwd())
+    if path is None:
         code, problem = _not_runnable(words[0])
         _say(f"{_prog()}: {problem}; nothing was recorded")
         return code
     with recording as run_dir:
         assert recording.capture is not None  # nosec
-        command = _Command(words, recording.capture, limit)
+        command = _Command(path, words, recording.capture, limit)
         code = command.run()
         recording.ending = _Ending.of_command(code)
         if command.problem is not None:
@@ -13373,26 +13369,25 @@ def _option_value(text: str) -> JSON:
 class _Command:
     """A command that runs, the signals for it, and what it shows on a terminal.
 
-    With a terminal for stdin, stdout and stderr, it gets another one of the same kind,
-    and we are in between. In the background, or when one of the three is no terminal,
-    only its stdout and stderr are others. Those that are logs are left alone.
+    Where stdin, stdout and stderr are our terminal, it gets another one of that kind,
+    and we are in between. Else, and in the background, it only gets another stdout and
+    stderr, and not even these where they are logs.
     """
 
     def __init__(
-        self, words: list[str], capture: _Capture, limit: float | None
+        self, path: str, words: list[str], capture: _Capture, limit: float | None
     ) -> None:
+        self.path = path
         self.words = words
         self.capture = capture
         self.limit = limit  # in seconds
-        self.pid = 0  # of the command, once it has been started
-        self.code: int | None = None  # how it has ended, -n: by signal n
+        self.code: int | None = None  # its exit status, -n: signal n has ended it
         self.problem: str | None = None
-        self.is_late = False  # it has passed its time limit
+        self.is_late = False
         self.terminal: _Terminal | None = None  # ours, when we are in between
         self.channels: list[_Channel] = []
 
     def run(self) -> int:
-        """Run the command; return its exit status, -n when signal n has ended it."""
         wake, waker = os.pipe()  # which tells the signals that have come
         _posix.set_blocking(waker, False)
         try:
@@ -13416,7 +13411,7 @@ class _Command:
 
     def _outputs(self) -> dict[int, int]:
         """Return what the command gets as stdout or stderr where that is no log."""
-        own: dict[int, int] = {}
+        own = {}
         places: dict[object, int] = {}
         for stream in self.capture.streams:
             if stream.is_direct:
@@ -13435,7 +13430,6 @@ class _Command:
 
     def _start(self, own: Mapping[int, int], of_children: Any) -> None:
         """Start the command with some descriptors, and each signal as we had got it."""
-        path = _on_path(self.words[0], os.getcwd()) or self.words[0]
         failure, tell = os.pipe()
         mask = _signals.pthread_sigmask(_signals.SIG_BLOCK, signal.valid_signals())
         self.pid = _posix.fork()
@@ -13451,7 +13445,7 @@ class _Command:
                 for descriptor, source in own.items():
                     os.dup2(source, descriptor)
                 _signals.pthread_sigmask(_signals.SIG_SETMASK, mask)
-                _execute(path, self.words)
+                _execute(self.path, self.words)
             except OSError as error:
                 os.write(tell, str(error.errno).encode())
             finally:
@@ -13463,7 +13457,7 @@ class _Command:
         told = os.read(failure, 16)
         os.close(failure)
         if told:
-            self.problem = f"{path!r} cannot be run: {os.strerror(int(told))}"
+            self.problem = f"{self.path!r} cannot be run: {os.strerror(int(told))}"
             os.waitpid(self.pid, 0)
             self.code = 126
             if int(told) in (errno.ENOENT, errno.ENOTDIR):  # its #! line names none
@@ -13546,10 +13540,10 @@ class _Command:
             number = _signals.SIGKILL
         self.is_late = True
         self.problem = f"stopped after its time limit of {self.limit:g} s"
-        descendants = [self.pid]
-        for pid in descendants:
-            descendants += _children(pid)
-        for pid in descendants:
+        pids = [self.pid]
+        for pid in pids:
+            pids += _children(pid)
+        for pid in pids:
             with _ignoring(OSError):
                 os.kill(pid, number)
 
@@ -13565,9 +13559,9 @@ class _Channel:
         self.is_terminal = os.isatty(reader)
 
     def show(self) -> bool:
-        """Show what has come; return False once nobody has the other end any more."""
+        """Show what has come; return False once nobody has the other end."""
         data = b""
-        with _ignoring(OSError):  # EIO says so of a terminal
+        with _ignoring(OSError):  # as a terminal tells it
             data = os.read(self.reader, FORWARD_BYTES)
         if not data:
             self.close()
@@ -13586,8 +13580,8 @@ class _Channel:
 class _TerminalText:
     """Makes lines for a log of what a terminal is told.
 
-    "\\r\\n" becomes "\\n". Of a line that is written over and over, as a progress bar
-    is, the last state is kept, and one every HEARTBEAT_SECONDS.
+    "\\r\\n" becomes "\\n". Of a line that is written over and over, such as a progress
+    bar, the last state is kept, and one every HEARTBEAT_SECONDS.
     """
 
     def __init__(self) -> None:
@@ -13634,7 +13628,7 @@ class _Terminal:
         self.master, self.inner = _posix.openpty()
         _posix.set_blocking(self.master, False)
         self.tty.tcsetattr(self.inner, self.tty.TCSANOW, self.saved)
-        self.is_raw = False  # what is typed comes to us as it is
+        self.is_raw = False  # what is typed comes as it is
         self.is_gone = False
         self.typed = b""  # what the command has not taken yet
         _copy_size(0, self.master)
@@ -13663,9 +13657,9 @@ class _Terminal:
         self.is_raw = False
 
     def read(self, pid: int) -> bool:
-        """Read what is typed; tell whether that stops the command, as Ctrl-Z does.
+        """Read what is typed; tell whether it is Ctrl-Z, which is to stop the command.
 
-        The kernel does not stop it: it is the first process of its terminal.
+        The kernel does not stop the first process of a terminal.
         """
         data = b""
         with _ignoring(OSError):
@@ -13680,7 +13674,6 @@ class _Terminal:
         return is_stopped
 
     def pass_on(self) -> None:
-        """Let the command have what is typed, as much as its terminal takes."""
         with _ignoring(OSError):
             self.typed = self.typed[os.write(self.master, self.typed) :]
 
@@ -13708,7 +13701,6 @@ def _pass_as_it_is(terminal: int, outer: int) -> None:
 
 
 def _copy_size(outer: int, inner: int) -> None:
-    """Give a terminal the size of another; if that is new, its programs are told."""
     fcntl: Any = __import__("fcntl")
     termios: Any = __import__("termios")
     size = fcntl.ioctl(outer, termios.TIOCGWINSZ, bytes(8))
@@ -13716,15 +13708,13 @@ def _copy_size(outer: int, inner: int) -> None:
 
 
 def _is_foreground() -> bool:
-    """Tell whether our process group is the one that the terminal works for."""
-    with _ignoring(OSError):  # no terminal
-        with io.FileIO("/dev/tty") as terminal:
-            return bool(_posix.tcgetpgrp(terminal.fileno()) == _posix.getpgrp())
-    return False
+    with _ignoring(OSError), io.FileIO("/dev/tty") as terminal:
+        return bool(_posix.tcgetpgrp(terminal.fileno()) == _posix.getpgrp())
+    return False  # there is no terminal
 
 
 def _execute(path: str, words: list[str]) -> None:
-    """Become the program; a script without a #! line is for the shell, as elsewhere."""
+    """Become the program; a script without a #! line is for the shell."""
     try:
         os.execv(path, words)  # nosec
     except OSError as error:
