@@ -1017,10 +1017,10 @@ class _Recording:
         before = _set_active(self, is_inside=True)
         if rank == 0:
             self._write_start(record, site, config, parent)
-        capture = self.capture = _Capture(record, _rank_prefix(rank))
+        capture = self.capture = _Capture()
         if self.options.capture_output and self._owns_streams(record, before):
             with _tolerating("logs/"):
-                capture.open()
+                capture.open(record, _rank_prefix(rank))
         self._tell_recorder(record, site, meeting, capture)
         with _tolerating("output capture"):
             capture.start(self.recorder)
@@ -2654,7 +2654,7 @@ class _Recorder:
         self.lock = threading.Lock()
         self.has_died = False
         env = {k: v for k, v in variables.items() if k not in self.withheld}
-        _socket: Any = __import__("_socket")  # what socket adds is slow to import
+        _socket = __import__("_socket")  # what socket adds is slow to import
         ours, theirs = (_above_stderr(end.detach()) for end in _socket.socketpair())
         self.kept = _Kept(ours)
         try:
@@ -2769,7 +2769,7 @@ class _Recorder:
         self, data: bytes, deadline: float, descriptors: Sequence[int] = ()
     ) -> None:
         """Send all of `data`, and descriptors with its first byte, or raise OSError."""
-        _socket: Any = __import__("_socket")
+        _socket = __import__("_socket")
         if not self.kept.is_ours() or self.is_gone():
             raise OSError(errno.EPIPE, "the other end is closed")
         flags = _socket.MSG_DONTWAIT
@@ -2792,20 +2792,16 @@ class _Recorder:
 
     def _answer(self, number: int, deadline: float) -> Facts | None:
         """Return the answer to a question; None if none comes in time, or ever."""
-        while self.kept.is_ours():
-            line, newline, rest = self.received.partition(b"\n")
-            if newline:
-                self.received = rest
+        connection = self.kept.number
+        while self.kept.is_ours() and _is_ready(connection, _polls.POLLIN, deadline):
+            data = os.read(connection, 65536)
+            if not data:
+                break
+            *lines, self.received = (self.received + data).split(b"\n")
+            for line in lines:
                 answer: Facts = json.loads(line)
                 if answer["answer"] == number:
                     return answer
-                continue
-            if not _is_ready(self.kept.number, _polls.POLLIN, deadline):
-                return None
-            data = os.read(self.kept.number, 65536)
-            if not data:
-                return None
-            self.received += data
         return None
 
 
@@ -3040,9 +3036,8 @@ class _RecorderProcess:
             self.descriptors += _descriptors_in(rights)
         if not data:  # it has called exec, or closed what it has open, or is dead
             self.poller.unregister(self.connection)
-        self.received += data
-        while b"\n" in self.received:
-            line, _, self.received = self.received.partition(b"\n")
+        *lines, self.received = (self.received + data).split(b"\n")
+        for line in lines:
             message = json.loads(line)
             if message["do"] == "end":
                 self.is_over = True
@@ -3166,24 +3161,8 @@ class _RecorderProcess:
             forward.wake.set()
         self.ends_sampling.set()
         self.sampling.join()
-        more: Facts = {}
         if self.rank == 0:
-            with _tolerating("resources"):
-                if self.sampler is not None:
-                    more["resources"] = self.sampler.summary()
-            with _tolerating("outputs"):
-                more["outputs"] = _left_files(self.record.path)
-        self.captures.join()
-        self.metadata.update(more)
-        if self.rank == 0:
-            said = str(getattr(sys.stderr, "getvalue", str)())
-            if said:
-                problem = {"ok": False, "problem": _cut_middle(said, MAX_MESSAGE)}
-                self.metadata["capture"]["recorder"] = problem
-            self._write_metadata()
-            _write_summary(self.record)
-            if set(_redactor.secrets()).difference(self.request["secrets"]):
-                self.record.redact_again()
+            self._complete_metadata()
         for forward, thread in zip(self.forwards, self.forwarding):
             thread.join()
             os.close(forward.target)
@@ -3193,6 +3172,24 @@ class _RecorderProcess:
         if self.meeting is not None and not self._has_failed():
             if self.due[self._answer_ranks] < _NEVER:  # some rank has not come yet
                 self.meeting.serve()
+
+    def _complete_metadata(self) -> None:
+        more: Facts = {}
+        with _tolerating("resources"):
+            if self.sampler is not None:
+                more["resources"] = self.sampler.summary()
+        with _tolerating("outputs"):
+            more["outputs"] = _left_files(self.record.path)
+        self.captures.join()
+        self.metadata.update(more)
+        said = str(getattr(sys.stderr, "getvalue", str)())
+        if said:
+            problem = {"ok": False, "problem": _cut_middle(said, MAX_MESSAGE)}
+            self.metadata["capture"]["recorder"] = problem
+        self._write_metadata()
+        _write_summary(self.record)
+        if set(_redactor.secrets()).difference(self.request["secrets"]):
+            self.record.redact_again()
 
     def _wait_for_exit(self, pidfd: int) -> None:
         if _is_ready(pidfd, _polls.POLLIN, time.monotonic() + 10):
@@ -3224,9 +3221,7 @@ def _started_thread(work: Callable[..., None], *args: object) -> threading.Threa
 class _Capture:
     """The output of one run: the streams that are captured, and their logs."""
 
-    def __init__(self, record: _Record, rank_prefix: str) -> None:
-        self.record = record
-        self.rank_prefix = rank_prefix  # "rank3." for the logs of another rank
+    def __init__(self) -> None:
         self.pid = os.getpid()
         self.streams: list[_Stream] = []
         self.forwards: list[_Forward] = []
@@ -3234,7 +3229,7 @@ class _Capture:
         self.shell: Any = None  # of IPython
         self.lock = threading.Lock()  # two threads may find the disk full at once
 
-    def open(self) -> None:
+    def open(self, record: _Record, rank_prefix: str) -> None:
         for name, descriptor in (("stdout", 1), ("stderr", 2)):
             if getattr(sys, name, None) is not None:
                 self.streams.append(_Stream(self, name, descriptor))
@@ -3243,7 +3238,8 @@ class _Capture:
             log = "output"  # both go to one place
         try:
             for stream in self.streams:
-                stream.open(log or stream.name, self.streams[0])
+                name = f"{rank_prefix}{log or stream.name}"
+                stream.open(record, name, self.streams[0])
         except BaseException:
             self.close("")
             raise
@@ -3340,7 +3336,7 @@ class _Stream:
             self.place = identity
             self.is_direct = _can_be_a_file(descriptor)
 
-    def open(self, log: str, first: _Stream) -> None:
+    def open(self, record: _Record, name: str, first: _Stream) -> None:
         """Open the log, unless the first stream has it; keep the descriptor."""
         if self.is_direct:
             self.saved = _Kept(_above_stderr(os.dup(self.descriptor)))
@@ -3348,8 +3344,6 @@ class _Stream:
             self.log = first.log
             self.forward = first.forward
             return
-        record = self.capture.record
-        name = f"{self.capture.rank_prefix}{log}"
         self.log = _Kept(record.open_log(name))
         if self.is_direct:
             reader = _open(record.log_path(name), os.O_RDONLY)
@@ -3525,11 +3519,12 @@ def _can_be_a_file(descriptor: int) -> bool:
     """Tell whether what is written to a descriptor may go to a file instead."""
     if not hasattr(os, "pread") or os.isatty(descriptor):
         return False
-    resource: Any = __import__("resource")
+    resource = __import__("resource")
     limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if limit != resource.RLIM_INFINITY:
+    is_limited = bool(limit != resource.RLIM_INFINITY)
+    if is_limited:
         _warn("`ulimit -f` is set: what other programs print is not logged", once=True)
-    return bool(limit == resource.RLIM_INFINITY)
+    return not is_limited
 
 
 def _is_plain(stream: Any) -> bool:
@@ -13585,45 +13580,43 @@ class _TerminalText:
     """
 
     def __init__(self) -> None:
-        self.line = b""  # the last one, as it is now
-        self.logged = b""  # what the log has of it
+        self.line = b""  # what the log lacks of the last one
+        self.is_begun = False  # the log has a part of it
         self.due = 0.0  # when to log a line that is written over and over
 
     def add(self, data: bytes) -> bytes:
         result = b""
         *lines, self.line = re.sub(rb"\r+\n", b"\n", self.line + data).split(b"\n")
         for line in lines:
-            result += self._rest(line) + b"\n"
-            self.logged = b""
+            result += self._seen(line) + b"\n"
+            self.is_begun = False
         if b"\r" not in self.line or time.monotonic() > self.due:
             result += self.end()
-        if self.logged == self.line:
-            self.logged = self.line[-4096:]
         self.line = self.line[-4096:]
         return result
 
     def end(self) -> bytes:
         """Return the last line as it is now, as far as the log lacks it."""
         self.due = time.monotonic() + HEARTBEAT_SECONDS
-        rest = self._rest(self.line)
-        self.logged = self.line.rstrip(b"\r")
-        return rest
+        seen = self._seen(self.line)
+        self.is_begun = self.is_begun or seen != b""
+        self.line = self.line[len(self.line.rstrip(b"\r")) :]
+        return seen
 
-    def _rest(self, line: bytes) -> bytes:
-        """Return what the log lacks of a line: after a "\\r" it is begun anew."""
-        if line.startswith(self.logged) and b"\r" not in line[len(self.logged) :]:
-            return line[len(self.logged) :].replace(b"\r", b"")
-        seen = [part for part in line.split(b"\r") if part][-1:]
-        if self.logged:
-            seen.insert(0, b"\n")
-        return b"".join(seen)
+    def _seen(self, line: bytes) -> bytes:
+        """Return what is seen of a line in the end: after a "\\r" it is begun anew."""
+        text = line.rstrip(b"\r")
+        seen = text[text.rfind(b"\r") + 1 :]
+        if self.is_begun and seen != text:
+            return b"\n" + seen
+        return seen
 
 
 class _Terminal:
     """The terminal that we are on, and the one that the command gets instead."""
 
     def __init__(self) -> None:
-        self.tty: Any = __import__("tty")  # which has all of termios
+        self.tty = __import__("tty")  # which has all of termios
         self.saved = self.tty.tcgetattr(0)
         self.master, self.inner = _posix.openpty()
         _posix.set_blocking(self.master, False)
@@ -13635,7 +13628,7 @@ class _Terminal:
 
     def become_controlling(self) -> None:
         """In the command: begin a session whose terminal is the inner one."""
-        fcntl: Any = __import__("fcntl")
+        fcntl = __import__("fcntl")
         _posix.setsid()
         fcntl.ioctl(self.inner, self.tty.TIOCSCTTY, 0)
 
@@ -13693,7 +13686,7 @@ class _Terminal:
 
 def _pass_as_it_is(terminal: int, outer: int) -> None:
     """Let a terminal have our size and leave the line ends to ours."""
-    termios: Any = __import__("termios")
+    termios = __import__("termios")
     attributes = termios.tcgetattr(terminal)
     attributes[1] &= ~termios.OPOST
     termios.tcsetattr(terminal, termios.TCSANOW, attributes)
@@ -13701,8 +13694,8 @@ def _pass_as_it_is(terminal: int, outer: int) -> None:
 
 
 def _copy_size(outer: int, inner: int) -> None:
-    fcntl: Any = __import__("fcntl")
-    termios: Any = __import__("termios")
+    fcntl = __import__("fcntl")
+    termios = __import__("termios")
     size = fcntl.ioctl(outer, termios.TIOCGWINSZ, bytes(8))
     fcntl.ioctl(inner, termios.TIOCSWINSZ, size)
 

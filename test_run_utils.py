@@ -10420,6 +10420,11 @@ class RunOnATerminal(RunCommandCase):
             self.assertIn("done\nready\n", log)
             self.assertLess(log.count("%"), 5)
 
+    def test_a_line_that_ends_with_a_carriage_return_is_logged_once(self) -> None:
+        self.start(self.words("printf", r"10 %%\r50 %%\r"))
+        self.assertEqual(self.end(), 0)
+        self.assertEqual(self.log("output"), "50 %")
+
     @unittest.skipUnless(shutil.which("bash"), "bash is missing")
     def test_a_command_that_stops_itself_or_will_not_be_stopped(self) -> None:
         self.start([str(shutil.which("bash")), "--norc", "-i"])
