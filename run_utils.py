@@ -7438,7 +7438,7 @@ def _marker_unless_a_name(match: re.Match[str]) -> str:
     value = match[0]
     text = match.string
     around = text[match.start() - 1 : match.start()] + text[match.end() :][:1]
-    if value.isidentifier() and not _is_random(value, 8) and around not in ("''", '""'):
+    if value.isidentifier() and not _is_random(value, 16) and around not in ("''", '""'):
         return value
     return REDACTED
 
@@ -7989,6 +7989,8 @@ def _grade_around(text: str, place: int) -> int:
         if text[opener] == "(":
             name = _last_name(before)
             before = before[: len(before) - len(name)]
+            if re.search(r"\b(def|class|func|fn|function) +\Z", before):
+                break  # what stands here are parameters
             grade = _grade(name)
             if name.endswith("login"):
                 grade = _MIXED

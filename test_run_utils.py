@@ -7137,6 +7137,20 @@ class Propagation(unittest.TestCase):
         expected = f"import resnet50_v2\nx = '{MARKER}'\n# {MARKER} {MARKER}\n"
         self.assertEqual(clean, expected)
 
+    def test_a_class_of_the_code_is_no_secret(self) -> None:
+        """Of wandb, whose three files no longer parsed."""
+        code = b"""\
+def ensure_api_key_secret(
+    core_api: "CoreV1Api",
+): pass
+x = client.CoreV1Api()
+"""
+        found = redactor()
+        found.learn_code(code, b"a.py")
+        self.assertEqual(found.secrets(), [])
+        found.learn({"api_key": "CoreV1Api"})
+        ast.parse(found.code(code, b"a.py"))
+
     def test_thousands_of_known_values(self) -> None:
         values = [secret("24", number) for number in range(3000)]
         found = run_utils._Redactor()
