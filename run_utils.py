@@ -7438,7 +7438,8 @@ def _marker_unless_a_name(match: re.Match[str]) -> str:
     value = match[0]
     text = match.string
     around = text[match.start() - 1 : match.start()] + text[match.end() :][:1]
-    if value.isidentifier() and not _is_random(value, 16) and around not in ("''", '""'):
+    is_quoted = around in ("''", '""')
+    if value.isidentifier() and not is_quoted and not _is_random(value, 16):
         return value
     return REDACTED
 
