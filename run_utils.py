@@ -91,7 +91,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
     import subprocess  # nosec
-    from types import CodeType, TracebackType
+    from types import CodeType
     from typing import Any, TypedDict, Union
 
     StrPath = Union[str, os.PathLike[str]]
@@ -1115,10 +1115,7 @@ class _Recording:
             _redactor.learn(self.metadata)
             record.write_json("metadata.json", self.metadata)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, at: object) -> None:
         """Write how the block ended; the exception goes on.
 
         A signal handler may raise before the first step, or between two.
@@ -2517,8 +2514,7 @@ def _launcher_process(mark: Sequence[str]) -> list[JSON] | None:
 
 
 def _short_hash(value: JSON) -> str:
-    digest: str = _digest("sha256", json.dumps(value).encode()).hexdigest()
-    return digest[:16]
+    return _hash_of(json.dumps(value).encode())[:16]
 
 
 def _record_rank(record: _Record, rank: int, ending: _Ending, more: Facts) -> None:
@@ -4549,7 +4545,7 @@ def _packages_state(site: _Site) -> str | None:
             if checkout is None:
                 return None
             state.append(checkout)
-    return str(_digest("sha256", json.dumps(state).encode("ascii")).hexdigest())
+    return _hash_of(json.dumps(state).encode("ascii"))
 
 
 def _checkout(folder: str) -> list[object] | None:
@@ -5964,7 +5960,7 @@ class _Patch:
         if data:
             _write_or_link(record, name, data)
             facts["file"] = name
-            facts["sha256"] = _digest("sha256", data).hexdigest()
+            facts["sha256"] = _hash_of(data)
         if self.problems:
             raise _Unknown("; ".join(self.problems), facts)
         return facts
@@ -6053,7 +6049,7 @@ class _EarlierPatch:
         data = b""
         with _ignoring(OSError):
             data = _read_bytes(run_dir / "git.patch")
-        if _digest("sha256", data).hexdigest() == facts.get("sha256"):
+        if _hash_of(data) == facts.get("sha256"):
             for part in re.split(rb"(?m)^(?=diff --git )", data)[1:]:
                 self.parts[part[: part.index(b"\n")]] = part
 
@@ -6282,20 +6278,22 @@ def _or_nothing(tree: str) -> Iterator[None]:
         raise
 
 
+# Of the plan: what matters most comes first.
+_ORDER = ("code", "inputs", "secrets", "disk", "environment", "command")
+
+
 class _Plan:
     """What it takes to do a run again, and what is not as it was."""
 
     def __init__(self, text: str) -> None:
-        folder = abspath(text)
-        is_attempt = re.search(r"/attempts/\d+$", folder)
-        if not is_attempt or not isfile(f"{folder}/metadata.json"):
-            folder = str(_find_run(text))
-        self.folder = folder  # with metadata.json, git.patch and status.json
-        self.run_dir = re.sub(r"/attempts/\d+$", "", folder)
-        self.run = Run(folder, row=False)
+        self.folder = abspath(text)  # with metadata.json, git.patch and status.json
+        self.run_dir = re.sub(r"/attempts/\d+$", "", self.folder)
+        if self.run_dir == self.folder or not isfile(f"{self.folder}/metadata.json"):
+            self.run_dir = self.folder = str(_find_run(text))
+        self.run = Run(self.folder, row=False)
         self.metadata = self.run.metadata
         if not self.metadata:
-            raise ValueError(f"{folder!r} has no metadata.json that can be read")
+            raise ValueError(f"{self.folder!r} has no metadata.json that can be read")
         self.git = _mapping(self.metadata, "git")
         self.patch = _mapping(self.git, "patch")
         self.root = _word(self.patch, "root") or _word(self.git, "root")
@@ -6315,6 +6313,7 @@ class _Plan:
         """
         step = {"about": about, "level": level, "text": text}
         self.steps.append({**step, "details": list(details), "stops": stops})
+        self.steps.sort(key=lambda step: _ORDER.index(step["about"]))
 
     def level(self) -> int:
         return max([step["level"] for step in self.steps], default=0)
@@ -6408,9 +6407,9 @@ class _Plan:
         """Compare what is free with what the run has left."""
         import shutil
 
-        outputs = _rows(self.metadata, "outputs")
-        sizes = [_number(output.get("size")) or 0 for output in outputs]
-        needed = sum(sizes) + (_number(self.patch.get("bytes")) or 0)
+        sizes = [output.get("size") for output in _rows(self.metadata, "outputs")]
+        sizes.append(self.patch.get("bytes"))
+        needed = sum(_number(size) or 0 for size in sizes)
         while not isdir(place):
             place = dirname(place) or os.curdir
         free = shutil.disk_usage(place).free
@@ -6683,22 +6682,18 @@ class _Plan:
             "run": self.folder,
             "tree": target,
             "level": self.level(),
-            "steps": self._ordered(),
+            "steps": self.steps,
             "environment": self.environment_commands(target or "TREE"),
             "command": words,
             "working_dir": place,
         }
-
-    def _ordered(self) -> list[Facts]:
-        order = ("code", "inputs", "secrets", "disk", "environment", "command")
-        return sorted(self.steps, key=lambda step: order.index(step["about"]))
 
     def show(self, target: str | None) -> None:
         """Print the plan, the most important first, on one screen."""
         lines = []
         room = PLAN_DETAILS
         differing = []
-        for step in self._ordered():
+        for step in self.steps:
             word = ("same", "differs", "impossible")[step["level"]]
             if step["level"]:
                 differing.append(step["about"])
@@ -6773,7 +6768,7 @@ def _package_now(package: Facts) -> str | None:
     now.add(tree)
     digest = None
     if now.text:
-        digest = _digest("sha256", bytes(now.text)).hexdigest()
+        digest = _hash_of(bytes(now.text))
     if digest != patch["sha256"]:
         return f"{name} has changed in {path}"
     return None
@@ -6871,7 +6866,7 @@ def _run_again(plan: _Plan, target: str, tolerance: float, is_quiet: bool) -> Fa
 def _compared(then: Run, now: Run, tolerance: float) -> Facts:
     before, after = _outcome(then), _outcome(now)
     rows: list[Facts] = []
-    nothing = _digest("sha256").hexdigest()
+    nothing = _hash_of(b"")
     for kind, key in {**before, **after}:
         old, new = before.get((kind, key)), after.get((kind, key))
         if kind == "log" and (None in (old, new) or old == new == nothing):
@@ -6966,7 +6961,7 @@ def _enclosing_seeds(run: Run, rows: Sequence[Facts]) -> int:
                 values = [_number(last.value(each)) for each in group.runs]
                 known = [value for value in values if value is not None]
                 now = _number(row["now"])
-                if now is None or not min(known) <= now <= max(known):
+                if now is None or not known or not min(known) <= now <= max(known):
                     return 0
         return len(group.runs)
     return 0
@@ -9336,6 +9331,10 @@ def _digest(name: str, data: bytes = b"") -> Any:
     import hashlib
 
     return hashlib.new(name, data)
+
+
+def _hash_of(data: bytes) -> str:
+    return str(_digest("sha256", data).hexdigest())
 
 
 # === Files ===

@@ -6401,6 +6401,9 @@ class RunningItAgain(ReproduceCase):
             row["now"] = 4
         level = run_utils._level_reached(Run(run), found["rows"], 1e-6)
         self.assertEqual(level, ("different", False))
+        new = {"kind": "metric", "key": "last(new)", "now": 1, "verdict": "new"}
+        level = run_utils._level_reached(Run(run), [new], 1e-6)  # no run had it
+        self.assertEqual(level, ("different", False))
 
 
 # === Lineage ===
