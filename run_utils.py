@@ -5161,6 +5161,7 @@ class _Change:
         self.mode = b""  # as git writes it; empty where there is no file
         self.size = 0
         self.data = b""
+        self.finds: list[_Find] | None = None  # where its secrets stand, once known
         self.is_late = False  # it was written after entry
         self.look(tree)
 
@@ -5940,7 +5941,7 @@ class _Patch:
                 self.size += change.size + change.old_size
                 kept.append(change)
                 if b"\0" not in change.data:
-                    _redactor.learn_code(change.data, change.title)
+                    change.finds = _redactor.learn_code(change.data, change.title)
         return kept
 
     def keep(self, record: _Record, name: str, root: str) -> Facts:
@@ -6003,7 +6004,7 @@ class _Patch:
             change.data = b""  # only its mode has changed, which needs no content
             change.old_data = b""
             return True
-        clean = _redactor.code(change.data, change.title)
+        clean = _redactor.code(change.data, change.title, change.finds)
         if clean != change.data:
             if b"\0" in change.data:
                 return False
@@ -7305,12 +7306,15 @@ class _Redactor:
         facts.value(data)
         self.learn_values(facts.learned)
 
-    def learn_code(self, data: bytes, name: bytes) -> None:
+    def learn_code(self, data: bytes, name: bytes) -> list[_Find]:
+        """Remember what a file has of secrets; return where they stand, for `code`."""
         text, _ = _decoded(data)
         finds = _code_finds(text, name)
+        more: list[_Find] = []
         if self.is_secret_file(name, data):
-            finds += _fact_finds(text)
-        self.learn_finds(text, finds)
+            more = _fact_finds(text)
+        self.learn_finds(text, [*finds, *more])
+        return finds
 
     def learn_finds(self, text: str, finds: Iterable[_Find]) -> None:
         """Remember what was found in a file, unless so much that it is a table."""
@@ -7345,7 +7349,9 @@ class _Redactor:
         pairs = zip(_flattened("", data).items(), clean)
         return [key for (key, before), after in pairs if before != after]
 
-    def code(self, data: bytes, name: bytes) -> bytes:
+    def code(
+        self, data: bytes, name: bytes, finds: list[_Find] | None = None
+    ) -> bytes:
         """Return the content of a file without secrets; `name` is its path.
 
         What parsed before parses after: what is replaced stands in quotes or a comment,
@@ -7354,7 +7360,9 @@ class _Redactor:
         text, encoding = _decoded(data)
         if not encoding:
             return self.replace_known(data)
-        clean = _replaced(text, _code_finds(text, name))
+        if finds is None:
+            finds = _code_finds(text, name)
+        clean = _replaced(text, finds)
         if self.known:
             clean = self.known_pattern().sub(_marker_unless_a_name, clean)
         if clean == text:

@@ -562,7 +562,8 @@ for path in sorted(Path(os.__file__).parent.glob("**/*.py")):
 size = sum(map(len, files))
 begin = time.perf_counter()
 for data in files:
-    run_utils._redactor.code(data, b"module.py")
+    finds = run_utils._redactor.learn_code(data, b"module.py")
+    run_utils._redactor.code(data, b"module.py", finds)
 took = (time.perf_counter() - begin) * 1000
 Path("answer.json").write_text(json.dumps([[took * 20_000_000 / size]]))
 """,

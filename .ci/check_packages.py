@@ -108,12 +108,13 @@ def check_package(folder: Path) -> tuple[int, int]:
         if path.is_file() and path.stat().st_size <= MAX_BYTES:
             files[path.relative_to(folder).as_posix()] = path.read_bytes()
     redactor = run_utils._Redactor()
+    finds = {}
     began = time.process_time()
     for name, data in files.items():  # what one file tells is searched for in all
         if b"\0" not in data:
-            redactor.learn_code(data, os.fsencode(name))
+            finds[name] = redactor.learn_code(data, os.fsencode(name))
     for name, data in files.items():
-        clean = redactor.code(data, os.fsencode(name))
+        clean = redactor.code(data, os.fsencode(name), finds.get(name))
         size += len(data)
         problem = ""
         if clean != data and name not in ALTERED:
