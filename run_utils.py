@@ -362,17 +362,13 @@ def write_config_yaml(
         text = _format_yaml(_redactor.data(document))
         _write_file(path, text.encode("utf-8"))
     with _tolerating("metadata.json"):
-        _configs[abspath(path.parent)] = document
         recording = _active_for(path.parent)
         metadata = path.parent / "metadata.json"
         if recording is not None:
             recording.add_facts({"config": document})
-        elif metadata.exists():
+        else:
             _write_json(metadata, {**_read_json(metadata), "config": document})
     return path
-
-
-_configs: dict[str, Facts] = {}  # written by hand, by directory, for metadata.json
 
 
 def capture_metadata(
@@ -408,13 +404,11 @@ def _captured_by_hand(path: Path) -> Facts:
     record = _Record.at(path)
     site = _Site.here()
     _learn_at_entry(dict(os.environ), site, None)
-    record.commit = _settle_code(site)
-    record.script = site.name
+    _settle_code(site)
     site.run_dir = str(path)
     site.results_root = str(record.results_root)
-    document = _configs.get(str(path)) or Run(path).config or None
+    document = Run(path, row=False).config or None
     metadata = _quick_metadata(site, document)
-    metadata["script_name"] = record.script
     metadata["inputs"] = _inputs(document, site.argv, path)
     _complete_metadata(metadata, site, record)
     _redactor.learn(metadata)
@@ -1042,7 +1036,6 @@ class _Recording:
                 _warn(f"config.yaml: redacted as secrets: {keys}")
         with _tolerating("metadata.json"):
             metadata = _quick_metadata(site, document)
-            metadata["script_name"] = record.script
             metadata["launcher"].update(self.launch.facts)
             metadata["inputs"] = _inputs(document, site.argv, record.path)
             metadata["parent"] = _run_named(parent, record)
@@ -6293,12 +6286,12 @@ class _Plan:
             self.run_dir = self.folder = str(_find_run(text))
         self.run = Run(self.folder, row=False)
         self.metadata = self.run.metadata
-        if not self.metadata:
-            raise ValueError(f"{self.folder!r} has no metadata.json that can be read")
+        self.argv = _texts(self.metadata, "argv")
+        if not self.argv:
+            raise ValueError(f"{self.folder!r} has no metadata.json with its command")
         self.git = _mapping(self.metadata, "git")
         self.patch = _mapping(self.git, "patch")
         self.root = _word(self.patch, "root") or _word(self.git, "root")
-        self.argv = _texts(self.metadata, "argv")
         self.python = self._recorded_python()
         self.is_installed = False  # in an environment of the new tree
         self.launcher: list[str] = []  # before the command of one rank

@@ -466,6 +466,16 @@ class ARunDirectory(RunCase):
         self.assertEqual(metadata["config"]["lr"], 0.1)
         self.assertEqual([row["event"] for row in self.index()], ["start", "end"])
 
+    def test_a_config_by_hand_is_read_without_pyyaml(self) -> None:
+        """metadata.json has it, also of a run for which nothing else is captured."""
+        run = run_utils.start_run("results/exp", "exp", config_args={"lr": 0.1})
+        metadata = json.loads((run / "metadata.json").read_text())
+        self.assertEqual(metadata["config"]["lr"], 0.1)
+        self.assertEqual(run_utils.load_run(run)["config.lr"], 0.1)
+        done = self.command("verify", str(run))
+        self.assertEqual((done.returncode, done.stdout), (2, ""))
+        self.assertRegex(done.stderr, "has no metadata.json with its command\n$")
+
     @unittest.skipUnless(LINUX, "descriptors are counted in /proc")
     def test_runs_by_hand_leave_no_descriptor(self) -> None:
         body = """
