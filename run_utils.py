@@ -7170,9 +7170,8 @@ class _Lineage:
         return _Walk(str(self.root))
 
     def users_of(self, run: Path) -> list[str]:
-        real = realpath(run)
-        names = {user.name for used, user in self.edges if realpath(used) == real}
-        return sorted(names)
+        uses = [(realpath(used), user.name) for used, user in self.edges]
+        return sorted({name for used, name in uses if used == realpath(run)})
 
     def walk(self, start: Path, users: bool) -> Iterator[tuple[int, Path, str]]:
         """Yield (depth, run, what) from `start` on; a run met again is not entered."""
@@ -9616,7 +9615,11 @@ def _small_text(path: str) -> str:
 
 def _read_lines(path: StrPath, tail: int | None = None) -> Iterator[Facts]:
     """Yield the mappings of a JSONL file, or of its last bytes; skip torn lines."""
-    for line in filter(None, _readable_bytes(path, tail=tail).split(b"\n")):
+    return _mappings_in(_readable_bytes(path, tail=tail))
+
+
+def _mappings_in(lines: bytes) -> Iterator[Facts]:
+    for line in filter(None, lines.split(b"\n")):
         row = None
         with _ignoring(ValueError, RecursionError):
             row = json.loads(line)
@@ -9952,17 +9955,15 @@ class _Walk:
             folder, depth = waiting.pop()
             self.entered.add(realpath(folder))
             inside = self._folders_in(folder)
-            rest = {*DEFAULT_SUBDIRS, "attempts"}  # what may be left of a run
-            is_rest = _stamp_of(basename(folder)) and rest.issuperset(inside)
-            if is_rest or _is_run(folder):
+            is_empty = not set(inside).difference([*DEFAULT_SUBDIRS, "attempts"])
+            # Without its files a run is known by the time in its name.
+            if _is_run(folder) or (is_empty and _stamp_of(basename(folder))):
                 self.found.add(folder)
                 continue
-            known: Mapping[str, str] = {}
-            if len(inside) > MANY_RUNS:
-                known = self.starts
+            are_many = len(inside) > MANY_RUNS
             for name in inside:
                 path = f"{folder}/{name}"
-                is_run = path in known
+                is_run = are_many and path in self.starts
                 if not is_run and _stamp_of(name):  # nearly always a run: no look
                     is_run = os.access(f"{path}/status.json", os.F_OK)
                 if is_run:
@@ -10010,6 +10011,7 @@ class _Walk:
             for row in _rows_of(b"\n".join(lines)):
                 if name in [*_texts(row, "inputs"), *_texts(row, "tied")]:
                     yield f"{self.results_root}/{row.get('path')}"
+
 
 def _walk_runs(root: StrPath) -> list[str]:
     return _Walk(os.fspath(root)).newest_first()
@@ -10545,15 +10547,11 @@ def _line_blocks(path: StrPath, limit: int) -> Iterator[bytes]:
 
 def _rows_of(lines: bytes) -> list[Facts]:
     """Return the objects in some lines of JSON; what is torn is left out."""
-    rows: list[JSON] = []
-    try:
+    rows: list[Facts] = []
+    with _ignoring(ValueError, RecursionError):
         rows = json.loads(b"[" + lines.replace(b"\n", b",") + b"]")
-    except (ValueError, RecursionError):
-        for line in lines.split(b"\n"):
-            with _ignoring(ValueError, RecursionError):
-                rows.append(json.loads(line))
     if set(map(type, rows)) != {dict}:
-        rows = [row for row in rows if isinstance(row, dict)]
+        rows = list(_mappings_in(lines))
     if lines.count(b"{") > len(rows):  # mappings in mappings, or a text with a brace
         rows = [_flattened("", row) for row in rows]
     return rows
