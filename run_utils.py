@@ -2618,6 +2618,11 @@ if TYPE_CHECKING:
 class _Recorder:
     """The experiment's end of the recorder: a socket, and no process of its own."""
 
+    pid: int | None = None  # of the recorder
+    number = 0  # of the last question
+    received = b""
+    has_died = False
+
     def __init__(self, variables: Mapping[str, str]) -> None:
         """Start the process, which gets ready and waits to be told of a run.
 
@@ -2625,29 +2630,22 @@ class _Recorder:
         Raises _Unknown where there can be none; `begin` does, too.
         """
         problem = _no_interpreter()
-        self.path = _file_to_load()
         if not hasattr(os, "posix_spawn") or not hasattr(select, "poll"):
             problem = "it takes posix_spawn and poll"  # Windows, eventlet
         elif os.getpid() == 1:
             problem = "process 1 would become its parent"
-        elif self.path is None:
-            problem = "run_utils is no module of its own"
         if problem is not None:
             raise _Unknown(problem)
+        self.path = _file_to_load()
         self.withheld = _python_variables(variables)  # until it works
         self.owner = os.getpid()
-        self.pid: int | None = None  # of the recorder
-        self.forwards: Sequence[_Forward] = ()
-        self.number = 0  # of the last question
-        self.received = b""
         self.lock = threading.Lock()
-        self.has_died = False
         env = {k: v for k, v in variables.items() if k not in self.withheld}
         _socket = __import__("_socket")  # what socket adds is slow to import
         ours, theirs = (_above_stderr(end.detach()) for end in _socket.socketpair())
         self.kept = _Kept(ours)
         try:
-            self.starter = _spawn_recorder(theirs, self.path or "", env)  # and no more
+            self.starter = _spawn_recorder(theirs, self.path, env)  # and no more
         except BaseException:
             os.close(ours)
             raise
@@ -2657,7 +2655,6 @@ class _Recorder:
     def begin(self, request: _Request, forwards: Sequence[_Forward]) -> None:
         """Tell the recorder of the run, once it has answered for the first time."""
         deadline = time.monotonic() + RECORDER_SECONDS
-        self.forwards = forwards
         descriptors = []
         pidfd = _pidfd(self.owner)
         if pidfd is not None:
@@ -2728,7 +2725,6 @@ class _Recorder:
             self.lock.release()
 
     def is_gone(self) -> bool:
-        """Tell whether the recorder has died, by one system call."""
         if os.getpid() == self.owner and self.kept.is_ours():
             self.has_died = _has_hung_up(self.kept.number)
         return self.has_died
@@ -2736,17 +2732,14 @@ class _Recorder:
     def finish(self, seconds: float, ending: Facts | None) -> bool:
         """Return whether the recorder has completed the record within `seconds`.
 
-        It writes the ending if there is one here, which the program could not write.
-        A Ctrl-C ends the waiting, and nothing else: the recorder goes on alone, and
-        so does the code after the block. What comes into the logs from now on, the
-        traceback that Python prints itself, is not forwarded.
+        It writes the ending, if the program could not. A Ctrl-C ends the waiting alone:
+        the recorder goes on, and so does the code after the block. What comes into the
+        logs afterwards is not forwarded: Python prints the traceback itself.
         """
-        logs = [each.log for each in self.forwards if each.kept[0].is_ours()]
-        ends = [os.fstat(log).st_size for log in logs]
         is_complete = False
         try:
             with _ignoring(KeyboardInterrupt):
-                is_complete = self.ask("end", seconds, ends=ends, ending=ending)
+                is_complete = self.ask("end", seconds, ending=ending)
         finally:
             is_gone = self.is_gone()
             self.kept.close()
@@ -2864,7 +2857,6 @@ _MODULE_CODE = sys._getframe().f_code  # of this very file, as it was compiled
 
 
 def _signals_named(names: str) -> list[int]:
-    """Return the numbers of these signals, as far as the system has them."""
     known = [name for name in names.split() if hasattr(signal, f"SIG{name}")]
     return [getattr(signal, f"SIG{name}") for name in known]
 
@@ -2902,17 +2894,17 @@ def _python_variables(variables: Mapping[str, str]) -> dict[str, str]:
     return {name: variables[name] for name in names}
 
 
-def _file_to_load() -> str | None:
+def _file_to_load() -> str:
     """Return the file that the recorder loads; "" if it is sent the compiled code.
 
     That is so where Python keeps no byte code, which takes long to make. But what an
     import hook has changed is loaded, since it would need packages that the recorder
-    has not. None if this is part of a script, which must not run once more.
+    has not. Raises _Unknown for a part of a script, which must not run once more.
     """
     path = str(globals().get("__file__", ""))
     spec = globals().get("__spec__")
     if spec is None and basename(path) != "run_utils.py":
-        return None
+        raise _Unknown("run_utils is no module of its own")
     is_kept = isfile(getattr(spec, "cached", None) or "")
     loader = type(globals().get("__loader__")).__name__
     if isfile(path) and (is_kept or loader != "SourceFileLoader"):
@@ -2951,12 +2943,19 @@ def _descriptors_in(rights: Sequence[Any]) -> list[int]:
 class _RecorderProcess:
     """The recorder's own end: one loop, and threads for what may block."""
 
+    pidfd: int | None = None  # tells of the death of the process that entered
+    received = b""
+    is_over = False  # the block has been left, or its process is dead
+    has_heir = False  # its process has ended well, perhaps as a daemon does
+    last_question = 0
+    sampler: _Sampler | None = None
+    meeting: _Meeting | None = None  # with ranks that have not come yet
+
     def __init__(
         self, request: _Request, connection: Any, descriptors: list[int]
     ) -> None:
         self.request = request
         self.connection = connection  # a socket
-        self.pidfd: int | None = None  # tells of the death of the process that entered
         if request["is_watched"]:
             self.pidfd = descriptors.pop(0)
         pairs = zip(descriptors[::2], descriptors[1::2])
@@ -2967,15 +2966,9 @@ class _RecorderProcess:
         self.rank = request["rank"]
         self.metadata = self.record.read_json("metadata.json")
         self.metadata_lock = threading.Lock()
-        self.received = b""
-        self.is_over = False  # the block has been left, or its process is dead
-        self.has_heir = False  # its process has ended well, perhaps as a daemon does
-        self.last_question = 0
-        self.sampler: _Sampler | None = None
         if request["resources"] and self.rank == 0:
             self.sampler = _Sampler(self.site.pid, self.record)
         self.ends_sampling = threading.Event()
-        self.meeting: _Meeting | None = None  # with ranks that have not come yet
         if request["meeting"] is not None:
             self.meeting = _Meeting(request["meeting"])
         self.poller = _polls.poll()
@@ -2985,11 +2978,8 @@ class _RecorderProcess:
         self.forwarding = [_started_thread(each.run) for each in self.forwards]
         self.captures = _started_thread(self._collect)
         self.sampling = _started_thread(self._sample)
-        self.due = {self._touch: 0.0, self._look_after_process: 0.0}
-        if self.forwards:
-            self.due[self._look_at_logs] = 0.0
-        if self.meeting is not None:
-            self.due[self._answer_ranks] = 0.0
+        tasks = [self._touch, self._look_after_process, self._look_at_logs]
+        self.due = dict.fromkeys([*tasks, self._answer_ranks], 0.0)
         connection = self.connection.fileno()
         self.poller.register(connection, _polls.POLLIN)
         if self.pidfd is not None:
@@ -3018,7 +3008,6 @@ class _RecorderProcess:
         return self.meeting.tick()
 
     def _listen(self) -> None:
-        """Do what the experiment asks for."""
         data = b""
         with _ignoring(OSError):
             data, rights, _, _ = self.connection.recvmsg(65536, 1024)
@@ -3031,8 +3020,6 @@ class _RecorderProcess:
             if message["do"] == "end":
                 self.is_over = True
                 self.last_question = message["number"]
-                for forward, end in zip(self.forwards, message["ends"]):
-                    forward.stop_at = end
                 if message["ending"] is not None:
                     self._write_ending(message["ending"])
             elif message["do"] == "add":
@@ -3081,16 +3068,19 @@ class _RecorderProcess:
                 pause = self.sampler.tick()
 
     def _touch(self) -> float:
-        if self.rank == 0:
-            self.record.touch()
+        if self.rank:
+            return _NEVER
+        self.record.touch()
         return HEARTBEAT_SECONDS
 
     def _look_at_logs(self) -> float:
         """Wake the forwards that wait for the end of a silence."""
+        pause = _NEVER
         for forward in self.forwards:
             if os.fstat(forward.log).st_size != forward.position():
                 forward.wake.set()
-        return SILENT_SECONDS
+            pause = SILENT_SECONDS
+        return pause
 
     def _look_after_process(self) -> float:
         """Look whether the process that entered lives; a pidfd tells when to look.
@@ -3145,8 +3135,7 @@ class _RecorderProcess:
     def _complete(self) -> None:
         """Forward the rest, let go of what is the program's, complete the record."""
         for forward in self.forwards:
-            if forward.stop_at is None:
-                forward.stop_at = os.fstat(forward.log).st_size
+            forward.stop_at = os.fstat(forward.log).st_size
             forward.wake.set()
         self.ends_sampling.set()
         self.sampling.join()
@@ -3210,12 +3199,13 @@ def _started_thread(work: Callable[..., None], *args: object) -> threading.Threa
 class _Capture:
     """The output of one run: the streams that are captured, and their logs."""
 
+    recorder: _Recorder | None = None
+    shell: Any = None  # of IPython
+
     def __init__(self) -> None:
         self.pid = os.getpid()
         self.streams: list[_Stream] = []
         self.forwards: list[_Forward] = []
-        self.recorder: _Recorder | None = None
-        self.shell: Any = None  # of IPython
         self.lock = threading.Lock()  # two threads may find the disk full at once
 
     def open(self, record: _Record, rank_prefix: str) -> None:
@@ -3308,6 +3298,10 @@ _captures: list[_Capture] = []  # those that have started and not stopped, in or
 class _Stream:
     """sys.stdout or sys.stderr while a run captures it."""
 
+    forward: _Forward | None = None
+    is_logged = True  # until the log fails
+    is_direct = False  # the descriptor is the log
+
     def __init__(self, capture: _Capture, name: str, descriptor: int) -> None:
         self.capture = capture
         self.name = name
@@ -3315,10 +3309,7 @@ class _Stream:
         self.original: Any = getattr(sys, name)
         self.log = _Kept(-1)
         self.saved = _Kept(-1)  # what the descriptor stood for before
-        self.forward: _Forward | None = None
-        self.is_logged = True  # until the log fails
         self.taps: list[_Tap] = []
-        self.is_direct = False  # the descriptor is the log
         self.place: object = self  # equal for two streams that go to one place
         identity = _identity(descriptor)
         if identity is not None and _descriptor_of(self.original) == descriptor:
@@ -3537,9 +3528,11 @@ class _Tap:
     """An attribute `write`, set on an object to see what is written to it.
 
     Whoever writes looks `write` up by its name in the object itself: print, logging,
-    writelines, a text stream at its buffer, and a buffer at its file. A million lines
-    may pass here: the functions that are set have all they need at hand.
+    writelines, a text stream at its buffer, and a buffer at its file.
     """
+
+    look_at = 0.0  # when to see next whether the recorders are alive
+    repeated = b""  # was written, and is about to be written once more
 
     def __init__(self, holder: Any, is_buffered: bool) -> None:
         """Set the attribute; raise AttributeError or TypeError if that is refused."""
@@ -3547,8 +3540,6 @@ class _Tap:
         self.is_buffered = is_buffered
         self.streams: list[_Stream] = []
         self.copies: list[_Stream] = []  # those whose log gets a copy
-        self.look_at = 0.0  # when to see next whether the recorders are alive
-        self.repeated = b""  # was written, and is about to be written once more
         self._install()
 
     def _install(self) -> None:
@@ -3710,12 +3701,13 @@ def _flush_c_streams(streams: Sequence[_Stream]) -> None:
 class _Forward:
     """Copies what is appended to a log to where the output went before."""
 
+    stop_at: int | None = None  # the offset where forwarding ends
+    is_broken = False  # nothing is shown any more: the reader went away
+
     def __init__(self, log: int, target: int) -> None:
         self.log = log
         self.target = target
         self.kept = [_Kept(log), _Kept(target)]
-        self.stop_at: int | None = None  # the offset where forwarding ends
-        self.is_broken = False  # nothing is shown any more: the reader went away
         self.wake = threading.Event()  # there is something to do
 
     def position(self) -> int:
@@ -4773,18 +4765,19 @@ def _cgroup() -> str:
 class _Sampler:
     """What a process takes with its descendants, also those that init has adopted."""
 
+    is_cheap = True  # to count memory by pages
+    problem: str | None = None
+    last: tuple[float, float] | None = None  # when, and processor time until
+    samples = 0
+    cpu_seconds = 0.0
+    cpu_peak = 0.0  # percent of one core
+
     def __init__(self, pid: int, record: _Record) -> None:
         self.pid = pid
         self.record = record
         self.known: dict[int, str] = {}  # when each process started, by its pid
-        self.is_cheap = True  # to count memory by pages
         self.gpus = _GpuMeter()
-        self.problem: str | None = None
         self.begun = time.monotonic()
-        self.last: tuple[float, float] | None = None  # when, and processor time until
-        self.samples = 0
-        self.cpu_seconds = 0.0
-        self.cpu_peak = 0.0  # percent of one core
         self.memory = _Values()
         self.sources: list[str] = []
         self._take()
@@ -4910,10 +4903,9 @@ def _children(pid: int) -> list[int]:
 class _Values:
     """Peak and mean of what is measured again and again."""
 
-    def __init__(self) -> None:
-        self.peak: int | None = None
-        self.total = 0
-        self.count = 0
+    peak: int | None = None
+    total = 0
+    count = 0
 
     def add(self, value: int) -> None:
         self.peak = max(value, self.peak or 0)
@@ -4942,10 +4934,11 @@ def _cgroup_memory_peak() -> int | str | None:
 class _GpuMeter:
     """Utilisation and memory of each GPU."""
 
+    source: str | None = None
+    problem: str | None = None
+    due = 0.0
+
     def __init__(self) -> None:
-        self.source: str | None = None
-        self.problem: str | None = None
-        self.due = 0.0
         self.values: dict[str, dict[str, _Values]] = {}  # by index and name
         if _on_path("nvidia-smi") is not None:
             self.source = "nvidia-smi"
@@ -13370,6 +13363,11 @@ class _Command:
     stderr, and not even these where they are logs.
     """
 
+    code: int | None = None  # its exit status, -n: signal n has ended it
+    problem: str | None = None
+    is_late = False
+    terminal: _Terminal | None = None  # ours, when we are in between
+
     def __init__(
         self, path: str, words: list[str], capture: _Capture, limit: float | None
     ) -> None:
@@ -13377,10 +13375,6 @@ class _Command:
         self.words = words
         self.capture = capture
         self.limit = limit  # in seconds
-        self.code: int | None = None  # its exit status, -n: signal n has ended it
-        self.problem: str | None = None
-        self.is_late = False
-        self.terminal: _Terminal | None = None  # ours, when we are in between
         self.channels: list[_Channel] = []
 
     def run(self) -> int:
@@ -13401,8 +13395,8 @@ class _Command:
                 self.terminal.restore()
             for channel in self.channels:
                 channel.close()
-            for descriptor in (wake, waker):
-                os.close(descriptor)
+            os.close(wake)
+            os.close(waker)
         return self.code or 0
 
     def _outputs(self) -> dict[int, int]:
@@ -13580,10 +13574,9 @@ class _TerminalText:
     bar, the last state is kept, and one every HEARTBEAT_SECONDS.
     """
 
-    def __init__(self) -> None:
-        self.line = b""  # what the log lacks of the last one
-        self.is_begun = False  # the log has a part of it
-        self.due = 0.0  # when to log a line that is written over and over
+    line = b""  # what the log lacks of the last one
+    is_begun = False  # the log has a part of it
+    due = 0.0  # when to log a line that is written over and over
 
     def add(self, data: bytes) -> bytes:
         result = b""
@@ -13616,15 +13609,16 @@ class _TerminalText:
 class _Terminal:
     """The terminal that we are on, and the one that the command gets instead."""
 
+    is_raw = False  # what is typed comes as it is
+    is_gone = False
+    typed = b""  # what the command has not taken yet
+
     def __init__(self) -> None:
         self.tty = __import__("tty")  # which has all of termios
         self.saved = self.tty.tcgetattr(0)
         self.master, self.inner = _posix.openpty()
         _posix.set_blocking(self.master, False)
         self.tty.tcsetattr(self.inner, self.tty.TCSANOW, self.saved)
-        self.is_raw = False  # what is typed comes as it is
-        self.is_gone = False
-        self.typed = b""  # what the command has not taken yet
         _copy_size(0, self.master)
 
     def become_controlling(self) -> None:
