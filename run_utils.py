@@ -2914,7 +2914,6 @@ def _file_to_load() -> str:
 
 def _recorder_main(connection: Any) -> None:
     """Be the recorder: what the new process does, from being told of a run on."""
-    sys.stderr = io.StringIO()  # what it has to say comes into metadata.json
     sys.setswitchinterval(0.0005)  # whoever has waited for git goes on at once
     told = b""
     rights: list[Any] = []
@@ -2956,6 +2955,7 @@ class _RecorderProcess:
     ) -> None:
         self.request = request
         self.connection = connection  # a socket
+        self.said = sys.stderr = io.StringIO()  # it comes into metadata.json
         if request["is_watched"]:
             self.pidfd = descriptors.pop(0)
         pairs = zip(descriptors[::2], descriptors[1::2])
@@ -2965,7 +2965,6 @@ class _RecorderProcess:
         self.site = _Site.from_json(request["site"])
         self.rank = request["rank"]
         self.metadata = self.record.read_json("metadata.json")
-        self.metadata_lock = threading.Lock()
         if request["resources"] and self.rank == 0:
             self.sampler = _Sampler(self.site.pid, self.record)
         self.ends_sampling = threading.Event()
@@ -3002,8 +3001,7 @@ class _RecorderProcess:
         """Answer the ranks that come late; a run whose process has died takes none."""
         if self.meeting is None:
             return _NEVER
-        is_dead = self.pidfd is not None and _is_ready(self.pidfd, _polls.POLLIN, 0.0)
-        if is_dead or self.is_over:
+        if self.is_over:
             return RANK_POLL_SECONDS
         return self.meeting.tick()
 
@@ -3023,8 +3021,7 @@ class _RecorderProcess:
                 if message["ending"] is not None:
                     self._write_ending(message["ending"])
             elif message["do"] == "add":
-                with self.metadata_lock:
-                    self.metadata.update(message["facts"])
+                self.metadata.update(message["facts"])
                 self._answer(message["number"])
             else:
                 _started_thread(self._answer_later, message)
@@ -3057,8 +3054,8 @@ class _RecorderProcess:
             self._write_metadata()
 
     def _write_metadata(self) -> None:
-        with _tolerating("metadata.json"), self.metadata_lock:
-            self.record.write_json("metadata.json", self.metadata)
+        with _tolerating("metadata.json"):
+            self.record.write_json("metadata.json", dict(self.metadata))
 
     def _sample(self) -> None:
         """Take samples until the end; a slow nvidia-smi holds nobody up here."""
@@ -3140,7 +3137,7 @@ class _RecorderProcess:
         self.ends_sampling.set()
         self.sampling.join()
         if self.rank == 0:
-            self._complete_metadata()
+            self._complete_record()
         for forward, thread in zip(self.forwards, self.forwarding):
             thread.join()
             os.close(forward.target)
@@ -3151,7 +3148,7 @@ class _RecorderProcess:
             if self.due[self._answer_ranks] < _NEVER:  # some rank has not come yet
                 self.meeting.serve()
 
-    def _complete_metadata(self) -> None:
+    def _complete_record(self) -> None:
         more: Facts = {}
         with _tolerating("resources"):
             if self.sampler is not None:
@@ -3160,7 +3157,7 @@ class _RecorderProcess:
             more["outputs"] = _left_files(self.record.path)
         self.captures.join()
         self.metadata.update(more)
-        said = str(getattr(sys.stderr, "getvalue", str)())
+        said = self.said.getvalue()
         if said:
             problem = {"ok": False, "problem": _cut_middle(said, MAX_MESSAGE)}
             self.metadata["capture"]["recorder"] = problem
@@ -3449,9 +3446,8 @@ class _Stream:
         for tap in self.taps:
             rest = [stream for stream in tap.streams if stream is not self]
             steps.append(functools.partial(tap.set_streams, rest))
-            is_in_place = getattr(sys, self.name) is tap.holder
-            if isinstance(tap.holder, _StandIn) and is_in_place and not rest:
-                setattr(sys, self.name, self.original)
+            if not rest and getattr(sys, self.name, None) is tap.holder:
+                setattr(sys, self.name, self.original)  # in place of a stand-in
         steps.append(self._release)
         _in_turn(steps)
 
@@ -3515,13 +3511,11 @@ def _is_plain(stream: Any) -> bool:
 
 def _bottom(stream: Any) -> tuple[Any, bool]:
     """Return the file below a stream, and whether a buffer stands in between."""
-    buffer = None
+    below = stream
     with _ignoring(Exception):  # detached
-        buffer = stream.buffer
-        return buffer.raw, True
-    if buffer is None:
-        return stream, False
-    return buffer, False  # python -u, or a buffer of a test runner
+        below = stream.buffer
+        return below.raw, True
+    return below, False  # python -u, or a buffer of a test runner
 
 
 class _Tap:
@@ -3550,7 +3544,7 @@ class _Tap:
 
     def renew(self) -> None:
         """Set the attribute once more if somebody has put back what was there."""
-        if not self.is_buffered and self.holder.write is not self.installed:
+        if self.holder.write is not self.installed:
             self._install()
 
     def set_streams(self, streams: list[_Stream]) -> None:
@@ -13442,8 +13436,7 @@ class _Command:
                 os._exit(127)
         for descriptor in {tell, *own.values()}:
             os.close(descriptor)
-        _signals.pthread_sigmask(_signals.SIG_SETMASK, mask)
-        _signals.pthread_sigmask(_signals.SIG_UNBLOCK, [_signals.SIGCHLD])
+        _signals.pthread_sigmask(_signals.SIG_SETMASK, mask - {_signals.SIGCHLD})
         told = os.read(failure, 16)
         os.close(failure)
         if told:
