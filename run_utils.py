@@ -10377,10 +10377,7 @@ class _Term:
     """One comparison: "max(acc)>=0.9"."""
 
     def __init__(self, found: re.Match[str]) -> None:
-        name = found["key"]
-        if re.fullmatch(r'"[^"]+"', name):
-            name = name[1:-1]
-        self.key = _Key(name)
+        self.key = _Key(re.sub(r'^"([^"]+)"$', r"\1", found["key"]))
         self.sign = found["sign"]
         self.wanted = found["double"] or found["single"] or found["word"] or ""
         self.wants_null = self.wanted.lower() in ("null", "none")
@@ -11064,11 +11061,9 @@ def _unreadable(error: Exception, path: str) -> str:
     """Return the sentence for what cannot be read; raise what is the program's own."""
     if _is_foreign(error):
         raise error
-    why = str(error)
+    why = getattr(error, "strerror", None) or error
     if isinstance(error, PermissionError):
         why = "permission denied"
-    elif isinstance(error, OSError) and error.strerror:
-        why = error.strerror
     return f"{path!r} cannot be read: {why}"
 
 
