@@ -834,8 +834,7 @@ class _Runs(list):  # type: ignore[type-arg]
 
 def _total_duration(run: Run) -> float | None:
     attempts = [*run.attempts, run.status]
-    numbers = [_number(status.get("duration_seconds")) for status in attempts]
-    known = [number for number in numbers if number is not None]
+    known = _numbers(status.get("duration_seconds") for status in attempts)
     if not known:
         return None
     return sum(known)
@@ -6280,7 +6279,6 @@ class _Plan:
         self.patch = _mapping(self.git, "patch")
         self.root = _word(self.patch, "root") or _word(self.git, "root")
         self.python = self._recorded_python()
-        self.is_installed = False  # in an environment of the new tree
         self.launcher: list[str] = []  # before the command of one rank
         self.steps: list[Facts] = []
 
@@ -6364,7 +6362,7 @@ class _Plan:
             self.add("code", 2, f"{name} is not the file that the run wrote")
         self._check_inputs()
         self._check_secrets()
-        self._check_environment()
+        self._check_environment(_rows(self.metadata, "local_packages"))
         self._check_disk(place)
         self.launcher = self._launcher_words()
         if self.launcher:
@@ -6389,8 +6387,7 @@ class _Plan:
         import shutil
 
         sizes = [output.get("size") for output in _rows(self.metadata, "outputs")]
-        sizes.append(self.patch.get("bytes"))
-        needed = sum(_number(size) or 0 for size in sizes)
+        needed = sum(_numbers([*sizes, self.patch.get("bytes")]))
         while not isdir(place):
             place = dirname(place) or os.curdir
         free = shutil.disk_usage(place).free
@@ -6437,7 +6434,7 @@ class _Plan:
         if missing:
             self.add("secrets", 0, f"the environment also had {', '.join(missing)}")
 
-    def _check_environment(self) -> None:
+    def _check_environment(self, local_packages: Iterable[Facts]) -> None:
         """Compare Python, packages and GPUs with those that --exec would use."""
         if self.python is None:
             return
@@ -6452,10 +6449,8 @@ class _Plan:
             new = here.get(name, "missing")
             if new != old and REDACTED not in str(old):
                 rows.append((_weight(name, old, new), f"{name} {old}, here {new}"))
-        for package in _rows(self.metadata, "local_packages"):
-            problem = None
-            if not self.is_installed:
-                problem = _package_now(package)
+        for package in local_packages:
+            problem = _package_now(package)
             if problem is not None:
                 rows.append((1, problem))
         lines = [text for _, text in sorted(rows)]
@@ -6585,9 +6580,8 @@ class _Plan:
             _run(command, timeout=INSTALL_SECONDS, cwd=target)
         os.remove(f"{target}/{_UNFINISHED}")
         self.python = f"{target}/.venv/bin/python"
-        self.is_installed = True
         self.steps = [step for step in self.steps if step["about"] != "environment"]
-        self._check_environment()
+        self._check_environment([])
 
     def _local_packages(self, target: str) -> Iterator[tuple[str, Facts]]:
         """Yield where each package goes whose code was recorded by itself."""
@@ -6652,9 +6646,9 @@ class _Plan:
         if self.python and is_python:
             words[0] = self.python
         if self.launcher[:1] == ["torchrun"] and is_python:
-            words = words[1:]
-            while words and words[0] == "-u":  # it says that by itself
-                words = words[1:]
+            del words[0]
+            while words[:1] == ["-u"]:  # it says that by itself
+                del words[0]
         return [*self.launcher, *words], _moved(cwd, self.root, target)
 
     def to_json(self, target: str | None) -> Facts:
@@ -6673,11 +6667,8 @@ class _Plan:
         """Print the plan, the most important first, on one screen."""
         lines = []
         room = PLAN_DETAILS
-        differing = []
         for step in self.steps:
             word = ("same", "differs", "impossible")[step["level"]]
-            if step["level"]:
-                differing.append(step["about"])
             details = step["details"][: max(1, min(5, room))]
             room -= len(details)
             rest = len(step["details"]) - len(details)
@@ -6686,7 +6677,8 @@ class _Plan:
             text = f"{step['about']}: {word}: {step['text']}"
             lines.append("\n     ".join([text, *details]))
         if target is not None and self.level() < 2:
-            if "environment" in differing and not self.is_installed:
+            differing = [step["about"] for step in self.steps if step["level"]]
+            if "environment" in differing and not isdir(f"{target}/.venv"):
                 lines += map(shlex.join, self.environment_commands(target))
             words, place = self.command(target)
             lines.append(f"cd {shlex.quote(place)} && {shlex.join(words)}")
@@ -6712,7 +6704,7 @@ def _bare(flag: str) -> str:
 
 def _moved(word: str, root: str, target: str) -> str:
     start, equals, value = word.rpartition("=")
-    if root and (value == root or value.startswith(root + os.sep)):
+    if root and f"{value}/".startswith(f"{root}/"):
         moved = target + value[len(root) :]
         if lexists(moved):
             return start + equals + moved
@@ -6939,8 +6931,7 @@ def _enclosing_seeds(run: Run, rows: Sequence[Facts]) -> int:
         for row in rows:
             if row["kind"] == "metric" and row["key"].startswith("last("):
                 last = _Key(row["key"])
-                values = [_number(last.value(each)) for each in group.runs]
-                known = [value for value in values if value is not None]
+                known = _numbers(last.value(each) for each in group.runs)
                 now = _number(row["now"])
                 if now is None or not known or not min(known) <= now <= max(known):
                     return 0
@@ -11023,6 +11014,10 @@ def _number(value: object) -> float | None:
     return None
 
 
+def _numbers(values: Iterable[object]) -> list[float]:
+    return [number for number in map(_number, values) if number is not None]
+
+
 def _is_finite(value: object) -> bool:
     number = _number(value)
     return number is not None and number - number == 0
@@ -11631,8 +11626,7 @@ def _number_series(run: Run) -> dict[str, list[float]]:
     series = {}
     for name, (values, _) in _all_series(run.path).items():
         if name not in _NO_METRICS:
-            numbers = map(_number, values)
-            series[name] = [number for number in numbers if number is not None]
+            series[name] = _numbers(values)
     return series
 
 
