@@ -7940,6 +7940,9 @@ def _grade_of_literal(text: str, start: int) -> int:
         if match is None:
             continue
         name = match[1]
+        if pattern == _SECOND_ARGUMENT and "--" not in match[0]:
+            if text[max(0, _opener_before(text, start))] != "(":
+                continue  # one of several words: ["password2", "new_password2"]
         grade = _grade(name)
         if name.lower() in ("default", "value", "fallback"):
             # - name: DB_PASSWORD
@@ -8065,7 +8068,8 @@ _CODE_RULES = (
     ("://", r"://[\w.%-]{0,60}:(?!\d{1,5},)([^\s\"'\\/@]{8,200})@"),
     # The user of a URL, but for hexadecimal digits, which Sentry does not keep secret.
     ("://", r"://(?![0-9a-f]+@)([A-Za-z0-9_-]{20,200})@[\w.-]+"),
-    ("assword=", r"(?i)(?<![\w.-])(?P<name>password)=([^\s;\"'{}<>()]{8,200})"),
+    ("assword=", r"(?i)(?<![\w.-])(?P<name>password)=(?![a-z_]\w*\.[a-z_])"
+                 r"([^\s;\"'{}<>()[\]]{8,200})"),
     ("PASSWORD '", r"PASSWORD '([^'\n]{6,200})'"),  # SQL
     ("IDENTIFIED BY '", r"IDENTIFIED BY '([^'\n]{6,200})'"),
     ("sshpass ", r"sshpass +-p *[\"']?([^\s\"']{6,200})"),

@@ -7164,6 +7164,21 @@ x = client.CoreV1Api()
         found.learn({"api_key": "CoreV1Api"})
         ast.parse(found.code(code, b"a.py"))
 
+    def test_names_and_expressions_of_real_code(self) -> None:
+        """Of modules of Ansible, which were altered, or no longer parsed."""
+        for code in (
+            "x = dict(\n    password=credentials.passwords[0].value,\n)\n",
+            "x = dict(\n    password=self.settings.pw1.value2,\n)\n",
+            "ignored = ['v3AuthPass', 'v3PrivPass', 'hostname']\n",
+            'values = [\n    "cliCredential",\n    "snmpV2cRead",\n]\n',
+            'x = {"cliCredential": "cli_credential", "snmpV2cRead": 1}\n',
+        ):
+            with self.subTest(code):
+                found = redactor()
+                found.learn_code(code.encode(), b"a.py")
+                self.assertEqual(found.secrets(), [])
+                self.assertEqual(found.code(code.encode(), b"a.py"), code.encode())
+
     def test_thousands_of_known_values(self) -> None:
         values = [secret("24", number) for number in range(3000)]
         found = run_utils._Redactor()
