@@ -7920,6 +7920,8 @@ def _literals_in_code(text: str) -> Iterator[_Find]:
             continue
         if text[start - 1 : start] == "\\":  # in a string of JSON
             start -= 1
+        if value.isidentifier() and _grade(value) != _NONE:
+            continue  # the name of a secret: params.get("v3AuthPass")
         grade = _grade_of_literal(text, start)
         if _is_secret_in_code(grade, value):
             yield (*match.span(1), grade)

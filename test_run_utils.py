@@ -7172,6 +7172,7 @@ x = client.CoreV1Api()
             "ignored = ['v3AuthPass', 'v3PrivPass', 'hostname']\n",
             'values = [\n    "cliCredential",\n    "snmpV2cRead",\n]\n',
             'x = {"cliCredential": "cli_credential", "snmpV2cRead": 1}\n',
+            'f(v3AuthPass=params.get("v3AuthPass"))\n',
         ):
             with self.subTest(code):
                 found = redactor()
