@@ -5041,18 +5041,13 @@ def _git_head(directory: str) -> str | None:
 def _git_collectors(site: _Site, record: _Record) -> dict[str, Callable[[], JSON]]:
     tree = _Repository.of(site)
     return {
-        "git": lambda: _git(site, tree),
-        "git.patch": lambda: _git_patch(site, record, tree),
+        "git": tree.facts,
+        "git.patch": lambda: _git_patch(record, tree),
         "local_packages": lambda: _local_packages(site, record, tree),
     }
 
 
-def _git(site: _Site, tree: _Repository | None = None) -> Facts:
-    tree = tree or _Repository.of(site)
-    return tree.facts()
-
-
-def _git_patch(site: _Site, record: _Record, tree: _Repository | None = None) -> Facts:
+def _git_patch(record: _Record, tree: _Repository) -> Facts:
     """Write git.patch, the way from the base to the files as they were at entry.
 
     ``git apply --whitespace=nowarn git.patch`` in a clone of the base, or in an empty
@@ -5060,7 +5055,6 @@ def _git_patch(site: _Site, record: _Record, tree: _Repository | None = None) ->
     in it are changes after entry, files that hold secrets by nature, and what passes a
     limit: these are listed. Nothing is written when nothing differs.
     """
-    tree = tree or _Repository.of(site)
     patch = _Patch(_EarlierPatch(record))
     try:
         tree.open()
@@ -5077,15 +5071,13 @@ def _git_patch(site: _Site, record: _Record, tree: _Repository | None = None) ->
     return patch.keep(record, "git.patch", tree.root)
 
 
-def _local_packages(
-    site: _Site, record: _Record, tree: _Repository | None = None
-) -> list[Facts]:
+def _local_packages(site: _Site, record: _Record, tree: _Repository) -> list[Facts]:
     """Return the repository of each package that was installed from a local folder.
 
     What a clone lacks of its code becomes git.<package>.patch; not so for a package
     that lies in the repository of the experiment itself.
     """
-    seen = {(tree or _Repository.of(site)).root}
+    seen = {tree.root}
     problems = []
     packages = []
     deadline = time.monotonic() + PATCH_SECONDS
@@ -5734,8 +5726,8 @@ def _shown(name: bytes) -> str:
 
 def _has_repository(directory: str) -> bool:
     """Tell whether there is a .git in a folder or above it."""
-    folder = Path(abspath(directory))
-    return any(lexists(place / ".git") for place in (folder, *folder.parents))
+    places = _folders_above(abspath(directory))
+    return any(lexists(f"{place}/.git") for place in places)
 
 
 def _explained(failure: _ProgramFailed, directory: str) -> _Unknown:
@@ -6299,10 +6291,11 @@ class _Plan:
 
     def default_target(self) -> str:
         """Return a folder beside the repository that we are in, else in this folder."""
-        here = Path.cwd()
-        tops = [top for top in (here, *here.parents) if lexists(top / ".git")]
-        place = tops[-1].parent if tops else here
-        return str(place / f"{basename(self.run_dir)}-again")
+        place = os.getcwd()
+        for folder in _folders_above(place):
+            if lexists(f"{folder}/.git"):
+                place = dirname(folder)
+        return os.path.join(place, f"{basename(self.run_dir)}-again")
 
     def _recorded_python(self) -> str | None:
         """Return the Python that would run it again, None if the command needs none."""
@@ -8982,10 +8975,9 @@ class _ProgramFailed(_Unknown):
 def _run(
     argv: Sequence[str], *, cwd: str | None = None,
     env: Mapping[str, str] | None = None, timeout: float | None = None,
-    limit: int | None = None, stdin: int | None = None,
 ) -> bytes:
-    program = _Program(argv, cwd or _neutral_directory(), env or os.environ, stdin)
-    return program.result(timeout, limit)
+    program = _Program(argv, cwd or _neutral_directory(), env or os.environ, None)
+    return program.result(timeout)
 
 
 class _Program:
@@ -10877,8 +10869,8 @@ def _comparable_now(run: Run) -> Comparable:
     repository.wanted = _word(then, "base", "commit") or None
     record = _Unwritten(run)
     now = _quick_metadata(site, None)
-    _collect(now, "git", lambda: _git(site, repository))
-    _collect(now, "git.patch", lambda: _git_patch(site, record, repository))
+    _collect(now, "git", repository.facts)
+    _collect(now, "git.patch", lambda: _git_patch(record, repository))
     _collect(now, "pip_freeze", _Packages(site, record).lines)
     _collect(now, "container", _container)
     _collect(now, "cuda", _cuda)
