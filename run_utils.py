@@ -7260,7 +7260,6 @@ class _Redactor:
 
     def __init__(self) -> None:
         self.known: set[str] = set()
-        self.shortest = sys.maxsize  # characters of the shortest known value
         self.pattern: re.Pattern[str] | None = None  # of all, once it is needed
         self.keys: dict[str, str] = {}  # of mappings, as they are without secrets
 
@@ -7294,7 +7293,6 @@ class _Redactor:
         for value in values:
             self.known.update(_worth_knowing(value))
         if len(self.known) > before:
-            self.shortest = min(map(len, self.known))
             self.pattern = None
             self.keys = {}
 
@@ -7326,8 +7324,7 @@ class _Redactor:
         if finds is None:
             finds = _code_finds(text, name)
         clean = _replaced(text, finds)
-        if self.known:
-            clean = self.known_pattern().sub(_marker_unless_a_name, clean)
+        clean = self.without_known(clean, _marker_unless_a_name)
         if clean == text:
             return data
         return clean.encode(encoding, "surrogatepass")
@@ -7339,8 +7336,7 @@ class _Redactor:
         """Return the numbers of the lines of a file that have a secret, for `audit`."""
         text, _ = _decoded(data)
         places = [start for start, _, _ in _audit_finds(text, name)]
-        if self.known:
-            places += [m.start() for m in self.known_pattern().finditer(text)]
+        places += self.known_places(text)
         ends = [match.start() for match in re.finditer("\n", text)]
         return sorted({bisect.bisect_left(ends, place) + 1 for place in places})
 
@@ -7355,10 +7351,17 @@ class _Redactor:
         """Return whether a file has a secret, or is one that does by nature."""
         return self.is_secret_file(name, data) or self.code(data, name) != data
 
-    def without_known(self, text: str) -> str:
-        if len(text) < self.shortest:
+    def without_known(
+        self, text: str, marker: str | Callable[[re.Match[str]], str] = REDACTED
+    ) -> str:
+        if not self.known:
             return text
-        return self.known_pattern().sub(REDACTED, text)
+        return self.known_pattern().sub(marker, text)
+
+    def known_places(self, text: str) -> list[int]:
+        if not self.known:
+            return []
+        return [match.start() for match in self.known_pattern().finditer(text)]
 
     def known_pattern(self) -> re.Pattern[str]:
         """Return the pattern of the known values in a text or a decoded file."""
@@ -7416,9 +7419,7 @@ if TYPE_CHECKING:
     _Find = tuple[int, int, int]
 
 
-def _replaced(text: str, finds: Sequence[_Find]) -> str:
-    if not finds:
-        return text
+def _replaced(text: str, finds: Iterable[_Find]) -> str:
     pieces = []
     done = 0
     for start, end, _ in sorted(finds, key=lambda find: (find[0], -find[1])):
@@ -7490,69 +7491,54 @@ class _Facts:
         if "value" in values and isinstance(values.get("name"), str):
             # {"name": "DB_PASSWORD", "value": "..."}
             within = max(within, _grade(values["name"]))
+        texts = {k: v for k, v in values.items() if isinstance(v, str)}
+        harmless = self.harmless([*texts, *texts.values()], within) - {"command"}
         clean = {}
-        harmless = self.harmless_keys(values, within)
         for key, value in values.items():
-            if key in harmless:
+            if key in texts and harmless.issuperset((key, value)):
                 clean[key] = value
             else:
                 clean[self.key(key)] = self.value(value, key, within)
         return clean
 
     def items(self, values: list[JSON], name: str, above: int) -> list[JSON]:
-        if _grade(name) != _NONE or above != _NONE or not _are_many_texts(values):
-            return [self.value(value, name, above) for value in values]
+        harmless = self.harmless(values, max(above, _grade(name)))
         clean = values.copy()
-        suspects = self.suspects(values)
         for number, value in enumerate(values):
-            if value in suspects:
+            if not isinstance(value, str) or value not in harmless:
                 clean[number] = self.value(value, name, above)
         return clean
 
-    def harmless_keys(self, values: Facts, above: int) -> set[str]:
-        """Return the keys under which a text stands that can hold no secret."""
-        texts = {k: v for k, v in values.items() if isinstance(v, str)}
-        if above != _NONE or not _are_many_texts(list(texts.values())):
-            return set()
-        harmless = set(texts) - self.suspects(texts) - {"command"}
-        suspects = self.suspects(texts.values())
-        if suspects:
-            harmless = {key for key in harmless if texts[key] not in suspects}
-        return harmless
-
-    def suspects(self, many: Iterable[str]) -> set[str]:
-        """Return those of many texts that may hold a secret, by one look at all.
+    def harmless(self, many: list[JSON], above: int) -> set[str]:
+        """Return those of many texts that can hold no secret, by one look at all.
 
         To search for a few strings in everything is quicker than for patterns in each
         of 12,000 variables. What it passes over has nothing that `text` replaces.
         """
-        texts = list(set(many))
+        texts = list({text for text in many if isinstance(text, str)})
         whole = "\0".join(texts)
-        if not whole.isascii():
-            return set(texts)
+        if len(texts) < 16 or above != _NONE or not whole.isascii():
+            return set()
         ends = list(itertools.accumulate([len(text) + 1 for text in texts]))
-        wanted = [*_HINTS, *_long_words(whole)]
-        found = {text for text in texts if len(text) > MAX_REDACTED}
+        doubtful = {text for text in texts if len(text) > MAX_REDACTED}
+        for place in self.redactor.known_places(whole):
+            doubtful.add(texts[bisect.bisect_right(ends, place)])
         lower = whole.lower()
-        for hint in wanted:
+        for hint in [*_HINTS, *_long_words(whole)]:
             place = lower.find(hint)
             while place >= 0:
                 number = bisect.bisect_right(ends, place)
-                found.add(texts[number])
+                doubtful.add(texts[number])
                 place = lower.find(hint, ends[number])
-        if self.redactor.known:
-            for match in self.redactor.known_pattern().finditer(whole):
-                found.add(texts[bisect.bisect_right(ends, match.start())])
-        return found
+        return set(texts) - doubtful
 
     def key(self, key: str) -> str:
         keys = self.redactor.keys
-        clean = keys.get(key)
-        if clean is None:
-            clean = self.text(key)
-            if len(keys) < MAX_KEYS:
-                keys[key] = clean
-        return clean
+        if key not in keys:
+            if len(keys) >= MAX_KEYS:
+                return self.text(key)
+            keys[key] = self.text(key)
+        return keys[key]
 
     def named_text(self, value: str, name: str, above: int) -> str:
         """Return what stands under a name, as a whole or without the secrets in it."""
@@ -7609,10 +7595,6 @@ class _Facts:
         if grade >= _RANDOM and _is_mixed(value):
             self.learned.append(value)
         return REDACTED
-
-
-def _are_many_texts(values: Sequence[JSON]) -> bool:
-    return len(values) > 8 and all(isinstance(value, str) for value in values)
 
 
 def _long_words(text: str) -> set[str]:
