@@ -7332,14 +7332,6 @@ class _Redactor:
     def replace_known(self, data: bytes) -> bytes:
         return self.without_known(data.decode("latin-1")).encode("latin-1")
 
-    def secret_lines(self, data: bytes, name: bytes) -> list[int]:
-        """Return the numbers of the lines of a file that have a secret, for `audit`."""
-        text, _ = _decoded(data)
-        places = [start for start, _, _ in _audit_finds(text, name)]
-        places += self.known_places(text)
-        ends = [match.start() for match in re.finditer("\n", text)]
-        return sorted({bisect.bisect_left(ends, place) + 1 for place in places})
-
     def is_secret_file(self, name: bytes, data: bytes) -> bool:
         """Return whether a file holds secrets by nature, as `.env` and `id_rsa` do."""
         if not re.search(SECRET_FILES, name):
@@ -7383,8 +7375,7 @@ def _worth_knowing(value: str) -> Iterator[str]:
     if MIN_SECRET <= len(value) <= MAX_SECRET and not _is_harmless(value):
         yield value
         yield json.dumps(value)[1:-1]  # as it stands in a file of JSON
-    for line in value.splitlines()[1:]:
-        # A log shows a private key line by line.
+    for line in value.splitlines()[1:]:  # a log shows a private key line by line
         if len(line) >= 32 and not line.startswith("-----"):
             yield line
 
@@ -7413,8 +7404,8 @@ def _marker_unless_a_name(match: re.Match[str]) -> str:
     return REDACTED
 
 
-# A secret in a text: where it begins and ends, and its grade: see `_grade`. From
-# `_RANDOM` on it is looked for elsewhere.
+# A secret in a text: its begin, its end and its grade (see `_grade`), which from
+# `_RANDOM` on has it looked for elsewhere.
 if TYPE_CHECKING:
     _Find = tuple[int, int, int]
 
@@ -7434,10 +7425,8 @@ def _cut_middle(text: str, limit: int) -> str:
     if len(text) <= limit:
         return text
     head = text[: limit // 2]
-    tail = text[-limit // 2 :]
     head = head[: max(head.rfind(" "), head.rfind("\n"), len(head) - 4096)]
-    spaces = [place for place in (tail.find(" "), tail.find("\n")) if place >= 0]
-    tail = tail[min(spaces, default=len(tail)) :]
+    tail = re.sub(r"\A[^ \n]+", "", text[-limit // 2 :])
     return f"{head}... {len(text) - len(head + tail)} characters ...{tail}"
 
 
@@ -7448,10 +7437,10 @@ def _decoded(data: bytes) -> tuple[str, str]:
     they have zeros and are no UTF-16, both are "".
     """
     encoding = "latin-1"
-    zeros = data[1:400:2]
+    odd = data[1:400:2]
     if data.startswith(b"\xfe\xff"):
         encoding = "utf-16-be"
-    elif data.startswith(b"\xff\xfe") or zeros.count(0) * 10 > len(zeros) * 9 > 30:
+    elif data.startswith(b"\xff\xfe") or odd.count(0) * 10 > len(odd) * 9 > 30:
         encoding = "utf-16-le"
     with _ignoring(UnicodeDecodeError):
         text = data.decode(encoding, "surrogatepass")
@@ -7554,7 +7543,7 @@ class _Facts:
                     return shlex.join(self.argv(words))
         return self.text(value)
 
-    def argv(self, words: Sequence[JSON]) -> list[JSON]:
+    def argv(self, words: list[JSON]) -> list[JSON]:
         """Redact `--flag value`, `--flag=value`, `-u user:password` and the like."""
         clean = []
         flag = ""
@@ -7567,9 +7556,9 @@ class _Facts:
         return clean
 
     def word(self, word: str, flag: str) -> str:
-        option = _compiled(_OPTION).match(word)
+        option = _compiled(r"[-+]{0,2}([A-Za-z0-9_][\w.@/-]{0,100})=").match(word)
         if option:
-            return option[1] + self.named_text(word[option.end() :], option[2], _NONE)
+            return option[0] + self.named_text(word[option.end() :], option[1], _NONE)
         if _is_flag(word):
             return word
         if flag in _USER_FLAGS:
@@ -7599,13 +7588,12 @@ class _Facts:
 
 def _long_words(text: str) -> set[str]:
     """Return what is long enough for a token, in lower case."""
-    data = text.encode("ascii")
+    data = text.lower().encode("ascii")
     words = {word for word in data.translate(_ALNUM).split() if len(word) >= 16}
     words |= {word for word in data.translate(_WORD_BYTES).split() if len(word) >= 34}
-    return {word.decode("ascii").lower() for word in words}
+    return {word.decode() for word in words}
 
 
-_OPTION = r"([-+]{0,2}([A-Za-z0-9_][\w.@/-]{0,100})=)"
 _USER_FLAGS = ("-u", "--user", "--proxy-user", "-a", "--auth", "--creds")
 
 
@@ -7636,13 +7624,15 @@ def _fact_finds(text: str) -> list[_Find]:
     finds = [*_named_in_fact(text), *_logins_of_urls(text)]
     finds += _found_by(_PLACE_RULES, text, _is_secret_in_code)
     finds += _found_by(_FACT_RULES, text, _is_secret)
-    for match in _compiled(_FACT_TOKEN).finditer(text):
-        if match["loose"] is None or _is_like_token(match["loose"]):
-            finds.append((*match.span(), _SURE))
+    tokens = [*filter(_is_shaped, _compiled(_FACT_TOKEN).finditer(text))]
     for match in _compiled(_LONG_WORD).finditer(text):
         if _is_token(match[0]):
-            finds.append((*match.span(), _SURE))
-    return finds
+            tokens.append(match)
+    return finds + [(*match.span(), _SURE) for match in tokens]
+
+
+def _is_shaped(token: re.Match[str]) -> bool:
+    return token["loose"] is None or _is_like_token(token["loose"])
 
 
 def _named_in_fact(text: str) -> Iterator[_Find]:
@@ -7738,11 +7728,9 @@ def _is_token(word: str) -> bool:
         return False
     if _compiled(r"[0-9a-f]+|[0-9A-F]+").fullmatch(longest):
         return len(longest) >= 32 and len(rest) <= 3
-    if not _compiled(r"\d").search(longest):
-        if not _compiled("[a-z][A-Z]").search(longest):
-            return False
-        need = 24
-    return _is_random(longest, need)
+    if _compiled(r"\d").search(longest):
+        return _is_random(longest, need)
+    return bool(_compiled("[a-z][A-Z]").search(longest)) and _is_random(longest, 24)
 
 
 # One of these is in any name of a secret; see _grade.
@@ -7861,9 +7849,7 @@ def _tokens_in_code(text: str) -> Iterator[_Find]:
     words = text.encode("latin-1", "replace").translate(_WORD_BYTES).split()
     for word in {word.decode() for word in words if len(word) >= 20}:
         token = _compiled(_CODE_TOKEN).match(word)
-        if token is None or _compiled(_EXAMPLE).search(word):
-            continue
-        if token["loose"] and not _is_like_token(token["loose"]):
+        if not token or not _is_shaped(token) or _compiled(_EXAMPLE).search(word):
             continue
         place = text.find(word)
         while place >= 0:
@@ -8319,37 +8305,36 @@ _HEX = (
 )
 # The letters that follow a letter in the words of English and the names of code: of all
 # pairs of letters less than half, of the pairs in real words 96 percent.
-_FOLLOWERS = {
-    "a": "bcdefgiklmnprstuvwxyz", "b": "aceilorsuy", "c": "acehikloprstuy",
-    "d": "adeilorstu", "e": "abcdefgilmnopqrstuvwxy", "f": "aefilorstuy",
-    "g": "aeghilmnoprsu", "h": "aeiortuy", "i": "abcdefgklmnoprstvxz", "j": "aeo",
-    "k": "aeils", "l": "acdeilmopstuvy", "m": "abeilmopsu",
-    "n": "abcdefgiklmnoprstuvy", "o": "abcdefgiklmnoprstuvw", "p": "aehiloprstuy",
-    "q": "u", "r": "acdefgiklmnoprstuvy", "s": "acdefhiklmnoprstuwy",
-    "t": "acdehilmoprstuy", "u": "abcdefgilmnprst", "v": "aeio", "w": "aehinors",
-    "x": "ceilpt", "y": "eimnpst", "z": "aeiu",
-}
+_FOLLOWERS = dict(
+    zip(
+        "abcdefghijklmnopqrstuvwxyz",
+        """bcdefgiklmnprstuvwxyz aceilorsuy acehikloprstuy adeilorstu
+        abcdefgilmnopqrstuvwxy aefilorstuy aeghilmnoprsu aeiortuy abcdefgklmnoprstvxz
+        aeo aeils acdeilmopstuvy abeilmopsu abcdefgiklmnoprstuvy abcdefgiklmnoprstuvw
+        aehiloprstuy u acdefgiklmnoprstuvy acdefhiklmnoprstuwy acdehilmoprstuy
+        abcdefgilmnprst aeio aehinors ceilpt eimnpst aeiu""".split(),
+    )
+)
 
 
 @functools.lru_cache(maxsize=8192)
 def _pair_surprise(first: str, second: str) -> float:
     """Return 1 for two characters that do not follow each other in a word, else 0."""
+    pair = first + second
     if ord(second) - ord(first) in (0, 1):
         return 0.0  # aa, xyz, 123
-    if first.isalpha() and second.isalpha():
+    if pair.isalpha():
         if second.lower() not in _FOLLOWERS.get(first.lower(), ""):
             return 1.0
         if first.islower() and second.isupper():
             return 0.5
-    elif first.isalnum() and second.isalnum():
-        if first.isalpha() or second.isalpha():
+    elif pair.isalnum():
+        if not pair.isnumeric():
             return 1.0
-    elif first in _PUNCTUATION or second in _PUNCTUATION:
+    elif _compiled("[!@#$%^&*+=?;,]").search(pair):
         return 0.5
     return 0.0
 
-
-_PUNCTUATION = "!@#$%^&*+=?;,"
 
 # Numbers, placeholders, references, public keys and names of files.
 _HARMLESS = (
@@ -8415,11 +8400,15 @@ class _Audit:
     def search_file(self, path: str, data: bytes) -> None:
         name = self.name(path)
         self.searched += name not in self.unread
-        lines: list[int | None] = [*_redactor.secret_lines(data, os.fsencode(path))]
-        if data and not _decoded(data)[0]:
+        text, _ = _decoded(data)
+        places = [start for start, _, _ in _audit_finds(text, os.fsencode(path))]
+        places += _redactor.known_places(text)
+        ends = [match.start() for match in re.finditer("\n", text)]
+        lines: list[JSON] = sorted({bisect.bisect_left(ends, at) + 1 for at in places})
+        if data and not text:
             self.binary += 1
             if _redactor.replace_known(data) != data:
-                lines.append(None)
+                lines = [None]
         self.found += [{"file": name, "line": line} for line in lines]
 
     def name(self, path: str) -> str:
