@@ -7481,45 +7481,47 @@ class _Facts:
             # {"name": "DB_PASSWORD", "value": "..."}
             within = max(within, _grade(values["name"]))
         texts = {k: v for k, v in values.items() if isinstance(v, str)}
-        harmless = self.harmless([*texts, *texts.values()], within) - {"command"}
+        harmless = self.harmless({*texts, *texts.values()}, within) - {"command"}
         clean = {}
         for key, value in values.items():
-            if key in texts and harmless.issuperset((key, value)):
+            if key in harmless and key in texts and value in harmless:
                 clean[key] = value
             else:
                 clean[self.key(key)] = self.value(value, key, within)
         return clean
 
     def items(self, values: list[JSON], name: str, above: int) -> list[JSON]:
-        harmless = self.harmless(values, max(above, _grade(name)))
+        texts = {value for value in values if isinstance(value, str)}
+        harmless = self.harmless(texts, max(above, _grade(name)))
         clean = values.copy()
         for number, value in enumerate(values):
             if not isinstance(value, str) or value not in harmless:
                 clean[number] = self.value(value, name, above)
         return clean
 
-    def harmless(self, many: list[JSON], above: int) -> set[str]:
+    def harmless(self, many: set[str], above: int) -> set[str]:
         """Return those of many texts that can hold no secret, by one look at all.
 
         To search for a few strings in everything is quicker than for patterns in each
         of 12,000 variables. What it passes over has nothing that `text` replaces.
         """
-        texts = list({text for text in many if isinstance(text, str)})
+        texts = list(many)
         whole = "\0".join(texts)
-        if len(texts) < 16 or above != _NONE or not whole.isascii():
+        if len(many) < 16 or above != _NONE or not whole.isascii():
             return set()
         ends = list(itertools.accumulate([len(text) + 1 for text in texts]))
         doubtful = {text for text in texts if len(text) > MAX_REDACTED}
         for place in self.redactor.known_places(whole):
             doubtful.add(texts[bisect.bisect_right(ends, place)])
         lower = whole.lower()
-        for hint in [*_HINTS, *_long_words(whole)]:
+        long = _long_words(lower, 16, _ALNUM) | _long_words(lower, 34, _NAMED)
+        for hint in [*_HINTS, *long]:
             place = lower.find(hint)
             while place >= 0:
                 number = bisect.bisect_right(ends, place)
                 doubtful.add(texts[number])
                 place = lower.find(hint, ends[number])
-        return set(texts) - doubtful
+        return many - doubtful
 
     def key(self, key: str) -> str:
         keys = self.redactor.keys
@@ -7556,13 +7558,13 @@ class _Facts:
         return clean
 
     def word(self, word: str, flag: str) -> str:
-        option = _compiled(r"[-+]{0,2}([A-Za-z0-9_][\w.@/-]{0,100})=").match(word)
+        option = _re(r"[-+]{0,2}([A-Za-z0-9_][\w.@/-]{0,100})=").match(word)
         if option:
             return option[0] + self.named_text(word[option.end() :], option[1], _NONE)
         if _is_flag(word):
             return word
         if flag in _USER_FLAGS:
-            pair = _compiled(r"([^\s:/@]{1,100}:)(\S{4,})").fullmatch(word)
+            pair = _re(r"([^\s:/@]{1,100}:)(\S{4,})").fullmatch(word)
             if pair and not _is_harmless(pair[2]):
                 return pair[1] + self.secret(pair[2], _SURE)
         if flag == "login" and _is_random(word, 16):
@@ -7586,12 +7588,17 @@ class _Facts:
         return REDACTED
 
 
-def _long_words(text: str) -> set[str]:
-    """Return what is long enough for a token, in lower case."""
-    data = text.lower().encode("ascii")
-    words = {word for word in data.translate(_ALNUM).split() if len(word) >= 16}
-    words |= {word for word in data.translate(_WORD_BYTES).split() if len(word) >= 34}
-    return {word.decode() for word in words}
+def _long_words(text: str, least: int, characters: str) -> set[str]:
+    """Return the words of these characters that are at least so long."""
+    words = text.encode("latin-1", "replace").translate(_all_but(characters)).split()
+    return {word.decode() for word in words if len(word) >= least}
+
+
+@functools.cache
+def _all_but(characters: str) -> bytes:
+    """Return a table for bytes.translate that turns all others into blanks."""
+    others = bytes(set(range(256)) - set(characters.encode()))
+    return bytes.maketrans(others, b" " * len(others))
 
 
 _USER_FLAGS = ("-u", "--user", "--proxy-user", "-a", "--auth", "--creds")
@@ -7624,8 +7631,8 @@ def _fact_finds(text: str) -> list[_Find]:
     finds = [*_named_in_fact(text), *_logins_of_urls(text)]
     finds += _found_by(_PLACE_RULES, text, _is_secret_in_code)
     finds += _found_by(_FACT_RULES, text, _is_secret)
-    tokens = [*filter(_is_shaped, _compiled(_FACT_TOKEN).finditer(text))]
-    for match in _compiled(_LONG_WORD).finditer(text):
+    tokens = [*filter(_is_shaped, _re(_FACT_TOKEN).finditer(text))]
+    for match in _re(_LONG_WORD).finditer(text):
         if _is_token(match[0]):
             tokens.append(match)
     return finds + [(*match.span(), _SURE) for match in tokens]
@@ -7644,7 +7651,7 @@ def _named_in_fact(text: str) -> Iterator[_Find]:
         separator = _ASSIGNS
         if name[0].startswith("-"):
             separator = rf"(?:{_ASSIGNS}|\s{{1,9}}|[\"'],\s{{0,40}})"
-        match = _compiled(separator + _FACT_VALUE).match(text, name.end())
+        match = _re(separator + _FACT_VALUE).match(text, name.end())
         if match is None:
             continue
         group = match.lastindex or 0
@@ -7653,7 +7660,7 @@ def _named_in_fact(text: str) -> Iterator[_Find]:
             done = match.end()
         if group == 2:  # it is not in quotes
             value = value.rstrip(",;)]}")
-            if _compiled(_EXPRESSION).match(value) or _is_flag(value):
+            if _re(_EXPRESSION).match(value) or _is_flag(value):
                 continue
         if len(value) >= 6 and _is_secret(grade, value) and _is_mixed(value):
             start = match.start(group)
@@ -7663,12 +7670,12 @@ def _named_in_fact(text: str) -> Iterator[_Find]:
 def _graded_names(text: str) -> Iterator[tuple[re.Match[str], int]]:
     """Yield the words of a text that may be names of secrets, each with its grade."""
     done = 0
-    for stem in _compiled("|".join(_STEMS)).finditer(text.lower()):
+    for stem in _re(_STEMS).finditer(text.lower()):
         place = stem.start()
         if place < done:
             continue
         start = place - len(_last_name(text[max(0, place - 100) : place]))
-        name = _compiled(r"[\w.-]+").match(text, start)
+        name = _re(r"[\w.-]+").match(text, start)
         if name is None:
             continue
         done = name.end()
@@ -7688,7 +7695,7 @@ def _found_by(
     for needed, pattern in rules:
         if needed not in text:
             continue
-        compiled = _compiled(pattern)
+        compiled = _re(pattern)
         for match in compiled.finditer(text):
             grade = _SURE
             if "name" in compiled.groupindex:
@@ -7703,12 +7710,12 @@ def _logins_of_urls(text: str) -> Iterator[_Find]:
     if "://" not in text:
         return
     for pattern in (_WEB_USERINFO, _USERINFO):
-        for match in _compiled(pattern).finditer(text):
+        for match in _re(pattern).finditer(text):
             user, password = match.groups()
             if password is None:
                 if len(user) > 30 or _is_like_token(user):
                     yield (*match.span(1), _SURE)
-            elif not _compiled(_NO_USERINFO).fullmatch(password):
+            elif not _re(_NO_USERINFO).fullmatch(password):
                 yield (match.start(1), match.end(2), _NONE)
                 yield (*match.span(2), _SURE)
 
@@ -7719,35 +7726,29 @@ def _is_token(word: str) -> bool:
     >>> _is_token("acme_live_" + "a1B2c3D4" * 3), _is_token("Qwen2-VL-7B-Instruct-Int4")
     (True, False)
     """
-    prefix, *rest = _compiled(r"[-_.~]").split(word)
+    prefix, *rest = _re(r"[-_.~]").split(word)
     longest = max(rest, key=len, default="")
     need = 16
-    if _compiled(_MARKED).search(word):
+    if _re(_MARKED).search(word):
         need = 10
-    if len(longest) < need or len(prefix) > 20 or _compiled(_HASHED).fullmatch(prefix):
+    if len(longest) < need or len(prefix) > 20 or _re(_HASHED).fullmatch(prefix):
         return False
-    if _compiled(r"[0-9a-f]+|[0-9A-F]+").fullmatch(longest):
+    if _re(r"[0-9a-f]+|[0-9A-F]+").fullmatch(longest):
         return len(longest) >= 32 and len(rest) <= 3
-    if _compiled(r"\d").search(longest):
+    if _re(r"\d").search(longest):
         return _is_random(longest, need)
-    return bool(_compiled("[a-z][A-Z]").search(longest)) and _is_random(longest, 24)
+    return bool(_re("[a-z][A-Z]").search(longest)) and _is_random(longest, 24)
 
 
-# One of these is in any name of a secret; see _grade.
-_STEMS = (
-    "pass", "pw", "secret", "token", "key", "cred", "auth", "cookie", "jwt",
-    "bearer", "psk", "pat", "sas", "dsn", "login",
-)
+# One of these is in any name of a secret (see _grade).
+_STEMS = "pass|pw|secret|token|key|cred|auth|cookie|jwt|bearer|psk|pat|sas|dsn|login"
 # One of these, or a long word, is in any text that has a secret.
 _HINTS = (
-    *_STEMS, "://", "earer ", "asic ", "hook", "/t/", "-u", "?", "&", ";", "eyj",
-    "aiza", "xox", "xapp", "live", "test", "prod", "sandbox", "api", "tkn", "sk",
-    "seck",
-)
-_ALNUM = bytes(n if chr(n).isalnum() and n < 128 else 32 for n in range(256))
-_WORD_CHARACTERS = frozenset(
-    "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_.-"
-)
+    f"{_STEMS}|://|earer |asic |hook|/t/|-u|?|&|;|eyj|aiza|xox|xapp|live|test|prod"
+    "|sandbox|api|tkn|sk|seck"
+).split("|")
+_ALNUM = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
+_NAMED = _ALNUM + "_.-"  # the characters of names and tokens
 # What follows a name. A value without quotes ends where the next `name=` begins, as in
 # lr=0.1,password=a;b,wd=0.2
 _ASSIGNS = r"\\?[\"']{0,2}\]?[ \t]{0,40}(?::=|=>|[:=](?!=))[ \t]{0,40}"
@@ -7846,14 +7847,13 @@ def _code_finds(text: str, name: bytes) -> list[_Find]:
 
 def _tokens_in_code(text: str) -> Iterator[_Find]:
     # To look at the long words is quicker than to search for forty beginnings.
-    words = text.encode("latin-1", "replace").translate(_WORD_BYTES).split()
-    for word in {word.decode() for word in words if len(word) >= 20}:
-        token = _compiled(_CODE_TOKEN).match(word)
-        if not token or not _is_shaped(token) or _compiled(_EXAMPLE).search(word):
+    for word in _long_words(text, 20, _NAMED):
+        token = _re(_CODE_TOKEN).match(word)
+        if not token or not _is_shaped(token) or _re(_EXAMPLE).search(word):
             continue
         place = text.find(word)
         while place >= 0:
-            if text[place - 1 : place] not in _WORD_CHARACTERS:
+            if text[place - 1 : place] not in [*_NAMED]:
                 yield (place, place + token.end(), _SURE)
             place = text.find(word, place + 1)
 
@@ -7861,23 +7861,23 @@ def _tokens_in_code(text: str) -> Iterator[_Find]:
 def _private_keys_in_code(text: str) -> Iterator[_Find]:
     if "PRIVATE KEY" not in text:
         return
-    for header in _compiled(_KEY_HEADER).finditer(text):
-        line = _compiled(_KEY_LINE).match(text, header.end())
+    for header in _re(_KEY_HEADER).finditer(text):
+        line = _re(_KEY_LINE).match(text, header.end())
         while line is not None:
             yield (*line.span(1), _SURE)
-            line = _compiled(_KEY_LINE).match(text, line.end())
+            line = _re(_KEY_LINE).match(text, line.end())
 
 
 def _literals_in_code(text: str) -> Iterator[_Find]:
     """Yield the random literals that stand under a secret's name."""
-    is_no_word = _compiled(_NO_WORD).search
-    for match in _compiled(r"[\"']([^\s\"'\\]{8,512})(?=\\?[\"'])").finditer(text):
+    is_no_word = _re(_NO_WORD).search
+    for match in _re(r"[\"']([^\s\"'\\]{8,512})(?=\\?[\"'])").finditer(text):
         value = match[1]
         if not is_no_word(value) or not _is_random(value, 8):
             continue
         start = match.start()
         before = text[max(0, start - MAX_BEFORE) : start].lower()
-        if not any(stem in before for stem in _STEMS):
+        if not _re(_STEMS).search(before):
             continue
         if text[start - 1 : start] == "\\":  # in a string of JSON
             start -= 1
@@ -7899,7 +7899,7 @@ def _grade_of_literal(text: str, start: int) -> int:
     if before.endswith((" or ", " else ", "|| ", "?? ")) or " ? " in before[-60:]:
         patterns.insert(0, _OTHERWISE)
     for pattern in patterns:
-        match = _compiled(pattern).search(before)
+        match = _re(pattern).search(before)
         if match is None:
             continue
         name = match[1]
@@ -7910,7 +7910,7 @@ def _grade_of_literal(text: str, start: int) -> int:
         if name.lower() in ("default", "value", "fallback"):
             # - name: DB_PASSWORD
             #   value: "..."
-            names = ["", *_compiled(_PAIRED).findall(before[: match.start()])]
+            names = ["", *_re(_PAIRED).findall(before[: match.start()])]
             grade = _grade(names[-1])
         elif grade >= _RANDOM or _tells_about(name):
             return grade
@@ -7934,7 +7934,7 @@ def _grade_around(text: str, place: int) -> int:
             grade = _grade(name)
             if name.endswith("login"):
                 grade = _MIXED
-        match = _compiled(_ASSIGNED).search(before) or _compiled(_LABEL).search(before)
+        match = _re(_ASSIGNED).search(before) or _re(_LABEL).search(before)
         if match:
             grade = max(grade, _grade(match[1]))
         if grade >= _RANDOM:
@@ -7946,7 +7946,7 @@ def _grade_around(text: str, place: int) -> int:
 def _opener_before(text: str, place: int) -> int:
     start = max(0, place - MAX_BEFORE)
     depth = 0
-    for match in reversed(list(_compiled(r"[][(){}]").finditer(text, start, place))):
+    for match in reversed(list(_re(r"[][(){}]").finditer(text, start, place))):
         if match[0] in ")]}":
             depth += 1
         elif depth == 0:
@@ -7960,22 +7960,22 @@ def _is_secret_in_code(grade: int, value: str) -> bool:
     """Return whether a value in code is a secret: random, no example, no template."""
     if grade == _NONE or _is_harmless(value):
         return False
-    if _compiled(_EXAMPLE).search(value) or _compiled(_TEMPLATE).search(value):
+    if _re(_EXAMPLE).search(value) or _re(_TEMPLATE).search(value):
         return False
     if grade == _SURE:
-        return _is_random(value, 8) or _compiled(_CHOSEN).match(value) is not None
+        return _is_random(value, 8) or _re(_CHOSEN).match(value) is not None
     if grade == _MIXED:
         return _is_random(value, 10)
-    if grade < _TOKEN and _compiled(_HEX).fullmatch(value):
+    if grade < _TOKEN and _re(_HEX).fullmatch(value):
         return False  # the key of a cache is a hash
-    if not _compiled(r"[\w.~+/=%:;,|@-]{25,}").fullmatch(value):
+    if not _re(r"[\w.~+/=%:;,|@-]{25,}").fullmatch(value):
         return False  # too short, or the tables of a parser
     return _is_like_token(value)
 
 
 def _assigned_in_code(text: str) -> Iterator[_Find]:
-    for match in _compiled(_ASSIGNED_VALUE).finditer(text):
-        if not _compiled(_NO_WORD).search(match[1]):
+    for match in _re(_ASSIGNED_VALUE).finditer(text):
+        if not _re(_NO_WORD).search(match[1]):
             continue
         before = text[max(0, match.start() - MAX_LINE) : match.start()]
         before = before.rstrip(" \t\"'\\]")
@@ -7987,9 +7987,6 @@ def _assigned_in_code(text: str) -> Iterator[_Find]:
             yield (*match.span(1), grade)
 
 
-# All bytes, with a blank in the place of what no token has.
-_WORD_BYTES = bytes(n if chr(n) in _WORD_CHARACTERS else 32 for n in range(256))
-_NAMED = "".join(_WORD_CHARACTERS)
 # What random values have, and most words do not: to look for it is quick.
 _NO_WORD = r"\d|[a-z][A-Z]|[!@#$%^&*+=?;,]"
 # What stands directly before a literal: `name: str = "`, `"name": "`, `x["name"] = r"`.
@@ -8061,7 +8058,7 @@ def _values_in_configuration(text: str) -> Iterator[_Find]:
         if text[name.start() - 1 : name.start()] == "[":
             patterns.insert(0, _SECTION)
         for pattern in patterns:
-            match = _compiled(pattern).match(text, name.end())
+            match = _re(pattern).match(text, name.end())
             if match is None:
                 continue
             values = match[1]
@@ -8069,7 +8066,7 @@ def _values_in_configuration(text: str) -> Iterator[_Find]:
                 done = match.end(1)
             if pattern == _BLOCKS[0]:
                 values = _indented(values, text[: name.start()].rpartition("\n")[2])
-            for word in _compiled(_PLAIN_VALUE).finditer(values):
+            for word in _re(_PLAIN_VALUE).finditer(values):
                 value = word[1].rstrip(",;)]}")
                 if _is_secret_in_code(grade, value):
                     start = match.start(1) + word.start(1)
@@ -8186,7 +8183,7 @@ def _grade(name: str) -> int:
     >>> _grade("DB_PASSWORD"), _grade("accessKey"), _grade("sort_key"), _grade("lr")
     (5, 4, 1, 0)
     """
-    if not _compiled("|".join(_STEMS)).search(name.lower()):
+    if not _re(_STEMS).search(name.lower()):
         return _NONE
     words = _name_words(name[-200:])
     if not words or words[0] in _QUESTION_WORDS or "public" in words:
@@ -8228,9 +8225,9 @@ def _grade_of_last(before: str, last: str) -> int:
 def _name_words(name: str) -> list[str]:
     """Return the words of a name in lower case, those of secrets in the singular."""
     words = []
-    for found in _compiled(_WORDS).findall(name):
+    for found in _re(_WORDS).findall(name):
         word = found.lower()
-        match = _compiled(_RUN_TOGETHER).fullmatch(word)
+        match = _re(_RUN_TOGETHER).fullmatch(word)
         if match is None:
             words.append(word)
             continue
@@ -8266,14 +8263,14 @@ def _is_secret(grade: int, value: str) -> bool:
 
 def _is_mixed(value: str) -> bool:
     """Return whether a value is more than a word or two."""
-    if _compiled(r"\d|[a-z][A-Z]|[^\w\s.]").search(value[:4096]):
+    if _re(r"\d|[a-z][A-Z]|[^\w\s.]").search(value[:4096]):
         return True
     return _is_random(value, 8)
 
 
 def _is_like_token(value: str) -> bool:
     """Return whether a value has a long random piece, as tokens have."""
-    pieces = _compiled(r"[-_.:~/]").split(value[:4096])
+    pieces = _re(r"[-_.:~/]").split(value[:4096])
     return _is_random(max(pieces, key=len), 16)
 
 
@@ -8284,12 +8281,12 @@ def _is_random(value: str, length: int) -> bool:
     (True, False)
     """
     value = value[:256]
-    if len(value) < length or _compiled(r"\s").search(value):
+    if len(value) < length or _re(r"\s").search(value):
         return False
-    if _compiled(_HEX).fullmatch(value):
+    if _re(_HEX).fullmatch(value):
         return True
     # No name goes so often from letters to digits and back without a separator.
-    changes = _compiled(r"(?i)[a-z](?=\d)|\d(?=[a-z])").findall(value)
+    changes = _re(r"(?i)[a-z](?=\d)|\d(?=[a-z])").findall(value)
     if len(value) >= 30 and len(changes) >= 4 and value.isalnum():
         return True
     # How many neighbours do not go together in words: of random letters and digits two
@@ -8331,7 +8328,7 @@ def _pair_surprise(first: str, second: str) -> float:
     elif pair.isalnum():
         if not pair.isnumeric():
             return 1.0
-    elif _compiled("[!@#$%^&*+=?;,]").search(pair):
+    elif _re("[!@#$%^&*+=?;,]").search(pair):
         return 0.5
     return 0.0
 
@@ -8353,15 +8350,15 @@ def _is_harmless(value: str) -> bool:
     """Return whether a value is none that one would keep secret, whatever its name."""
     if len(value) >= 4096:
         return False
-    if _compiled(_HARMLESS).fullmatch(value):
+    if _re(_HARMLESS).fullmatch(value):
         return True
-    if _compiled(_PATH).fullmatch(value) and not _is_like_token(value):
+    if _re(_PATH).fullmatch(value) and not _is_like_token(value):
         return True
     return value.startswith("/") and "\0" not in value and lexists(value)
 
 
 @functools.cache
-def _compiled(pattern: str) -> re.Pattern[str]:
+def _re(pattern: str) -> re.Pattern[str]:
     """Return a compiled pattern; to compile all of them at import would take 6 ms."""
     return re.compile(pattern)
 
@@ -8430,7 +8427,7 @@ def _audit_finds(text: str, name: bytes) -> list[_Find]:
     """Return the secrets in a file of a run; all but code is searched for facts too."""
     if name.endswith((b".patch", b".diff")):
         # Without the signs each line begins as in its file, perhaps configuration.
-        return _code_finds(_compiled(r"(?m)^[-+ ]").sub(" ", text), b".env")
+        return _code_finds(_re(r"(?m)^[-+ ]").sub(" ", text), b".env")
     finds = _code_finds(text, name)
     if not name.endswith((b".py", b".ipynb")):
         finds += _fact_finds(text)
@@ -10307,7 +10304,7 @@ class _Condition:
             if not self._has(r"\)"):
                 raise self._problem()
             return inner
-        found = _compiled(_TERM).match(self.rest)
+        found = _re(_TERM).match(self.rest)
         if found is None:
             raise self._problem()
         # No part of an operator is in a value without quotes: not "lr<=>3".
@@ -10513,7 +10510,7 @@ _RECORD_FILE = (
 
 def _output_sizes(run_dir: StrPath) -> dict[str, int]:
     sizes = _file_sizes(run_dir, ("logs", "attempts"))
-    is_record = _compiled(f"(?s){_RECORD_FILE}").fullmatch
+    is_record = _re(f"(?s){_RECORD_FILE}").fullmatch
     return {name: size for name, size in sizes.items() if not is_record(name)}
 
 
