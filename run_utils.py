@@ -8442,7 +8442,7 @@ def _audit_finds(text: str, name: bytes) -> list[_Find]:
 def _config_document(command: str, args: object) -> Facts:
     plain = _plain(args)
     if plain is None:
-        return {"command": command}
+        plain = {}
     if isinstance(plain, dict) and plain.get("command", command) == command:
         return {"command": command, **plain}
     return {"command": command, "args": plain}
@@ -8455,12 +8455,11 @@ def _plain(value: object, whole: bool = False) -> JSON:
     config (Settings) a text in angle brackets; `whole` lifts the limits. Keys become
     strings as in JSON, with a number added when one is taken.
     """
-    conversion = _Conversion()
+    scale = 1
     if whole:
-        conversion.scale = 1_000_000
-        conversion.room *= conversion.scale
+        scale = 1_000_000
     try:
-        return conversion.plain(value)
+        return _Conversion(scale).plain(value)
     except RecursionError:
         return "<no room left on the call stack>"
 
@@ -8468,9 +8467,9 @@ def _plain(value: object, whole: bool = False) -> JSON:
 class _Conversion:
     """One conversion: how much may still be written, and which objects are around."""
 
-    def __init__(self) -> None:
-        self.scale = 1  # of the limits
-        self.room = MAX_NODES  # values that may still be written
+    def __init__(self, scale: int) -> None:
+        self.scale = scale  # of the limits
+        self.room = MAX_NODES * scale  # values that may still be written
         self.parents: set[int] = set()  # ids of the objects that are being converted
 
     def plain(self, value: Any) -> JSON:
@@ -8484,9 +8483,8 @@ class _Conversion:
             return text
         if issubclass(kind, int):
             value = int.__int__(value)
-            bits = value.bit_length()
-            if bits > MAX_INT_BITS:
-                return f"<int of {bits} bits, {hex(value)[:40]}...>"
+            if value.bit_length() > MAX_INT_BITS:
+                return f"<int of {value.bit_length()} bits, {hex(value)[:40]}...>"
             return value
         if issubclass(kind, float):
             return float.__float__(value)
@@ -8562,7 +8560,7 @@ class _Conversion:
         count = len(items)
         if count > MAX_ITEMS * self.scale + 1:
             count = MAX_ITEMS * self.scale
-        for _, item in list(zip(range(count), items)):
+        for item in list(itertools.islice(items, count)):
             if self.room > 0:
                 yield item
 
@@ -8575,7 +8573,10 @@ class _Conversion:
         is_apart = is_apart or hasattr(kind, "iloc")
         if math.prod(shape) <= MAX_ARRAY * self.scale and not is_apart:
             try:
-                return self.plain(_array_items(value))
+                items = value
+                if getattr(value.dtype, "char", "") in [*"MmgG"]:
+                    items = value.astype(str)  # times, long doubles
+                return self.plain(items.tolist())
             except Exception as error:
                 _raise_if_foreign(error)
         facts = f"shape={shape}"
@@ -8601,8 +8602,7 @@ def _short_repr(value: object) -> str:
         text = str.__str__(repr(value))
     except Exception as error:
         _raise_if_foreign(error)
-        raised = _type_name(type(error))
-        text = f"<{_type_name(type(value))}, repr raises {raised}>"
+        text = f"<{_type_name(type(value))}, repr raises {_type_name(type(error))}>"
     return _shortened(re.sub(r" at 0x[0-9A-Fa-f]+", "", text), MAX_REPR)
 
 
@@ -8612,19 +8612,14 @@ def _type_name(kind: type) -> str:
 
 
 def _field_names(kind: Any) -> list[str] | None:
+    fields = getattr(kind, "__attrs_attrs__", None)
     if hasattr(kind, "__dataclass_fields__"):
-        return [field.name for field in sys.modules["dataclasses"].fields(kind)]
-    if hasattr(kind, "__attrs_attrs__"):
-        return [attribute.name for attribute in kind.__attrs_attrs__]
+        fields = sys.modules["dataclasses"].fields(kind)
+    if fields is not None:
+        return [field.name for field in fields]
     if issubclass(kind, tuple) and hasattr(kind, "_fields"):
         return list(kind._fields)
     return None
-
-
-def _array_items(value: Any) -> object:
-    if getattr(value.dtype, "char", "") in ("M", "m", "g", "G"):  # times, long doubles
-        value = value.astype(str)
-    return value.tolist()
 
 
 def _bytes_text(value: Any) -> str:
@@ -8645,7 +8640,7 @@ def _function_name(function: Any) -> str:
 
 
 def _omegaconf_container(config: Any) -> object:
-    """Return an OmegaConf container with its interpolations resolved."""
+    """Return an OmegaConf container, its interpolations resolved where they can be."""
     to_container = sys.modules["omegaconf"].OmegaConf.to_container
     try:
         return to_container(config, resolve=True)
@@ -8658,7 +8653,7 @@ def _omegaconf_container(config: Any) -> object:
     for key in keys:
         try:
             written[key] = config[key]
-        except Exception as error:  # this is the one that leads nowhere
+        except Exception as error:
             _raise_if_foreign(error)
     return written
 
@@ -8725,11 +8720,9 @@ def _flattened(prefix: str, value: JSON) -> dict[str, JSON]:
 
     Where {"a.b": 1} and {"a": {"b": 2}} meet, keys with a dot in them are quoted.
     """
-    if not isinstance(value, dict):
-        return {prefix: value}
-    leaves: list[tuple[list[str], JSON]] = []
-    for key, item in value.items():
-        leaves += _leaves([*filter(None, [prefix]), str(key)], item)
+    if value == {}:
+        return {}
+    leaves = [*_leaves([*filter(None, [prefix])], value)]
     found = {".".join(path): leaf for path, leaf in leaves}
     if len(found) < len(leaves):
         found = {".".join(map(_quoted_key, path)): leaf for path, leaf in leaves}
@@ -8746,9 +8739,9 @@ def _leaves(path: list[str], value: JSON) -> Iterator[tuple[list[str], JSON]]:
     """Yield what is no mapping in nested ones, or an empty one, with its keys."""
     if not isinstance(value, dict) or not value or len(path) > MAX_DEPTH:
         yield path, value
-        return
-    for key, item in value.items():
-        yield from _leaves([*path, str(key)], item)
+    else:
+        for key, item in value.items():
+            yield from _leaves([*path, str(key)], item)
 
 
 # JSON: strict, ASCII, and nothing makes it fail.
@@ -8814,12 +8807,11 @@ def _yaml_tree(value: JSON) -> JSON:
         return {_yaml_scalar(key): _yaml_tree(item) for key, item in value.items()}
     if value and isinstance(value, list):
         items = [_yaml_tree(item) for item in value]
-        if not all(isinstance(item, str) for item in items):
-            return items
-        text = f"[{', '.join(items)}]"
-        if len(text) > YAML_WIDTH:
-            return items
-        return text
+        if all(isinstance(item, str) for item in items):
+            text = f"[{', '.join(items)}]"
+            if len(text) <= YAML_WIDTH:
+                return text
+        return items
     return _yaml_scalar(value)
 
 
@@ -8856,24 +8848,25 @@ _YAML_MISREAD = "(?i)y|n|yes|no|on|off|true|false|null|none|nan|inf"
 def _parse_yaml(text: str) -> JSON:
     """Return a YAML document as plain data, read by PyYAML; raise only ValueError.
 
-    Aliases and merge keys (`<<: [*a, *a]`) may stand for data of any size: they are
+    Aliases and merge keys (`<<: [*a, *a]`), which may stand for data of any size, are
     bounded.
     """
     _refuse_hostile_yaml(text)
     yaml = _pyyaml()
     base = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    flatten = base.flatten_mapping
 
-    def flatten_within_limits(loader: Any, node: Any) -> None:
-        before = len(node.value)
-        flatten(loader, node)
-        loader.merged += len(node.value) - before
-        if loader.merged > MAX_ITEMS:
-            raise ValueError("its merge keys make too many items")
+    class Loader(base):  # type: ignore
+        merged = 0
 
-    limits = {"flatten_mapping": flatten_within_limits, "merged": 0}
+        def flatten_mapping(self, node: Any) -> None:
+            before = len(node.value)
+            super().flatten_mapping(node)
+            self.merged += len(node.value) - before
+            if self.merged > MAX_ITEMS:
+                raise ValueError("its merge keys make too many items")
+
     try:
-        return _plain(yaml.load(text, type("Loader", (base,), limits)))
+        return _plain(yaml.load(text, Loader))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except Exception as error:  # a date such as 2024-99-99, a list as a key
@@ -8888,9 +8881,9 @@ def _refuse_hostile_yaml(text: str) -> None:
     for bracket in re.findall(r"[][{}]", text):
         if bracket in "[{":
             depth += 1
-            deepest = max(depth, deepest)
-        elif depth > 0:
-            depth -= 1
+        else:
+            depth = max(0, depth - 1)
+        deepest = max(depth, deepest)
     if deepest > 500 or re.search(r"^[ \t?:-]{500}", text, re.M):
         raise ValueError("it is nested too deeply")  # for the stack of libyaml
     if re.search(r"[\d_:]{5000}", text):  # 1:59:59 is a number to base 60
@@ -8908,11 +8901,11 @@ def _pyyaml() -> Any:
     if hasattr(loaded, "SafeLoader"):
         return loaded
     found = machinery.PathFinder.find_spec("yaml")
-    here = os.path.join(realpath(os.curdir), "yaml")
+    places = getattr(found, "submodule_search_locations", None)
     try:
-        if found is None or not found.submodule_search_locations:
+        if not places:
             raise ImportError("there is no such package")
-        if here in map(realpath, found.submodule_search_locations):
+        if realpath("yaml") in map(realpath, places):
             raise ImportError("the current folder has one, which is not run")
         return import_module("yaml")
     except (Exception, SystemExit) as error:
