@@ -673,8 +673,7 @@ class Run(dict):  # type: ignore[type-arg]
     def config(self) -> Facts:
         """The arguments, from metadata.json; of an ancestor's run from config.yaml."""
         config = _mapping(self.metadata, "config") or self.read_config()
-        floats: Facts = _with_floats(config)
-        return floats
+        return _mapping(_with_floats(config))
 
     @cached_property
     def flat_config(self) -> Facts:
@@ -841,12 +840,11 @@ def _total_duration(run: Run) -> float | None:
 
 
 def _started_utc(run: Run) -> object:
-    started = run.status.get("started_utc")
-    if started is None:
-        started = run.metadata.get("timestamp_utc")
-    if started is None:
-        started = run.status.get("timestamp_utc")
-    return started
+    return (
+        run.status.get("started_utc")
+        or run.metadata.get("timestamp_utc")
+        or run.status.get("timestamp_utc")
+    )
 
 
 def _script_of(run: Run) -> str:
@@ -7087,7 +7085,6 @@ def _same_input(entry: Facts) -> str:
 
 
 def _read_inputs(run_dir: StrPath) -> list[Facts]:
-    """Return which files of other runs a run used."""
     different: dict[str, Facts] = {}
     for entry in [*_recorded_inputs(run_dir), *_read_lines(f"{run_dir}/inputs.jsonl")]:
         if isinstance(entry.get("path"), str):
@@ -10004,23 +10001,22 @@ class _Filters:
         self.tag: str | None = options.get("tag")
         self.contains: str = (options.get("contains") or "").lower()
         self.has_outputs: bool = options.get("has_outputs", False)
-        self.since = _moment(options.get("since"), "since")
-        self.older = _moment(options.get("older"), "older")
+        self.since = _moment("since", options)
+        self.older = _moment("older", options)
         self.where: _Condition | None = None
         if options.get("where") is not None:
             self.where = _Condition(options["where"])
         self.sort: _Key | None = None
-        sort = options.get("sort")
-        self.reverse = sort is not None and sort.startswith("-")
-        if sort is not None:
-            self.sort = _Key(sort.removeprefix("-"))
-        top = options.get("top")
-        self.is_top = top is not None
-        if self.is_top and sort is None:
-            raise ValueError("top is of a value; give one as sort='-max(KEY)'")
+        self.reverse = False
+        if options.get("sort") is not None:
+            self.reverse = options["sort"].startswith("-")
+            self.sort = _Key(options["sort"].removeprefix("-"))
         self.limit: int | None = options.get("limit")
+        self.is_top = options.get("top") is not None
         if self.is_top:
-            self.limit = top
+            self.limit = options["top"]
+            if self.sort is None:
+                raise ValueError("top is of a value; give one as sort='-max(KEY)'")
         if self.limit is not None and self.limit < 0:
             raise ValueError(f"limit is {self.limit}; give 0 for all, or a number")
 
@@ -10067,8 +10063,9 @@ class _Filters:
                 yield f"no run has the tag {self.tag!r}{_similar(self.tag, tags)}"
 
 
-def _moment(text: str | None, name: str) -> float | None:
+def _moment(name: str, options: Mapping[str, JSON]) -> float | None:
     """Return the seconds since 1970 of an age ("90s", "12h", "7d") or of a UTC date."""
+    text = options.get(name)
     if text is None:
         return None
     age = re.fullmatch(r"(\d{1,9}(?:\.\d+)?)([smhdw])", text)
@@ -10427,7 +10424,7 @@ def _metric_facts(run: Run, key: str) -> Facts:
                 member = text.partition(_member_start(key))[2]
                 if not member:
                     return {}
-                return _mapping({key: _decoder.raw_decode(member)[0]}, key)
+                return _mapping(_decoder.raw_decode(member)[0])
     return _mapping(run.raw_summary, key)
 
 
