@@ -6263,11 +6263,13 @@ class _Plan:
         self.run = Run(self.folder, row=False)
         self.metadata = self.run.metadata
         self.argv = _texts(self.metadata, "argv")
+        self.cwd = _word(self.metadata, "working_dir")
         if not self.argv:
             raise ValueError(f"{self.folder!r} has no metadata.json with its command")
         self.git = _mapping(self.metadata, "git")
         self.patch = _mapping(self.git, "patch")
         self.root = _word(self.patch, "root") or _word(self.git, "root")
+        self.origin = _word(self.metadata, "python", "origin")
         self.python = self._recorded_python()
         self.launcher: list[str] = []  # before the command of one rank
         self.steps: list[Facts] = []
@@ -6297,9 +6299,8 @@ class _Plan:
 
     def _recorded_python(self) -> str | None:
         """Return the Python that would run it again, None if the command needs none."""
-        facts = _mapping(self.metadata, "python")
-        recorded = _word(facts, "executable")
-        if not recorded or facts.get("origin") == "PATH":
+        recorded = _word(self.metadata, "python", "executable")
+        if not recorded or self.origin == "PATH":
             return None
         if re.match(_PYTHON, basename(recorded)) and isfile(recorded):
             owners = {os.lstat(recorded).st_uid, os.stat(recorded).st_uid}
@@ -6331,8 +6332,7 @@ class _Plan:
 
     def _add_value(self, name: str, value: str) -> None:
         config = {_bare(_short(key)): old for key, old in self.run.flat_config.items()}
-        is_ours = _at(self.metadata, "python", "origin") == "this process"
-        if _bare(name) not in config or not is_ours:
+        if _bare(name) not in config or self.origin != "this process":
             hint = _similar(name, config)
             raise ValueError(f"no word of the command sets {name!r}{hint}")
         has_flags = any(word.startswith("--") for word in self.argv)
@@ -6390,7 +6390,6 @@ class _Plan:
         """Hold the files of other runs against what they were."""
         inputs = _read_inputs(self.run_dir)
         problems = []
-        cwd = _word(self.metadata, "working_dir")
         for entry in inputs:
             place, problem = _input_now(entry, self.run_dir)
             if problem is not None:
@@ -6398,7 +6397,7 @@ class _Plan:
             recorded = os.path.join(_word(entry, "run_dir"), entry["path"])
             for number, word in enumerate(self.argv):
                 start, equals, value = word.rpartition("=")
-                if normpath(os.path.join(cwd, value)) == recorded:
+                if normpath(os.path.join(self.cwd, value)) == recorded:
                     # The new tree has no results, so it is named by its full path.
                     self.argv[number] = start + equals + place
         if problems:
@@ -6418,12 +6417,10 @@ class _Plan:
             text = "redacted in the code; fill them in by hand"
             self.add("secrets", 1, text, names, stops=True)
         env = _mapping(self.metadata, "env")
-        missing = [
-            name for name, value in env.items()
-            if REDACTED in str(value) and name not in os.environ
-        ]
+        secret = [name for name, value in env.items() if REDACTED in str(value)]
+        missing = ", ".join(name for name in secret if name not in os.environ)
         if missing:
-            self.add("secrets", 0, f"the environment also had {', '.join(missing)}")
+            self.add("secrets", 0, f"the environment also had {missing}")
 
     def _check_environment(self, local_packages: Iterable[Facts]) -> None:
         """Compare Python, packages and GPUs with those that --exec would use."""
@@ -6536,16 +6533,15 @@ class _Plan:
         texts = []
         left_out = _rows(self.patch, "left_out")
         for entry in left_out:
-            source = os.path.join(self.root, _word(entry, "path"))
-            place = os.path.join(tree, _word(entry, "path"))
+            path, known = _word(entry, "path"), entry.get("sha256")
+            source, place = os.path.join(self.root, path), os.path.join(tree, path)
             folder = realpath(dirname(place))
-            is_inside = f"{folder}/".startswith(realpath(tree) + "/")
-            now = _sha256(source)
-            if is_inside and now is not None and now == entry.get("sha256"):
+            is_inside = f"{folder}/".startswith(f"{realpath(tree)}/")
+            if is_inside and known is not None and _sha256(source) == known:
                 os.makedirs(folder, exist_ok=True)
                 shutil.copy(source, place)
             else:
-                texts.append(f"{entry.get('path')}: {entry.get('reason')}")
+                texts.append(f"{path}: {entry.get('reason')}")
         more = int(_number(self.patch.get("left_out_count")) or 0) - len(left_out)
         if more > 0:
             texts.append(f"{more} more that were left out")
@@ -6631,16 +6627,14 @@ class _Plan:
         return lines
 
     def command(self, target: str) -> tuple[list[str], str]:
-        cwd = _word(self.metadata, "working_dir")
         words = [_moved(word, self.root, target) for word in self.argv]
-        is_python = bool(re.match(_PYTHON, basename(words[0])))
-        if self.python and is_python:
-            words[0] = self.python
-        if self.launcher[:1] == ["torchrun"] and is_python:
-            del words[0]
-            while words[:1] == ["-u"]:  # it says that by itself
+        if re.match(_PYTHON, basename(words[0])):
+            words[0] = self.python or words[0]
+            if self.launcher[:1] == ["torchrun"]:
                 del words[0]
-        return [*self.launcher, *words], _moved(cwd, self.root, target)
+                while words[:1] == ["-u"]:  # it says that by itself
+                    del words[0]
+        return [*self.launcher, *words], _moved(self.cwd, self.root, target)
 
     def to_json(self, target: str | None) -> Facts:
         words, place = self.command(target or self.root)
@@ -6775,12 +6769,11 @@ def _fetch(place: str, base: Facts, former: str) -> list[str]:
     url = re.sub(f"[^/]*{REDACTED}[^/]*@", "", _word(base, "url"))
     if url:
         _new_git(place, "remote", "add", "--", "origin", url)
-    problem = ""
+    problem = "they are gone"
     everything = "+refs/heads/*:refs/remotes/origin/*"
-    sources = [url]
-    if isdir(former):
-        sources.insert(0, former)
-    for source in filter(None, sources):
+    for source in (former, url):
+        if not source or (source == former and not isdir(former)):
+            continue
         for options in (["--depth=1", "--", source, commit], ["--", source, commit],
                         ["--", source, everything]):
             try:
@@ -6791,7 +6784,7 @@ def _fetch(place: str, base: Facts, former: str) -> list[str]:
             except _Unknown as reason:
                 problem = str(reason)
     nobody = f"neither {former!r} nor {url or 'a remote'!r}"
-    raise _Unknown(f"{nobody} has commit {commit[:12]}: {problem or 'they are gone'}")
+    raise _Unknown(f"{nobody} has commit {commit[:12]}: {problem}")
 
 
 def _new_git(place: str, *words: str) -> bytes:
@@ -6809,7 +6802,7 @@ def _run_again(plan: _Plan, target: str, tolerance: float, is_quiet: bool) -> Fa
     if isdir(venv):
         path = os.pathsep.join([f"{venv}/bin", env.get("PATH", "")])
         env.update(VIRTUAL_ENV=venv, PATH=path)
-    if _at(plan.metadata, "python", "origin") != "this process":
+    if plan.origin != "this process":
         base = f"{target}/results/{plan.run.path.parent.name}"
         prefix = re.split(f"-{_STAMP}", plan.run.name)[0]
         ours = ["run", "--base-dir", base, "--prefix", prefix]
