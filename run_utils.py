@@ -6732,23 +6732,26 @@ def _package_now(package: Facts) -> str | None:
     return None
 
 
-def _input_now(entry: Facts, run_dir: str) -> tuple[str, str | None]:
+def _input_now(
+    entry: Facts, run_dir: StrPath, deadline: float = float("inf")
+) -> tuple[str, str | None]:
     """Return where an input is now, and what is wrong with it."""
-    beside = normpath(os.path.join(run_dir, _word(entry, "relative")))
-    places = [f"{beside}/{entry['path']}", f"{entry.get('run_dir')}/{entry['path']}"]
-    for place in filter(exists, places):
-        info = os.stat(place)
-        size = entry.get("size")
-        if size is None or entry.get("mtime") == _utc(info.st_mtime):
+    places = [f"{place}/{entry['path']}" for place in _producer_places(entry, run_dir)]
+    found = list(filter(exists, places))
+    size = entry.get("size")
+    for place in found:
+        if size is None or entry.get("mtime") == _utc(os.stat(place).st_mtime):
             return place, None
-        if not info.st_size and size:
+    for place in found:
+        now = os.stat(place).st_size
+        if not now and size:
             return place, "is empty"
-        if info.st_size != size:
-            return place, f"has {info.st_size} bytes, not {size}"
-        producer = _read_json(f"{_run_of(place)}/metadata.json")
-        outputs = _rows(producer, "outputs")
+        if now != size:
+            return place, f"has {now} bytes, not {size}"
+        digest = _sha256(place, deadline)
+        outputs = _rows(_read_json(f"{_run_of(place)}/metadata.json"), "outputs")
         known = {output.get("path"): output.get("sha256") for output in outputs}
-        if known.get(entry["path"]) == _sha256(place):
+        if digest is not None and known.get(entry["path"]) == digest:
             return place, None  # only its time is another
         return place, "has changed"
     return places[-1], "is gone"
@@ -7085,6 +7088,12 @@ def _read_inputs(run_dir: StrPath) -> list[Facts]:
     return list(different.values())
 
 
+def _producer_places(entry: Facts, run_dir: StrPath) -> list[str]:
+    """Return where the run of an input may be: moved with us, or in its place."""
+    beside = os.path.join(run_dir, _word(entry, "relative") or "?")
+    return [normpath(beside), _word(entry, "run_dir") or "?"]
+
+
 def _recorded_inputs(run_dir: StrPath) -> list[Facts]:
     """Return `inputs` of metadata.json; of an ancestor's run, what its config names."""
     metadata = _readable_bytes(f"{run_dir}/metadata.json", MAX_RECORD)
@@ -7178,12 +7187,11 @@ class _Lineage:
 
     def _where_now(self, entry: Facts, consumer: Path) -> Path:
         """Return where a producer is now: moved with us, in its place, or renamed."""
-        recorded = str(entry.get("run_dir") or "?")
-        beside = normpath(consumer / str(entry.get("relative") or "?"))
-        for place in (beside, recorded):
+        places = _producer_places(entry, consumer)
+        for place in places:
             if basename(place) == entry.get("run") and _is_run(place):
                 return Path(realpath(place))
-        return self._find(Path(recorded))
+        return self._find(Path(places[-1]))
 
     def _find(self, path: Path) -> Path:
         """Return the run that had this name; the path itself when there is none."""
@@ -11453,7 +11461,8 @@ def _run_paragraphs(run: Run) -> Iterator[Paragraph]:
     config = _arguments(run.config)
     if config:
         yield "config", _first(_format_yaml(config).splitlines())
-    yield "inputs", _first([_format_input(entry) for entry in _read_inputs(run.path)])
+    used = _read_inputs(run.folder)
+    yield "inputs", _first([_format_input(entry, run.folder) for entry in used])
     yield "tied to", _tied_names(run)
     yield "used by", _first(run.used_by)
     yield "outputs", _format_outputs(run)
@@ -11558,17 +11567,15 @@ def _format_start(run: Run) -> str:
     return f"{who}, Python {version} on {machine}"
 
 
-def _format_input(entry: Facts) -> str:
-    name = _text(entry["path"])
+def _format_input(entry: Facts, run_dir: str) -> str:
     about = _known_text(entry, "status")
-    try:
-        path = os.path.join(_known_text(entry, "run_dir"), name)
-        if entry.get("mtime") not in (None, _utc(os.stat(path).st_mtime)):
-            about += ", changed since"
-    except (OSError, ValueError):  # a name with a zero in it
+    _, problem = _input_now(entry, run_dir, deadline=0.0)
+    if problem == "is gone":
         about += ", not there now"
-    run = _known_text(entry, "run")
-    return f"{_known_text(entry, 'key')}: {run}/{name} ({about})"
+    elif problem is not None:
+        about += ", changed since"
+    name = f"{_known_text(entry, 'run')}/{_text(entry['path'])}"
+    return f"{_known_text(entry, 'key')}: {name} ({about})"
 
 
 def _number_series(run: Run) -> dict[str, list[float]]:
@@ -12723,7 +12730,7 @@ def _run_facts(page: _Page, run: Run) -> Iterator[Paragraph]:
     yield "config", config
     yield "metrics", metrics
     yield "resources", _format_resources(_mapping(run.metadata, "resources"))
-    yield "used", [_format_input(entry) for entry in _read_inputs(run.folder)]
+    yield "used", [_format_input(each, run.folder) for each in _read_inputs(run.folder)]
     yield "tied to", _tied_names(run)
     yield "used by", run.used_by
     yield "notes", _format_notes(run)

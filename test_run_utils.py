@@ -10658,8 +10658,16 @@ class Inspecting(ReadingCase):
         line = "mark_artifact_used: a/artifacts/model.pt (success)"
         self.assertIn(f"inputs    {line}\n", out)
         self.assertIn("used by   next\n", self.ask("inspect", "a")[1])
+        tree = consumer.parents[1]
+        moved = tree.rename(tree.with_name("moved"))
+        model = moved / model.relative_to(tree)
+        show = ("inspect", str(moved / consumer.relative_to(tree)))
+        self.assertIn(f"inputs    {line}\n", self.ask(*show)[1])
+        model.write_text("longer")
+        os.utime(model, (1, 1))
+        self.assertIn("(success, changed since)\n", self.ask(*show)[1])
         model.unlink()
-        self.assertIn("(success, not there now)\n", self.ask("inspect", "next")[1])
+        self.assertIn("(success, not there now)\n", self.ask(*show)[1])
 
     def test_the_attempts_of_a_resumed_run(self) -> None:
         self.script("""
