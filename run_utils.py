@@ -6226,7 +6226,7 @@ def _cmd_verify(args: argparse.Namespace) -> int:
     return plan.level()
 
 
-_UNFINISHED = ".git/run_utils"  # in a tree that lacks files, or its environment
+_UNFINISHED = ".git/run_utils.half"  # in a tree that lacks files, or its environment
 
 
 def _make_room(tree: str) -> None:
@@ -11561,7 +11561,7 @@ def _format_start(run: Run) -> str:
     metadata = run.metadata
     user, host = _known_text(metadata, "user"), _known_text(metadata, "hostname")
     folder = _known_text(metadata, "working_dir")
-    version = _known_text(_mapping(metadata, "python"), "version").split(" ")[0]
+    version = _python_version(metadata) or "?"
     machine = _known_text(_mapping(metadata, "platform"), "platform")
     who = f"{_known_text(run, 'started_utc')} by {user} on {host} in {folder}"
     return f"{who}, Python {version} on {machine}"
