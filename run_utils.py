@@ -5823,9 +5823,8 @@ def _is_own_source(path: str, site: _Site) -> bool:
     real = realpath(path)
     if not isfile(real) or _is_installed(path) or _is_installed(real):
         return False
-    below = realpath(site.directory) + os.sep
     ours = realpath(_is_own_source.__code__.co_filename)
-    return real.startswith(below) or real != ours
+    return real != ours or _is_below(real, site.directory)
 
 
 class _Patch:
@@ -6514,7 +6513,7 @@ class _Plan:
         for inner in waiting:
             waiting += _rows(inner, "submodules")
             path = os.path.join(place, _word(inner, "path"))
-            if not realpath(path).startswith(realpath(place) + os.sep):
+            if not _is_below(path, place):
                 raise _Unknown(f"{inner.get('path')!r} leads out of the tree")
             if inner.get("base"):
                 former = os.path.join(root, _word(inner, "path"))
@@ -6535,10 +6534,9 @@ class _Plan:
         for entry in left_out:
             path, known = _word(entry, "path"), entry.get("sha256")
             source, place = os.path.join(self.root, path), os.path.join(tree, path)
-            folder = realpath(dirname(place))
-            is_inside = f"{folder}/".startswith(f"{realpath(tree)}/")
-            if is_inside and known is not None and _sha256(source) == known:
-                os.makedirs(folder, exist_ok=True)
+            is_same = known is not None and _sha256(source) == known
+            if is_same and _is_below(place, tree):
+                os.makedirs(dirname(place), exist_ok=True)
                 shutil.copy(source, place)
             else:
                 texts.append(f"{path}: {entry.get('reason')}")
@@ -9360,6 +9358,11 @@ def _unnamed_file(data: bytes) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _is_below(path: str, folder: str) -> bool:
+    """Tell whether a path leads into a folder, whatever links there are."""
+    return realpath(path).startswith(realpath(folder) + os.sep)
 
 
 def _write_all(descriptor: int, data: bytes) -> None:

@@ -6034,6 +6034,27 @@ class TheTreeAgain(ReproduceCase):
             self.assertIn(sentence, self.texts(plan, "code")[0])
         self.assertFalse((self.tmp / "evil").exists())
 
+    def test_a_link_in_the_tree_is_not_written_through(self) -> None:
+        self.pushed_repo()
+        outside = self.tmp / "outside"
+        outside.write_text("mine")
+        (self.repo / "link").symlink_to(outside)
+        self.git("add", "link")
+        run = self.record()
+        hostile = self.tmp / "hostile"
+        hostile.mkdir()
+        (hostile / "link").write_text("theirs")
+        path = run / "metadata.json"
+        metadata = json.loads(path.read_text())
+        digest = hashlib.sha256(b"theirs").hexdigest()
+        left_out = [{"path": "link", "sha256": digest, "reason": "too large"}]
+        metadata["git"]["patch"].update(root=str(hostile), left_out=left_out)
+        path.write_text(json.dumps(metadata))
+        plan = self.reproduce(run, status=1)
+        self.assertEqual(outside.read_text(), "mine")
+        (code,) = [step for step in plan["steps"] if step["about"] == "code"]
+        self.assertEqual(code["details"], ["link: too large"])
+
     def test_an_earlier_attempt(self) -> None:
         body = self.TRAIN.replace(
             '"exp", {', "resume=(sys.argv + [None])[1], config_args={"
