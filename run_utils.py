@@ -4748,6 +4748,18 @@ def _cgroup() -> str:
     return f"{_CGROUPS}{inner}".rstrip("/")
 
 
+def _in_cgroup(name: str, old_name: str, pattern: str) -> str | int | None:
+    """Return what a file about the memory of our control group says.
+
+    4:memory:/slurm/job_7      (version 1)
+    """
+    found = _match_in_file(f"{_cgroup()}/{name}", pattern)
+    if found is None:
+        group = _match_in_file("/proc/self/cgroup", r"^\d+:memory:(/.*)$")
+        found = _match_in_file(f"{_CGROUPS}/memory{group or '-'}/{old_name}", pattern)
+    return found
+
+
 # === Resources ===
 # What a run takes is measured by its recorder, from outside: processor time by
 # differences, memory by samples, GPUs by nvidia-smi. What is slow is asked less often.
@@ -4786,6 +4798,7 @@ class _Sampler:
     def summary(self) -> Facts:
         """Return peaks and means with their sources, for metadata.json."""
         self._take()
+        peak = _in_cgroup("memory.peak", "memory.max_usage_in_bytes", r"^(\d+)$")
         facts: Facts = {
             "samples": self.samples,
             "cpu_seconds": None,
@@ -4795,7 +4808,7 @@ class _Sampler:
             "memory_bytes_mean": self.memory.mean(),
             "memory_bytes_peak": self.memory.peak,
             "memory_source": " or ".join(self.sources) or None,
-            "cgroup_memory_bytes_peak": _cgroup_memory_peak(),
+            "cgroup_memory_bytes_peak": peak,
             "gpus": self.gpus.summary(),
             "gpu_source": self.gpus.source,
             "problem": self.problem or self.gpus.problem,
@@ -4907,19 +4920,6 @@ class _Values:
         if not self.count:
             return None
         return self.total // self.count
-
-
-def _cgroup_memory_peak() -> int | str | None:
-    """Return what the kernel says of our control group, for as long as that exists.
-
-    4:memory:/slurm/job_7      (version 1)
-    """
-    group = _match_in_file("/proc/self/cgroup", r"^\d+:memory:(/.*)$")
-    peak = _match_in_file(f"{_cgroup()}/memory.peak", r"^(\d+)$")
-    if peak is None and group is not None:
-        path = f"{_CGROUPS}/memory{group}/memory.max_usage_in_bytes"
-        peak = _match_in_file(path, r"^(\d+)$")
-    return peak
 
 
 class _GpuMeter:
@@ -9231,26 +9231,9 @@ def _exit_code(wait_status: int) -> int:
 
 
 def _oom_kills() -> int:
-    """Return how often the kernel has killed in this cgroup for want of memory.
-
-    4:memory:/slurm/job_7 (version 1)
-    0::/user.slice/session-2.scope (version 2)
-    """
-    groups = b""
-    with _ignoring(OSError):
-        groups = _read_proc("/proc/self/cgroup")
-    for line in os.fsdecode(groups).splitlines():
-        _, controllers, group = line.split(":", 2)
-        counter = f"/sys/fs/cgroup/memory{group}/memory.oom_control"
-        if not controllers:
-            counter = f"/sys/fs/cgroup{group}/memory.events"
-        elif "memory" not in controllers:
-            continue
-        with _ignoring(OSError):
-            found = re.search(rb"^oom_kill (\d+)", _read_proc(counter), re.M)
-            if found is not None:
-                return int(found[1])
-    return 0
+    """Return how often the kernel has killed in this cgroup for want of memory."""
+    found = _in_cgroup("memory.events", "memory.oom_control", r"^oom_kill (\d+)")
+    return int(found or 0)
 
 
 def _digest(name: str, data: bytes = b"") -> Any:

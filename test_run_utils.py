@@ -8491,6 +8491,23 @@ class WhoIsAlive(RunCase):
             self.skipTest("this machine lets nobody mount")
         self.assertIn('"status": "running"', done.stdout)
 
+    @unittest.skipUnless(LINUX, "there are no control groups")
+    def test_how_often_the_kernel_killed_for_want_of_memory(self) -> None:
+        """What version 2 of the control groups says comes before version 1."""
+        files = {"memory": ("memory", "memory.oom_control"), "": ("", "memory.events")}
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        groups = sorted((line.split(":", 2)[1:] for line in lines), reverse=True)
+        known = [(kind, group) for kind, group in groups if kind in files]
+        self.assertNotEqual(known, [])
+        with mock.patch.object(run_utils, "_CGROUPS", str(self.tmp)):
+            self.assertEqual(run_utils._oom_kills(), 0)
+            for count, (kind, group) in enumerate(known, 3):
+                folder, name = files[kind]
+                place = self.tmp / folder / group.lstrip("/")
+                place.mkdir(parents=True, exist_ok=True)
+                (place / name).write_text(f"oom 9\noom_kill {count}\n")
+                self.assertEqual(run_utils._oom_kills(), count)
+
 
 # === Files ===
 
