@@ -238,10 +238,7 @@ _DEFAULTS = {name: value for name, value in list(globals().items()) if name.isup
 
 def _changed_settings() -> Facts:
     """Return the settings that the program has assigned, for the recorder."""
-    now = globals()
-    return {
-        name: now[name] for name, value in _DEFAULTS.items() if now[name] != value
-    }
+    return _changed(_DEFAULTS, {name: globals()[name] for name in _DEFAULTS})
 
 
 # === Recording a run ===
@@ -1164,7 +1161,7 @@ class _Recording:
     def _write_end(self, record: _Record, ending: _Ending) -> None:
         """Write status.json, or a failed rank's own file, and the index line."""
         more: Facts = {"duration_seconds": round(time.monotonic() - self.begun, 3)}
-        _redactor.learn(self._new_variables())
+        _redactor.learn(_changed(self.variables, os.environ))  # as by load_dotenv()
         if ending.status == "failed" and ending.exception is None:
             prefix = _rank_prefix(self.launch.rank)
             ending.last_output = _last_output(record.path, prefix)
@@ -1200,14 +1197,6 @@ class _Recording:
             problem += "; that is left to the recorder"
             self.unwritten = _redactor.data(ending)
         _warn(problem)
-
-    def _new_variables(self) -> Facts:
-        """Return what the block has put into the environment, such as load_dotenv()."""
-        found = {}
-        for name, value in os.environ.items():
-            if self.variables.get(name) != value:
-                found[name] = value
-        return found
 
     def _leave(self, record: _Record, is_interrupted: bool) -> None:
         """Wait until the recorder has completed the record; let go of everything."""
@@ -4303,11 +4292,8 @@ def _late_determinism(before: Facts) -> Facts:
     """Return the seeds and flags that were set since `before`, for status.json."""
     if not before:
         return {}
-    late = {}
-    for name, value in _determinism().items():
-        if value is not None and value != before.get(name):
-            late[name] = value
-    return late
+    now = {name: value for name, value in _determinism().items() if value is not None}
+    return _changed(before, now)
 
 
 def _loaded(path: str) -> JSON:
@@ -10902,6 +10888,11 @@ def _at(facts: JSON, *keys: str) -> JSON:
             return None
         facts = facts.get(key)
     return facts
+
+
+def _changed(before: Mapping[str, JSON], now: Mapping[str, JSON]) -> Facts:
+    """Return what of `now` is new or has another value than before."""
+    return {key: value for key, value in now.items() if before.get(key) != value}
 
 
 def _mapping(facts: JSON, *keys: str) -> Facts:
