@@ -6648,14 +6648,13 @@ class _Plan:
         if target is not None and self.level() < 2:
             differing = [step["about"] for step in self.steps if step["level"]]
             if "environment" in differing and not isdir(f"{target}/.venv"):
-                lines += map(shlex.join, self.environment_commands(target))
-            words, place = self.command(target)
-            lines.append(f"cd {shlex.quote(place)} && {shlex.join(words)}")
+                lines += map(_shell_line, self.environment_commands(target))
+            lines.append(_shell_line(*self.command(target)))
         for number, line in enumerate(lines, 1):
             for part in f"{number}. {line}".split("\n"):
                 print(_printable(part))
         if target is not None and isdir(target):
-            print(_printable(f"To remove it: rm -rf {shlex.quote(target)}"))
+            print(f"To remove it: {_shell_line(['rm', '-rf', target])}")
 
 
 _LAUNCHER_LINES = {  # by the variable that tells the number of ranks
@@ -11650,15 +11649,22 @@ def _format_notes(run: Run) -> list[str]:
     return lines
 
 
-def _command_of(run: Run) -> str:
-    """Return the command of a run as one line that can be pasted into a shell."""
+def _command_of(run: Run, folder: str = "") -> str:
     words = _texts(run.metadata, "argv")
     if not words:
         command = _text(run.metadata.get("command") or run.config.get("command") or "?")
         words = [command]
         with _ignoring(ValueError):  # a quote that is not closed
             words = shlex.split(command)
-    return " ".join(map(_shell_word, words))
+    return _shell_line(words, folder)
+
+
+def _shell_line(words: Iterable[str], folder: str = "") -> str:
+    """Return a command, to be run in a folder, as it can be pasted into a shell."""
+    line = " ".join(map(_shell_word, words))
+    if folder:
+        return f"cd {_shell_word(folder)} && {line}"
+    return line
 
 
 def _shell_word(text: str) -> str:
@@ -13805,7 +13811,7 @@ def _cmd_list(args: argparse.Namespace) -> int:
         rows = [_run_row(run, root, shown) for run in selection.runs]
     if args.format == "commands":
         for run in selection.runs:
-            print(_pasteable(run))
+            print(_command_of(run, _word(run.metadata, "working_dir")))
     elif args.format == "json":
         _print_json(rows)
     elif args.format == "csv":
@@ -13851,13 +13857,6 @@ def _say_what_is_unseen(selection: _Selection, args: argparse.Namespace) -> None
     problems = [problem for run in selection.runs for problem in run.problems]
     if problems:
         _say(f"{_format_count(len(problems), 'file')} cannot be read: {problems[0]}")
-
-
-def _pasteable(run: Run) -> str:
-    folder = run.metadata.get("working_dir")
-    if isinstance(folder, str) and folder:
-        return f"cd {_shell_word(folder)} && {_command_of(run)}"
-    return _command_of(run)
 
 
 def _cmd_diff(args: argparse.Namespace) -> int:

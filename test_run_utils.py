@@ -6319,6 +6319,12 @@ class ThePlan(ReproduceCase):
             self.assertEqual(self.texts(plan, "command") == [], is_one)
             shutil.rmtree(self.tree)
 
+    def test_its_command_can_be_pasted(self) -> None:
+        self.pushed_repo()
+        run = self.record("a\nb", "\x1b[1m")
+        shown = self.command_line("reproduce", run, "--into", self.tmp / "again").stdout
+        self.assertIn(r" train.py $'a\nb' $'\x1b[1m'" + "\n", shown)
+
     def test_it_fits_on_one_screen(self) -> None:
         self.pushed_repo()
         run = self.record()
