@@ -80,17 +80,19 @@ from os.path import (
     exists,
     isdir,
     isfile,
+    join,
     lexists,
     normpath,
     realpath,
     relpath,
 )
 from pathlib import Path
+from time import monotonic
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import argparse
     import subprocess  # nosec
+    from argparse import ArgumentParser, Namespace
     from types import CodeType
     from typing import Any, TypedDict, Union
 
@@ -939,7 +941,7 @@ class _Recording:
             raise RuntimeError(f"{used}; call run_context(...) again for another run")
         self.pid = os.getpid()
         self.thread = threading.get_ident()
-        self.begun = time.monotonic()
+        self.begun = monotonic()
         self.oom_kills = _oom_kills()
         self.variables = dict(os.environ)
         options = self.options
@@ -1160,7 +1162,7 @@ class _Recording:
 
     def _write_end(self, record: _Record, ending: _Ending) -> None:
         """Write status.json, or a failed rank's own file, and the index line."""
-        more: Facts = {"duration_seconds": round(time.monotonic() - self.begun, 3)}
+        more: Facts = {"duration_seconds": round(monotonic() - self.begun, 3)}
         _redactor.learn(_changed(self.variables, os.environ))  # as by load_dotenv()
         if ending.status == "failed" and ending.exception is None:
             prefix = _rank_prefix(self.launch.rank)
@@ -1600,12 +1602,12 @@ def _entered_at(record: _Record, begun: float) -> list[int]:
     info = os.stat(record.folder)
     with _ignoring(OSError):
         info = os.stat(record.folder / "status.json")
-    ago = int((time.monotonic() - begun) * 1e9)
+    ago = int((monotonic() - begun) * 1e9)
     return [time.time_ns() - ago, info.st_dev, info.st_mtime_ns]
 
 
 def _run_named(run_dir: str | None, record: _Record) -> Facts | None:
-    if not run_dir or not isfile(os.path.join(run_dir, "status.json")):
+    if not run_dir or not isfile(join(run_dir, "status.json")):
         return None
     return {
         "run": basename(run_dir),
@@ -1672,7 +1674,7 @@ def _write_outputs(record: _Record, metadata: Facts) -> None:
 # and config.yaml whoever entered the run, metadata.json the recorder once it runs;
 # lines of *.jsonl may come from anybody.
 
-INDEX_FILE = os.path.join("index", "runs_index.jsonl")
+INDEX_FILE = join("index", "runs_index.jsonl")
 _ARCHIVED = ("config.yaml", "metadata.json", "status.json", "git*.patch")
 
 
@@ -1781,7 +1783,7 @@ class _Record:
 
     def link(self, name: str, source: Path) -> None:
         with self.run_folder.opened(self.inside) as place:
-            target = os.path.join(place.path, name)
+            target = join(place.path, name)
             os.link(source, target, dst_dir_fd=place.dir_fd, follow_symlinks=False)
 
     def read_json(self, name: str) -> Facts:
@@ -2236,7 +2238,7 @@ class _Launch:
             "key": self.key,
             "answer": {"run_dir": str(record.path), "attempt": record.attempt},
             "others": self.world - 1,
-            "until": time.monotonic() + RANK_WAIT_SECONDS,
+            "until": monotonic() + RANK_WAIT_SECONDS,
             "launcher": self.launcher,
             "answered": [],
             "joined": [],
@@ -2251,9 +2253,9 @@ class _Launch:
         place = _MeetingPlace(self.base_dir, self.key)
         request = f"{self.rank}-{os.urandom(8).hex()}"
         reply = f"{request}.json"
-        deadline = time.monotonic() + RANK_WAIT_SECONDS
+        deadline = monotonic() + RANK_WAIT_SECONDS
         try:
-            while time.monotonic() < deadline:
+            while monotonic() < deadline:
                 # Somebody may tidy up just now.
                 with _explaining(place.path), _ignoring(FileNotFoundError):
                     names = place.names()
@@ -2292,7 +2294,7 @@ class _Meeting:
     def __init__(self, facts: Facts) -> None:
         self.facts = facts
         self.place = _MeetingPlace(Path(facts["base_dir"]), facts["key"])
-        self.until: float = facts["until"]  # by time.monotonic(), one for all of a host
+        self.until: float = facts["until"]  # by monotonic(), one for all of a host
         self.answered: list[str] = facts["answered"]  # the requests
         self.joined: list[str] = facts["joined"]  # those whose rank has the answer
 
@@ -2326,7 +2328,7 @@ class _Meeting:
     def tick(self) -> float:
         """Answer; return the seconds until the next time, _NEVER if none is needed."""
         launcher = self.facts["launcher"]
-        now = time.monotonic()
+        now = monotonic()
         is_over = launcher is not None and not _is_alive(*launcher[:2])
         is_gone = not isdir(self.facts["answer"]["run_dir"])
         if not self.answer_all() or now > self.until or is_over or is_gone:
@@ -2467,7 +2469,7 @@ def _is_child(ids: Facts) -> bool:
     run_dir = os.environ.get("RUN_DIR")
     if run_dir is None or any(run.pid == os.getpid() for run in _active):
         return False
-    then = _mapping(_read_json(os.path.join(run_dir, "metadata.json")), "launcher")
+    then = _mapping(_read_json(join(run_dir, "metadata.json")), "launcher")
     if "world_size" not in then:
         return False
     for key, value in ids.items():
@@ -2503,7 +2505,7 @@ def _record_rank(record: _Record, rank: int, ending: _Ending, more: Facts) -> No
     facts: Facts = {"rank": rank, **ending.to_json(), **more}
     facts.update(timestamp_utc=_utc(), pid=record.pid, hostname=_hostname())
     name = f"{_rank_prefix(rank)}status.json"
-    folder = os.path.join(record.inside, "logs")
+    folder = join(record.inside, "logs")
     with record.run_folder.opened(folder, create=True) as place:
         place.write(name, _redacted_json(facts), durable=True)
     before = record.read_json("status.json").get("status")
@@ -2590,7 +2592,7 @@ if TYPE_CHECKING:
         site: Facts
         rank: int
         process: Facts  # _process_identity() of the process that entered
-        begun: float  # time.monotonic() on entry
+        begun: float  # monotonic() on entry
         oom_kills: int  # until then
         variables: Facts  # that would have changed how it starts
         is_watched: bool  # whether it is given a pidfd
@@ -2640,7 +2642,7 @@ class _Recorder:
 
     def begin(self, request: _Request, forwards: Sequence[_Forward]) -> None:
         """Tell the recorder of the run, once it has answered for the first time."""
-        deadline = time.monotonic() + RECORDER_SECONDS
+        deadline = monotonic() + RECORDER_SECONDS
         descriptors = []
         pidfd = _pidfd(self.owner)
         if pidfd is not None:
@@ -2696,7 +2698,7 @@ class _Recorder:
         """
         if seconds is None:
             seconds = RECORDER_SECONDS
-        deadline = time.monotonic() + seconds
+        deadline = monotonic() + seconds
         if os.getpid() != self.owner or not self.lock.acquire(timeout=seconds):
             return False  # a forked child does not talk to the recorder of its parent
         try:
@@ -2776,7 +2778,7 @@ class _Recorder:
 def _is_ready(descriptor: int, event: int, deadline: float) -> bool:
     poller = _polls.poll()
     poller.register(descriptor, event)
-    return bool(poller.poll(max(0.0, deadline - time.monotonic()) * 1000))
+    return bool(poller.poll(max(0.0, deadline - monotonic()) * 1000))
 
 
 def _has_hung_up(connection: int) -> bool:
@@ -2785,14 +2787,14 @@ def _has_hung_up(connection: int) -> bool:
 
 def _reap(pid: int, seconds: float) -> bool:
     """Wait for a child that is about to end; return whether it is no child any more."""
-    deadline = time.monotonic() + seconds
+    deadline = monotonic() + seconds
     while True:
         try:
             if os.waitpid(pid, _posix.WNOHANG)[0] == pid:
                 return True
         except ChildProcessError:
             return True
-        if time.monotonic() >= deadline:
+        if monotonic() >= deadline:
             return False
         time.sleep(0.0005)
 
@@ -2970,17 +2972,17 @@ class _RecorderProcess:
         if self.pidfd is not None:
             self.poller.register(self.pidfd, _polls.POLLIN)
         while not self.is_over:
-            pause = min(self.due.values()) - time.monotonic()
+            pause = min(self.due.values()) - monotonic()
             ready = dict(self.poller.poll(max(0.0, pause) * 1000))
             if connection in ready:
                 self._listen()
             if self.pidfd in ready:
                 self.due[self._look_after_process] = 0.0
             for task, due in self.due.items():
-                if time.monotonic() >= due:
-                    self.due[task] = time.monotonic() + HEARTBEAT_SECONDS
+                if monotonic() >= due:
+                    self.due[task] = monotonic() + HEARTBEAT_SECONDS
                     with _tolerating("the recorder"):
-                        self.due[task] = time.monotonic() + task()
+                        self.due[task] = monotonic() + task()
         self._complete()
 
     def _answer_ranks(self) -> float:
@@ -3102,7 +3104,7 @@ class _RecorderProcess:
 
     def _write_death(self, ending: _Ending) -> None:
         more: Facts = {}
-        more["duration_seconds"] = round(time.monotonic() - self.request["begun"], 3)
+        more["duration_seconds"] = round(monotonic() - self.request["begun"], 3)
         if not self.rank:
             self._write_ending({**ending.to_json(), **more})
             return
@@ -3153,7 +3155,7 @@ class _RecorderProcess:
             self.record.redact_again()
 
     def _wait_for_exit(self, pidfd: int) -> None:
-        if _is_ready(pidfd, _polls.POLLIN, time.monotonic() + 10):
+        if _is_ready(pidfd, _polls.POLLIN, monotonic() + 10):
             wait_status = _wait_status(self.site.pid, pidfd)
             if wait_status and not self._has_failed():
                 self._write_death(_Ending.of_command(_exit_code(wait_status)))
@@ -3561,7 +3563,7 @@ class _Tap:
         come into a function of C, so there the result is stored, in `done`.
         """
         original = self.original
-        now = time.monotonic
+        now = monotonic
 
         def write(data: Any) -> Any:
             if self.installed is not write:
@@ -3633,7 +3635,7 @@ class _Tap:
 
     def _look_after_recorders(self) -> None:
         """Give back the output of a run whose recorder, which forwards it, is gone."""
-        self.look_at = time.monotonic() + LOOK_SECONDS
+        self.look_at = monotonic() + LOOK_SECONDS
         with _tolerating("output capture"):
             for stream in self.streams:
                 recorder = stream.capture.recorder
@@ -3695,12 +3697,12 @@ class _Forward:
 
     def wait(self, seconds: float) -> None:
         """Wait until all that is in the log by now is forwarded, or was cut."""
-        deadline = time.monotonic() + seconds
+        deadline = monotonic() + seconds
         self.wake.set()
         with _ignoring(OSError):  # the program has closed the log
             end = os.fstat(self.log).st_size
             while self.position() < end <= os.fstat(self.log).st_size:
-                if time.monotonic() > deadline:
+                if monotonic() > deadline:
                     return
                 time.sleep(0.001)
 
@@ -3710,7 +3712,7 @@ class _Forward:
         After a long silence the recorder looks, for all streams: once a second is as
         often as it may wake when it is idle.
         """
-        silent_since = time.monotonic()
+        silent_since = monotonic()
         while True:
             size = FORWARD_BYTES
             if self.stop_at is not None:
@@ -3718,11 +3720,11 @@ class _Forward:
             if size <= 0:
                 return
             if self._forward(size):
-                silent_since = time.monotonic()
+                silent_since = monotonic()
                 continue
             if self.stop_at is not None:
                 return  # the log has been cut
-            pause = max(0.005, (time.monotonic() - silent_since) / 8)
+            pause = max(0.005, (monotonic() - silent_since) / 8)
             if pause < SILENT_SECONDS:
                 self.wake.wait(pause)
             else:
@@ -3768,7 +3770,7 @@ def _write_patiently(descriptor: int, data: bytes) -> bool:
         try:
             data = data[os.write(descriptor, data) :]
         except BlockingIOError:
-            _is_ready(descriptor, _polls.POLLOUT, time.monotonic() + 1.0)
+            _is_ready(descriptor, _polls.POLLOUT, monotonic() + 1.0)
         except BrokenPipeError:
             return False
         except OSError as error:
@@ -3879,7 +3881,7 @@ def _collect_chain(metadata: Facts, chain: Mapping[str, Callable[[], JSON]]) -> 
 
 def _collect(metadata: Facts, name: str, ask: Callable[[], JSON]) -> None:
     """Put what `ask` finds out at its place, and how that went in `capture`."""
-    started = time.monotonic()
+    started = monotonic()
     report: Facts = {"ok": True, "seconds": None, "problem": None}
     facts = None
     try:
@@ -3894,7 +3896,7 @@ def _collect(metadata: Facts, name: str, ask: Callable[[], JSON]) -> None:
         if is_main and _is_foreign(error):
             raise
         report.update(ok=False, problem=f"{type(error).__name__}: {error}")
-    report["seconds"] = round(time.monotonic() - started, 3)
+    report["seconds"] = round(monotonic() - started, 3)
     with _collecting:
         _place(metadata, name, facts)
         metadata["capture"] = {**metadata["capture"], name: report}
@@ -4001,13 +4003,13 @@ def _describe_process(site: _Site) -> None:
     file = getattr(sys.modules.get("__main__"), "__file__", None)
     # `python -m cProfile train.py` leaves train.py in argv.
     for word in [*getattr(sys, "argv", [])[:1], str(file or "-")]:
-        path = os.path.join(here, word)
+        path = join(here, word)
         if isfile(path) and (site.script is None or not _is_installed(path)):
             site.script = path
     site.name = _script_name()
     if _no_interpreter() is None:
-        site.executable = os.path.join(here, sys.executable)
-    site.sys_path = [normpath(os.path.join(here, place)) for place in sys.path]
+        site.executable = join(here, sys.executable)
+    site.sys_path = [normpath(join(here, place)) for place in sys.path]
     site.prefix = sys.prefix
     site.loaded = _loaded_sources(here)
 
@@ -4053,7 +4055,7 @@ def _loaded_sources(here: str) -> list[str]:
             # A lazy module that is asked in the usual way begins to be imported.
             file = object.__getattribute__(module, "__dict__").get("__file__")
         if isinstance(file, str) and file.endswith(".py"):
-            path = os.path.join(here, file)
+            path = join(here, file)
             if not _is_installed(path):
                 found.append(path)
     return found[:PATCH_FILES]
@@ -4078,7 +4080,7 @@ _STANDARD_LIBRARY = dirname(os.__file__) + os.sep
 def _is_prefix(folder: str) -> bool:
     """Tell whether a folder is an environment made by venv, uv or conda."""
     markers = ("pyvenv.cfg", "conda-meta")
-    return any(exists(os.path.join(folder, name)) for name in markers)
+    return any(exists(join(folder, name)) for name in markers)
 
 
 def _describe_command(site: _Site) -> None:
@@ -4089,7 +4091,7 @@ def _describe_command(site: _Site) -> None:
     """
     here = site.cwd or os.sep
     words = _without_launcher(site.argv)
-    program = _on_path(words[0], here) or os.path.join(here, words[0])
+    program = _on_path(words[0], here) or join(here, words[0])
     site.script = program
     site.name = _stem(program)
     if re.match(_INTERPRETER, basename(program)):
@@ -4113,7 +4115,7 @@ def _python_beside(program: str) -> str | None:
     if re.match(_PYTHON, name):
         return program
     if _is_prefix(dirname(folder)):
-        return _on_path(os.path.join(folder, "python"))
+        return _on_path(join(folder, "python"))
     return None
 
 
@@ -4156,7 +4158,7 @@ def _operand(words: Sequence[str], here: str) -> tuple[str | None, str]:
             break
         if is_python and re.match("-[A-Za-z]*m$", word):
             module = next(rest, "")
-            path = os.path.join(here, *module.split("."))
+            path = join(here, *module.split("."))
             for file in (f"{path}.py", f"{path}/__main__.py"):
                 if isfile(file):
                     return file, module
@@ -4164,7 +4166,7 @@ def _operand(words: Sequence[str], here: str) -> tuple[str | None, str]:
         if word in ("-W", "-X", "-o", "-O", "-r"):
             next(rest, "")
         elif not word.startswith(("-", "+")):
-            return os.path.join(here, word), ""
+            return join(here, word), ""
     return None, ""
 
 
@@ -4174,7 +4176,7 @@ def _on_path(program: str, here: str = os.sep) -> str | None:
     if os.sep not in program:
         folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
     for folder in folders:
-        path = os.path.join(here, folder, program)
+        path = join(here, folder, program)
         if isfile(path) and os.access(path, os.X_OK):
             return path
     return None
@@ -4357,7 +4359,7 @@ def _python_environment() -> dict[str, str]:
     env["PIP_CONFIG_FILE"] = os.devnull
     places = []
     for place in env.pop("PYTHONPATH", "").split(os.pathsep):
-        pip = os.path.join(place, "pip")
+        pip = join(place, "pip")
         if os.path.isabs(place) and not exists(pip):
             places.append(place)
     if places:
@@ -4422,7 +4424,7 @@ class _Installed:
     """The metadata of a package in a folder of sys.path, a link to one, or a .pth."""
 
     def __init__(self, place: str, name: str) -> None:
-        self.path = os.path.join(place, name)
+        self.path = join(place, name)
         self.kind = os.path.splitext(name)[1]
         self.folder: str | None = None  # of the sources that it was installed from
         self.is_editable = False
@@ -4437,7 +4439,7 @@ class _Installed:
         if self.kind == ".egg-link":  # setup.py develop: its first line is the folder
             self.folder = _head_of_file(self.path).partition("\n")[0].strip()
             self.is_editable = True
-        file = os.path.join(self.path, "direct_url.json")
+        file = join(self.path, "direct_url.json")
         if not exists(file):
             return
         # {"url": "file:///home/me/a", "dir_info": {"editable": true}}
@@ -4519,7 +4521,7 @@ def _checkout(folder: str) -> list[object] | None:
             return []
         return None
     commit, _, common = os.fsdecode(answer).rstrip("\n").partition("\n")
-    return [commit, _stamp(os.path.join(folder, common, "config"))]
+    return [commit, _stamp(join(folder, common, "config"))]
 
 
 def _requirements(installed: Iterable[_Installed]) -> tuple[list[str], list[str]]:
@@ -4644,20 +4646,20 @@ def _nvidia_smi(
 
 def _environment(site: _Site, root: str | None) -> Facts:
     """Return what made the experiment's environment, and the project's lock files."""
-    settings = os.path.join(site.prefix, "pyvenv.cfg")
+    settings = join(site.prefix, "pyvenv.cfg")
     # home = /usr/bin\nuv = 0.4.18\nversion_info = 3.12.1
     uv = _match_in_file(settings, r"^uv *= *(.+)$")
     conda: list[str] = []
     channels: list[str] = []
     with _ignoring(OSError):
-        conda = sorted(os.listdir(os.path.join(site.prefix, "conda-meta")))
+        conda = sorted(os.listdir(join(site.prefix, "conda-meta")))
         history = _read_bytes(f"{site.prefix}/conda-meta/history", MAX_RECORD)
         # +conda-forge/linux-64::numpy-1.26.4-py311h64a7726_0
         found = re.findall(rb"(?m)^\+(\S+)/[^/:\s]+::", history)
         channels = [os.fsdecode(name) for name in dict.fromkeys(found)]
     locks = {}
     for name in LOCK_FILES:
-        digest = _sha256(os.path.join(root or site.directory, name))
+        digest = _sha256(join(root or site.directory, name))
         if digest is not None:
             locks[name] = digest
     manager = None
@@ -4766,16 +4768,16 @@ class _Sampler:
         self.record = record
         self.known: dict[int, str] = {}  # when each process started, by its pid
         self.gpus = _GpuMeter()
-        self.begun = time.monotonic()
+        self.begun = monotonic()
         self.memory = _Values()
         self.sources: list[str] = []
         self._take()
 
     def tick(self) -> float:
         """Append a sample to metrics/system.jsonl; return how long to wait."""
-        started = time.monotonic()
+        started = monotonic()
         row = self._take()
-        cost = time.monotonic() - started
+        cost = monotonic() - started
         if row is not None:
             row.update(self.gpus.measure())
             self.record.append("metrics/system.jsonl", row)
@@ -4822,7 +4824,7 @@ class _Sampler:
             # utime, stime, cutime and cstime of proc_pid_stat(5)
             ticks += sum(map(int, fields[11:15]))
         before = self.last
-        now = self.last = (time.monotonic(), ticks / os.sysconf("SC_CLK_TCK"))
+        now = self.last = (monotonic(), ticks / os.sysconf("SC_CLK_TCK"))
         if before is None:
             return None
         self.samples += 1
@@ -4860,7 +4862,7 @@ class _Sampler:
 
     def _memory(self, pids: Iterable[int]) -> tuple[int, str]:
         """Return the memory of processes, and whether each shared page counts once."""
-        started = time.monotonic()
+        started = monotonic()
         page = os.sysconf("SC_PAGE_SIZE")
         resident = 0
         private = 0
@@ -4874,7 +4876,7 @@ class _Sampler:
             for pid in pids:
                 rollup = f"/proc/{pid}/smaps_rollup"
                 total += 1024 * int(_match_in_file(rollup, r"^Pss: *(\d+) kB") or 0)
-            self.is_cheap = time.monotonic() - started < PROPORTIONAL_SECONDS
+            self.is_cheap = monotonic() - started < PROPORTIONAL_SECONDS
             if total:
                 return total, "proportional"
         return private, "resident minus shared"
@@ -4925,7 +4927,7 @@ class _GpuMeter:
 
         0, 93, 40536                  (index, percent, MiB)
         """
-        started = time.monotonic()
+        started = monotonic()
         if self.source is None or self.problem is not None or started < self.due:
             return {}
         try:
@@ -4934,7 +4936,7 @@ class _GpuMeter:
         except _Unknown as reason:
             self.problem = str(reason)
             return {}
-        cost = time.monotonic() - started
+        cost = monotonic() - started
         self.due = started + cost / SAMPLE_SHARE
         row: Facts = {}
         for index, *values in table:
@@ -5064,10 +5066,10 @@ def _local_packages(site: _Site, record: _Record, tree: _Repository) -> list[Fac
     seen = {tree.root}
     problems = []
     packages = []
-    deadline = time.monotonic() + PATCH_SECONDS
+    deadline = monotonic() + PATCH_SECONDS
     sources = sorted(_local_sources(site).items())
     for name, (folder, is_editable) in sources[:MAX_LOCAL_PACKAGES]:
-        if time.monotonic() > deadline:
+        if monotonic() > deadline:
             problems.append(f"no time left for {name} and those after it")
             break
         package = {"name": name, "path": folder, "editable": is_editable}
@@ -5105,7 +5107,7 @@ class _Change:
     ) -> None:
         self.name = name
         self.title = tree.prefix + name  # its path from the outermost root
-        self.path = os.path.join(os.fsencode(tree.root), name)
+        self.path = join(os.fsencode(tree.root), name)
         self.hash_name = tree.hash_name
         self.old = old  # as the commit has it from which the patch starts
         self.old_size = 0
@@ -5182,7 +5184,7 @@ class _Repository:
         self.entered: int | None = None
         self.sources: list[str] = []  # files that were loaded, for code without git
         self.is_deep = True  # without git, the sources below the folder count as well
-        self.deadline = time.monotonic() + PATCH_SECONDS
+        self.deadline = monotonic() + PATCH_SECONDS
         self.is_git = False
         self.hung: _Unknown | None = None
         self.has_threads = False  # to ask git two things at once
@@ -5375,7 +5377,7 @@ class _Repository:
                 found[name] = change
         for name in self.listed.hidden - set(found):
             change = _Change(self, name, self.listed.files[name])
-            if time.monotonic() > self.deadline:
+            if monotonic() > self.deadline:
                 raise _Unknown("no time to look at all files that git does not look at")
             with _ignoring(OSError):
                 change.read()
@@ -5388,7 +5390,7 @@ class _Repository:
         if folder not in self.folders:
             root = os.fsencode(self.root)
             inside = relpath(folder, root)
-            real = normpath(os.path.join(realpath(root), inside))
+            real = normpath(join(realpath(root), inside))
             self.folders[folder] = realpath(folder) == real
         return self.folders[folder]
 
@@ -5401,8 +5403,8 @@ class _Repository:
         if re.search(rb"(^|/)(%s|__pycache__/[^/]+\.pyc$)" % about_runs, name):
             return True
         for match in re.finditer(rb"-\d{8}-\d{6}[^/]*/", name):
-            status = os.path.join(name[: match.end()], b"status.json")
-            if exists(os.path.join(os.fsencode(self.root), status)):
+            status = join(name[: match.end()], b"status.json")
+            if exists(join(os.fsencode(self.root), status)):
                 return True
         return False
 
@@ -5437,7 +5439,7 @@ class _Repository:
         if self._remotes and self.is_shallow:  # a remote has sent where it was cut
             path = os.fsdecode(self.git("rev-parse", "--git-path", "shallow").rstrip())
             with _ignoring(OSError):
-                words += os.fsdecode(_read_bytes(os.path.join(self.root, path))).split()
+                words += os.fsdecode(_read_bytes(join(self.root, path))).split()
         return _History(self.git("rev-list", *words), self.head)
 
     @cached_property
@@ -5451,7 +5453,7 @@ class _Repository:
                     answer = self.git("ls-remote", "--get-url", match[1])
                     url = os.fsdecode(answer).rstrip("\n")
                 if url.startswith("."):
-                    url = normpath(os.path.join(self.root, url))
+                    url = normpath(join(self.root, url))
                 remotes.append({"remote": match[1], "url": url})
         followed = self.config.get(f"branch.{self.status.branch}.remote")
         ranks = {"origin": 1, followed: 0}
@@ -5525,14 +5527,14 @@ class _Repository:
         found = []
         links = self.listed.links
         for name in sorted({*links, *(name[:-1] for name in self.status.repositories)}):
-            place = os.path.join(realpath(self.root), os.fsdecode(name))
+            place = join(realpath(self.root), os.fsdecode(name))
             if realpath(place) != place:
                 continue
-            if not lexists(os.path.join(place, ".git")):
+            if not lexists(join(place, ".git")):
                 continue
-            if time.monotonic() > self.deadline:
+            if monotonic() > self.deadline:
                 raise _Unknown("no time left to look into all repositories inside")
-            folder = os.path.join(self.root, os.fsdecode(name))
+            folder = join(self.root, os.fsdecode(name))
             tree = _Repository(folder, self.excluded)
             tree.prefix = self.prefix + name + b"/"
             tree.entered = self.entered
@@ -5730,24 +5732,24 @@ def _explained(failure: _ProgramFailed, directory: str) -> _Unknown:
 
 def _check_git_dir(tree: _Repository, root: str) -> None:
     """Raise _Unknown unless work tree and .git name each other: it may be a trap."""
-    dot_git = os.path.join(root, ".git")
+    dot_git = join(root, ".git")
     line = _first_line(dot_git) or ""
-    named = os.path.join(root, line.partition("gitdir: ")[2] or ".git")
+    named = join(root, line.partition("gitdir: ")[2] or ".git")
     folder = realpath(named)
-    back = _first_line(os.path.join(folder, "gitdir"))
-    common = _first_line(os.path.join(folder, "commondir"))
-    is_own = folder == os.path.join(realpath(root), ".git")
+    back = _first_line(join(folder, "gitdir"))
+    common = _first_line(join(folder, "commondir"))
+    is_own = folder == join(realpath(root), ".git")
     if tree.prefix and root != tree.directory:
         is_own = False  # git went up to the outer repository
     elif common is not None:  # of `git worktree add`
-        common = realpath(os.path.join(folder, common))
-        is_known = dirname(folder) == os.path.join(common, "worktrees")
+        common = realpath(join(folder, common))
+        is_known = dirname(folder) == join(common, "worktrees")
         is_own = is_known and back == dot_git
     elif "core.worktree" in tree.config:  # of a submodule: git has looked there
         is_own = True
     elif not tree.prefix and basename(folder) != ".git":
         is_own = True  # `git init --separate-git-dir` leaves no way back
-    parts = [os.path.join(folder, name) for name in ("objects", "refs", "packed-refs")]
+    parts = [join(folder, name) for name in ("objects", "refs", "packed-refs")]
     if not is_own or any(map(os.path.islink, parts)):
         raise _Unknown(f"the .git of {root!r} belongs to another work tree")
 
@@ -5783,20 +5785,20 @@ def _loose_files(tree: _Repository) -> list[_Change]:
 
 def _texts_below(tree: _Repository, top: str) -> Iterator[str]:
     """Yield files, but none of other projects, environments, results and runs."""
-    deadline = time.monotonic() + WALK_SECONDS
+    deadline = monotonic() + WALK_SECONDS
     marks = (".git", "pyvenv.cfg", "conda-meta", "status.json", INDEX_FILE)
     skipped = ("__pycache__", "node_modules", "site-packages", "dist-packages")
     excluded = [realpath(path) for path in tree.excluded]
     for folder, folders, files in os.walk(top):
-        is_other = any(lexists(os.path.join(folder, mark)) for mark in marks)
-        if time.monotonic() > deadline or folder in excluded or is_other:
+        is_other = any(lexists(join(folder, mark)) for mark in marks)
+        if monotonic() > deadline or folder in excluded or is_other:
             folders.clear()
             continue
         folders[:] = [
             name for name in folders if name[:1] != "." and name not in skipped
         ]
-        links = [n for n in folders if os.path.islink(os.path.join(folder, n))]
-        yield from [os.path.join(folder, name) for name in sorted([*files, *links])]
+        links = [n for n in folders if os.path.islink(join(folder, n))]
+        yield from [join(folder, name) for name in sorted([*files, *links])]
 
 
 def _is_shared_folder(folder: str) -> bool:
@@ -5818,7 +5820,7 @@ class _Patch:
 
     def __init__(self, earlier: _EarlierPatch | None = None) -> None:
         self.earlier = earlier or _EarlierPatch()
-        self.deadline = time.monotonic() + PATCH_SECONDS
+        self.deadline = monotonic() + PATCH_SECONDS
         self.text = bytearray()
         self.room = 0, 0  # limits of bytes and files
         self.size = 0  # bytes of the files in it, old and new
@@ -5867,7 +5869,7 @@ class _Patch:
         self.text += self.earlier.parts_of(known)
         self.files += len(known)
         try:
-            left = max(self.deadline - time.monotonic(), 1.0)
+            left = max(self.deadline - monotonic(), 1.0)
             self.text += _compared_by_git(compared, left)
             self.files += len(compared)
         except _Unknown as reason:
@@ -5944,7 +5946,7 @@ class _Patch:
             return "the patch is full"
         if count >= self.room[1]:
             return "too many files"
-        if time.monotonic() > self.deadline:
+        if monotonic() > self.deadline:
             return "no time left"
         return None
 
@@ -5973,7 +5975,7 @@ class _Patch:
         if len(self.left_out) >= MAX_LISTED:
             return
         facts: Facts = {"path": _shown(change.title), "bytes": size, "reason": reason}
-        is_cheap = size <= HASH_BYTES and time.monotonic() < self.deadline
+        is_cheap = size <= HASH_BYTES and monotonic() < self.deadline
         is_limit = reason in (
             "no source", "too large", "the patch is full", "too many files",
         )
@@ -6171,7 +6173,7 @@ _GIT_ENVIRONMENT = {
 # nothing of the user's changes, and nothing that a record names is run before --exec.
 
 
-def _cmd_reproduce(args: argparse.Namespace) -> int:
+def _cmd_reproduce(args: Namespace) -> int:
     """Build the tree that a run ran in, print a plan, and with --exec run it again.
 
     Returns 0 if all is as it was, 1 if something differs, 2 if it cannot be done.
@@ -6199,7 +6201,7 @@ def _cmd_reproduce(args: argparse.Namespace) -> int:
     return int(not comparison["same"])
 
 
-def _cmd_verify(args: argparse.Namespace) -> int:
+def _cmd_verify(args: Namespace) -> int:
     plan = _Plan(args.run)
     plan.check(os.curdir)
     with _temporary_folder() as scratch:
@@ -6280,7 +6282,7 @@ class _Plan:
         for folder in _folders_above(place):
             if lexists(f"{folder}/.git"):
                 place = dirname(folder)
-        return os.path.join(place, f"{basename(self.run_dir)}-again")
+        return join(place, f"{basename(self.run_dir)}-again")
 
     def _recorded_python(self) -> str | None:
         """Return the Python that would run it again, None if the command needs none."""
@@ -6331,7 +6333,7 @@ class _Plan:
     def check(self, place: str) -> None:
         """Look at all that is quick to see; `place` is where the tree is to go."""
         name = _word(self.patch, "file")
-        digest = _sha256(os.path.join(self.folder, name))
+        digest = _sha256(join(self.folder, name))
         if name and digest is None:
             self.add("code", 2, f"{name} is not in {self.folder!r}")
         elif name and self.patch.get("sha256") not in (None, digest):
@@ -6379,10 +6381,10 @@ class _Plan:
             place, problem = _input_now(entry, self.run_dir)
             if problem is not None:
                 problems.append(f"{entry.get('run')}/{entry['path']} {problem}")
-            recorded = os.path.join(_word(entry, "run_dir"), entry["path"])
+            recorded = join(_word(entry, "run_dir"), entry["path"])
             for number, word in enumerate(self.argv):
                 start, equals, value = word.rpartition("=")
-                if normpath(os.path.join(self.cwd, value)) == recorded:
+                if normpath(join(self.cwd, value)) == recorded:
                     # The new tree has no results, so it is named by its full path.
                     self.argv[number] = start + equals + place
         if problems:
@@ -6498,14 +6500,14 @@ class _Plan:
         waiting = _rows(git, "submodules")
         for inner in waiting:
             waiting += _rows(inner, "submodules")
-            path = os.path.join(place, _word(inner, "path"))
+            path = join(place, _word(inner, "path"))
             if not _is_below(path, place):
                 raise _Unknown(f"{inner.get('path')!r} leads out of the tree")
             if inner.get("base"):
-                former = os.path.join(root, _word(inner, "path"))
+                former = join(root, _word(inner, "path"))
                 _fetch(path, _mapping(inner, "base"), former)
         if patch.get("file"):
-            file = os.path.join(self.folder, basename(_word(patch, "file")))
+            file = join(self.folder, basename(_word(patch, "file")))
             _new_git(place, *switches, "apply", "--whitespace=nowarn", file)
 
     def _missing_files(self, tree: str) -> list[str]:
@@ -6519,7 +6521,7 @@ class _Plan:
         left_out = _rows(self.patch, "left_out")
         for entry in left_out:
             path, known = _word(entry, "path"), entry.get("sha256")
-            source, place = os.path.join(self.root, path), os.path.join(tree, path)
+            source, place = join(self.root, path), join(tree, path)
             is_same = known is not None and _sha256(source) == known
             if is_same and _is_below(place, tree):
                 os.makedirs(dirname(place), exist_ok=True)
@@ -6601,7 +6603,7 @@ class _Plan:
         for place, package in self._local_packages(target):
             path = _word(package, "path")
             inside = relpath(path, _word(package, "root") or path)
-            lines.append(f"-e {normpath(os.path.join(place, inside))}")
+            lines.append(f"-e {normpath(join(place, inside))}")
             rebuilt.append(package.get("name"))
         for line in _texts(self.metadata, "pip_freeze"):
             is_local = line.startswith("-e /") or "@ file:" in line
@@ -6935,13 +6937,13 @@ def _inputs(
     """
     own = realpath(run_dir)
     is_run = functools.lru_cache(None)(_is_run)  # each folder is looked at once
-    deadline = time.monotonic() + INPUT_SECONDS
+    deadline = monotonic() + INPUT_SECONDS
     entries: dict[str, Facts] = {}
     words = (("argv", word) for word in argv[1:])
     texts = itertools.chain(_strings("", _arguments(config or {})), words)
     for key, text in itertools.islice(texts, MAX_INPUTS):
         for path in _existing_paths(text, cwd):
-            if time.monotonic() > deadline or len(entries) >= MAX_INPUTS:
+            if monotonic() > deadline or len(entries) >= MAX_INPUTS:
                 return list(entries.values())
             producer = _run_of(path, is_run)
             if producer is not None and realpath(producer) != own:
@@ -6968,7 +6970,7 @@ def _existing_paths(text: str, cwd: str) -> Iterator[str]:
     parts = dict.fromkeys([text, value, *text.split(","), *value.split(",")])
     for part in filter(None, parts):
         path = os.path.expanduser(os.path.expandvars(_without_scheme(part)))
-        path = os.path.join(cwd, path)
+        path = join(cwd, path)
         if exists(path):
             yield abspath(path)
         elif _is_glob(path):
@@ -7073,7 +7075,7 @@ def _read_inputs(run_dir: StrPath) -> list[Facts]:
 
 def _producer_places(entry: Facts, run_dir: StrPath) -> list[str]:
     """Return where the run of an input may be: moved with us, or in its place."""
-    beside = os.path.join(run_dir, _word(entry, "relative") or "?")
+    beside = join(run_dir, _word(entry, "relative") or "?")
     return [normpath(beside), _word(entry, "run_dir") or "?"]
 
 
@@ -8398,7 +8400,7 @@ def _files_below(place: str) -> Iterator[str]:
     paths = [place]
     for folder, folders, names in os.walk(place):
         folders.sort()
-        paths += [os.path.join(folder, name) for name in sorted(names)]
+        paths += [join(folder, name) for name in sorted(names)]
     for path in paths:
         if isfile(path) and not os.path.islink(path):
             yield path
@@ -9014,7 +9016,7 @@ class _Program:
 
         A grandchild that keeps a pipe open is not waited for.
         """
-        deadline = time.monotonic() + timeout
+        deadline = monotonic() + timeout
         poller = _polls.poll()
         for descriptor in [*self.texts, self.end]:
             if descriptor is not None:
@@ -9034,13 +9036,13 @@ class _Program:
                 return f"printed more than {limit} bytes"
             if has_ended and not found:
                 return None
-            if time.monotonic() > deadline:
+            if monotonic() > deadline:
                 return f"did not end within {timeout:g} s"
 
     def _pause(self, deadline: float) -> float:
         if self.status is not None:
             return 0.0
-        pause = max(0.0, deadline - time.monotonic())
+        pause = max(0.0, deadline - monotonic())
         if self.end is not None:
             return pause
         if self.texts:
@@ -9265,7 +9267,7 @@ def _write_file(
     """Replace a file by `data`, or raise OSError and leave what was there."""
     folder, name = os.path.split(os.fspath(path))
     unique = f"{os.getpid()}-{os.urandom(4).hex()}"
-    temporary = os.path.join(folder, f".{name[:100]}.{unique}.tmp")
+    temporary = join(folder, f".{name[:100]}.{unique}.tmp")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW | _CLOSE_ON_EXEC
     try:
         descriptor = _above_stderr(os.open(temporary, flags, 0o666, dir_fd=dir_fd))
@@ -9290,7 +9292,7 @@ def _temporary_folder() -> Iterator[str]:
     """Make a folder for a moment, without tempfile, which takes long to load."""
     named = [os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP")]
     for place in filter(None, [*named, "/tmp", "/var/tmp", os.getcwd()]):  # nosec
-        path = os.path.join(abspath(place), f"run_utils-{os.urandom(8).hex()}")
+        path = join(abspath(place), f"run_utils-{os.urandom(8).hex()}")
         with _ignoring(OSError):
             os.mkdir(path, 0o700)
             break
@@ -9305,7 +9307,7 @@ def _temporary_folder() -> Iterator[str]:
 
 def _remove_tree(path: str) -> None:
     for folder, folders, names in os.walk(path, topdown=False):
-        places = [os.path.join(folder, name) for name in names + folders]
+        places = [join(folder, name) for name in names + folders]
         for place in filter(lexists, places):  # a file, or a link to a folder
             os.unlink(place)
         os.rmdir(folder)
@@ -9440,7 +9442,7 @@ class _Place:
         self.dir_fd = dir_fd
 
     def write(self, name: str, data: bytes, durable: bool = False) -> None:
-        _write_file(os.path.join(self.path, name), data, durable, self.dir_fd)
+        _write_file(join(self.path, name), data, durable, self.dir_fd)
 
     def append(self, name: str, row: Facts) -> None:
         line = _redacted_json(row, indent=None)
@@ -9453,7 +9455,7 @@ class _Place:
             raise OSError(errno.ENOSPC, "only a part of a line fitted", name)
 
     def open(self, name: str, flags: int) -> int:
-        return _open(os.path.join(self.path, name), flags, self.dir_fd)
+        return _open(join(self.path, name), flags, self.dir_fd)
 
     def open_for_lines(self, name: str) -> int:
         """Open a JSONL file for appending; end the torn line of an earlier writer."""
@@ -9819,10 +9821,10 @@ class _Walk:
         self.links: list[str] = []
         self.entered: set[str] = set()  # folders, by their paths without links
         self._enter(root)
-        deadline = time.monotonic() + LINK_SECONDS
+        deadline = monotonic() + LINK_SECONDS
         for target in map(realpath, list(self.links)):
             if self._leads_elsewhere(target):
-                if time.monotonic() > deadline:
+                if monotonic() > deadline:
                     self.problems.append("not all links were followed in the time")
                     break
                 self._enter(target, deadline)
@@ -9857,7 +9859,7 @@ class _Walk:
     def _enter(self, top: str, deadline: float = float("inf")) -> None:
         """Collect the runs at and below a folder."""
         waiting = [(top, 0)]
-        while waiting and time.monotonic() < deadline:
+        while waiting and monotonic() < deadline:
             folder, depth = waiting.pop()
             self.entered.add(realpath(folder))
             inside = self._folders_in(folder)
@@ -10497,7 +10499,7 @@ def _left_files(run_dir: StrPath) -> list[Facts]:
     By these a copy finds its run again. Small files come first; sha256 is null beyond
     OUTPUT_SECONDS, and there are at most OUTPUT_FILES.
     """
-    deadline = time.monotonic() + OUTPUT_SECONDS
+    deadline = monotonic() + OUTPUT_SECONDS
     sizes = _output_sizes(run_dir)
     files: list[Facts] = []
     for name in sorted(sizes, key=sizes.__getitem__)[:OUTPUT_FILES]:
@@ -10513,7 +10515,7 @@ def _sha256(
     digest = _digest("sha256")
     with _ignoring(OSError), _opened(path, sys.maxsize, follow) as file:
         for data in iter(lambda: file.read(METRICS_BYTES), b""):
-            if time.monotonic() >= deadline:
+            if monotonic() >= deadline:
                 return None
             digest.update(data)
         return str(digest.hexdigest())
@@ -10522,7 +10524,7 @@ def _sha256(
 
 def _makers_of(path: str, runs: Iterable[str]) -> list[str]:
     size = os.stat(path).st_size
-    digest = _sha256(path, time.monotonic() + PROGRAM_SECONDS, follow=True)
+    digest = _sha256(path, monotonic() + PROGRAM_SECONDS, follow=True)
     if size == 0 or digest is None:
         return []
     makers = [run for run in runs if _left(run, size, digest)]
@@ -10536,7 +10538,7 @@ def _left(run: str, size: int, digest: str) -> bool:
             return False
         outputs = _rows(_read_json(f"{run}/metadata.json"), "outputs")
         return digest in [file.get("sha256") for file in outputs]
-    deadline = time.monotonic() + PROGRAM_SECONDS
+    deadline = monotonic() + PROGRAM_SECONDS
     for name, length in _output_sizes(run).items():
         if length == size and _sha256(f"{run}/{name}", deadline) == digest:
             return True
@@ -10791,7 +10793,7 @@ def _comparable_now(run: Run) -> Comparable:
     top = _word(then, "patch", "root")
     patch = _patches_of(run).get("git.patch", "")
     names = re.findall(r"^\+\+\+ b/(.+)", patch, re.M)
-    site.loaded = [os.path.join(top, name) for name in names]
+    site.loaded = [join(top, name) for name in names]
     for folder in (_word(then, "directory"), _word(then, "root")):
         if isdir(folder):
             site.directory = folder
@@ -10863,7 +10865,7 @@ def _prune(root: str, run: Run, purge: bool) -> str | None:
     inside = relpath(run.folder, root)
     if inside.startswith(os.curdir):
         inside = run.name  # found through a link, or given as the root itself
-    wanted = place = os.path.join(root, TRASH_FOLDER, inside)
+    wanted = place = join(root, TRASH_FOLDER, inside)
     numbers = itertools.count(2)
     while lexists(place):
         place = f"{wanted}-{next(numbers)}"
@@ -11854,11 +11856,11 @@ def _visible_text(text: str) -> str:
 
 def _with_progress(items: Sequence[T], what: str) -> Iterator[T]:
     """Yield the items; a terminal is told how far it is when it takes long."""
-    due = time.monotonic() + PROGRESS_SECONDS
+    due = monotonic() + PROGRESS_SECONDS
     line = ""
     for number, item in enumerate(items, 1):
-        if time.monotonic() > due and sys.stderr is not None and sys.stderr.isatty():
-            due = time.monotonic() + 0.2
+        if monotonic() > due and sys.stderr is not None and sys.stderr.isatty():
+            due = monotonic() + 0.2
             line = f"{what}: {number} of {len(items)}"
             print(f"\r{line}", end="", file=sys.stderr, flush=True)
         yield item
@@ -11875,7 +11877,7 @@ if TYPE_CHECKING:
     _Point = tuple[float, float]  # a step, and a value
 
 
-def _cmd_report(args: argparse.Namespace) -> int:
+def _cmd_report(args: Namespace) -> int:
     """Write one HTML page about the runs that were asked for."""
     output = abspath(args.output)
     if isdir(output):
@@ -13153,7 +13155,7 @@ function hidePoint(plot) {
 # files that it would have without us, and its exit status is ours.
 
 
-def _cmd_run(args: argparse.Namespace) -> int:
+def _cmd_run(args: Namespace) -> int:
     """Record a command; return its exit status, 128+n when signal n ended it."""
     words: list[str] = args.words
     if words[:1] == ["--"]:
@@ -13195,7 +13197,7 @@ def _not_runnable(name: str) -> tuple[int, str]:
     folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
     if os.sep in name:
         folders = [""]
-    if any(exists(os.path.join(folder, name)) for folder in folders):
+    if any(exists(join(folder, name)) for folder in folders):
         return 126, f"{name!r} is not executable"
     return 127, f"{name!r} is not a program on PATH"
 
@@ -13262,7 +13264,7 @@ def _arguments_of(words: Sequence[str]) -> Sequence[str]:
     for number, word in enumerate(words):
         if number and word in ("-m", "-c"):
             return words[number + 2 :]
-        if os.path.join(site.cwd or os.sep, word) == site.script:
+        if join(site.cwd or os.sep, word) == site.script:
             return words[number + 1 :]
     return words[1:]
 
@@ -13395,7 +13397,7 @@ class _Command:
         """Show what the command prints and let it read what is typed, until it ends."""
         deadline = float("inf")
         if self.limit is not None:
-            deadline = time.monotonic() + self.limit
+            deadline = monotonic() + self.limit
         terminal = self.terminal
         while True:
             is_over = self._has_ended()
@@ -13403,7 +13405,7 @@ class _Command:
             writers = []
             pause = 0.0
             if not is_over:
-                pause = max(0.0, min(1.0, deadline - time.monotonic()))
+                pause = max(0.0, min(1.0, deadline - monotonic()))
                 if terminal is not None and terminal.follow():
                     if terminal.typed:
                         writers.append(terminal.master)
@@ -13425,8 +13427,8 @@ class _Command:
                         terminal.is_gone = True  # the command has closed it
             if is_over and set(ready) <= {wake}:
                 return
-            if time.monotonic() >= deadline:
-                deadline = time.monotonic() + KILL_SECONDS
+            if monotonic() >= deadline:
+                deadline = monotonic() + KILL_SECONDS
                 self._end()
 
     def _has_ended(self) -> bool:
@@ -13505,14 +13507,14 @@ class _TerminalText:
         for line in lines:
             result += self._seen(line) + b"\n"
             self.is_begun = False
-        if b"\r" not in self.line or time.monotonic() > self.due:
+        if b"\r" not in self.line or monotonic() > self.due:
             result += self.end()
         self.line = self.line[-4096:]
         return result
 
     def end(self) -> bytes:
         """Return the last line as it is now, as far as the log lacks it."""
-        self.due = time.monotonic() + HEARTBEAT_SECONDS
+        self.due = monotonic() + HEARTBEAT_SECONDS
         seen = self._seen(self.line)
         self.is_begun = self.is_begun or seen != b""
         self.line = self.line[len(self.line.rstrip(b"\r")) :]
@@ -13660,7 +13662,7 @@ def _signals_to(waker: int) -> Iterator[Any]:
 
 if TYPE_CHECKING:
     Argument = tuple[str, str]  # as a usage line writes it, and its help
-    Command = tuple[str, str, Callable[[argparse.Namespace], int], list[Argument]]
+    Command = tuple[str, str, Callable[[Namespace], int], list[Argument]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -13692,7 +13694,7 @@ def _prog() -> str:
     return f"{basename(sys.executable)} -m {module}"
 
 
-def _parse(words: list[str]) -> argparse.Namespace:
+def _parse(words: list[str]) -> Namespace:
     """Return the arguments of the command that `words` name, with its `function`."""
     import argparse
 
@@ -13719,7 +13721,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def _add_argument(parser: argparse.ArgumentParser, usage: str, text: str) -> None:
+def _add_argument(parser: ArgumentParser, usage: str, text: str) -> None:
     """Add an argument that is written as in a usage line.
 
     RUN, [ROOT] and WORDS... are taken by their place, "-- CMD" is all that is left.
@@ -13761,7 +13763,7 @@ def _print_json(value: object) -> None:
     print(_format_json(value), end="")
 
 
-def _cmd_inspect(args: argparse.Namespace) -> int:
+def _cmd_inspect(args: Namespace) -> int:
     run_dir = _find_run(args.run)
     if args.json:
         _print_json(_inspected(Run(run_dir)))
@@ -13776,7 +13778,7 @@ def _follow(run_dir: Path) -> None:
     """Show a run while it is running, and how it ended."""
     shown: list[str] = []
     while True:
-        begun = time.monotonic()
+        begun = monotonic()
         run = Run(run_dir)
         paragraphs = [*_live_paragraphs(run), ("output", _last_output(run.path)[-8:])]
         lines = list(_paragraph_lines(paragraphs))
@@ -13789,11 +13791,11 @@ def _follow(run_dir: Path) -> None:
         if run["status"] != "running":
             return
         shown = lines
-        took = time.monotonic() - begun
+        took = monotonic() - begun
         time.sleep(max(FOLLOW_SECONDS, 5 * took))
 
 
-def _cmd_list(args: argparse.Namespace) -> int:
+def _cmd_list(args: Namespace) -> int:
     """Print a row for each run that was asked for, or for each group of them."""
     root = _search_root(args.root)
     if args.limit is None and args.format is None:
@@ -13828,7 +13830,7 @@ def _cmd_list(args: argparse.Namespace) -> int:
 
 
 def _print_runs(
-    selection: _Selection, asked: list[str], args: argparse.Namespace
+    selection: _Selection, asked: list[str], args: Namespace
 ) -> None:
     """Print the table of the selected runs, or one for each script."""
     groups: dict[str, list[Run]] = {}
@@ -13845,7 +13847,7 @@ def _print_runs(
         _print_columns(columns, args.format)
 
 
-def _say_what_is_unseen(selection: _Selection, args: argparse.Namespace) -> None:
+def _say_what_is_unseen(selection: _Selection, args: Namespace) -> None:
     """Print what a table does not show: older runs, and files that are damaged."""
     if not selection.runs:
         _say(f"no such runs below {selection.root!r}")
@@ -13859,7 +13861,7 @@ def _say_what_is_unseen(selection: _Selection, args: argparse.Namespace) -> None
         _say(f"{_format_count(len(problems), 'file')} cannot be read: {problems[0]}")
 
 
-def _cmd_diff(args: argparse.Namespace) -> int:
+def _cmd_diff(args: Namespace) -> int:
     then = Run(_find_run(args.run))
     now = None
     if args.other is not None:
@@ -13872,7 +13874,7 @@ def _cmd_diff(args: argparse.Namespace) -> int:
     return int(bool(found))
 
 
-def _cmd_lineage(args: argparse.Namespace) -> int:
+def _cmd_lineage(args: Namespace) -> int:
     """Print the runs that a run used and those that used it, to any depth."""
     start = _find_run(args.run)
     lineage = _Lineage(_results_root(start.parent))
@@ -13902,7 +13904,7 @@ def _run_and_status(run: Path) -> str:
     return f"{run.name} ({Run(run, row=False).state})"
 
 
-def _cmd_note(args: argparse.Namespace) -> int:
+def _cmd_note(args: Namespace) -> int:
     """Append one line to the notes.jsonl of each run, and one to the index."""
     *words, text = args.words
     if not words:
@@ -13923,7 +13925,7 @@ def _cmd_note(args: argparse.Namespace) -> int:
     return 0
 
 
-def _cmd_prune(args: argparse.Namespace) -> int:
+def _cmd_prune(args: Namespace) -> int:
     """Say which runs would go; move or delete them when that is asked for."""
     selection = _Selection(_search_root(args.root), _Filters(vars(args)))
     for warning in selection.warnings:
@@ -13956,7 +13958,7 @@ def _cmd_prune(args: argparse.Namespace) -> int:
     return 0
 
 
-def _cmd_audit(args: argparse.Namespace) -> int:
+def _cmd_audit(args: Namespace) -> int:
     """Say where a secret is, and never which; return 1 when there is one."""
     root = _search_root(args.root)
     _redactor.learn(dict(os.environ))  # what is secret here and now is searched too
@@ -13984,7 +13986,7 @@ def _cmd_audit(args: argparse.Namespace) -> int:
     return int(bool(audit.found))
 
 
-def _cmd_reindex(args: argparse.Namespace) -> int:
+def _cmd_reindex(args: Namespace) -> int:
     """Replace the index by one line for each run; keep what is appended meanwhile."""
     root = Path(_search_root(args.root))
     size = 0
@@ -14030,7 +14032,7 @@ def _replace_index(root: Path, size: int, rows: Iterable[Facts]) -> None:
             new.write(late)
 
 
-def _cmd_env(args: argparse.Namespace) -> int:
+def _cmd_env(args: Namespace) -> int:
     """Show what `capture_metadata` would record here and now; leave nothing behind."""
     with _temporary_folder() as folder:
         facts = _read_json(capture_metadata(folder))
