@@ -2614,7 +2614,6 @@ class _Recorder:
     def __init__(self, variables: Mapping[str, str]) -> None:
         """Start the process, which gets ready and waits to be told of a run.
 
-        It has this environment, but no variable that would change how it works.
         Raises _Unknown where there can be none; `begin` does, too.
         """
         problem = _no_interpreter()
@@ -2625,7 +2624,10 @@ class _Recorder:
         if problem is not None:
             raise _Unknown(problem)
         self.path = _file_to_load()
-        self.withheld = _python_variables(variables)  # until it works
+        # What would change how its Python works it gets once it works.
+        names = {name for name in variables if name.startswith("PYTHON")}
+        names -= {"PYTHONHOME", "PYTHONPLATLIBDIR", "PYTHONCOERCECLOCALE"}
+        self.withheld = {name: variables[name] for name in names}
         self.owner = os.getpid()
         self.lock = threading.Lock()
         env = {k: v for k, v in variables.items() if k not in self.withheld}
@@ -2633,7 +2635,7 @@ class _Recorder:
         ours, theirs = (_above_stderr(end.detach()) for end in _socket.socketpair())
         self.kept = _Kept(ours)
         try:
-            self.starter = _spawn_recorder(theirs, self.path, env)  # and no more
+            self.starter = _spawn_recorder(theirs, self.path, env)
         except BaseException:
             os.close(ours)
             raise
@@ -2714,7 +2716,7 @@ class _Recorder:
 
     def is_gone(self) -> bool:
         if os.getpid() == self.owner and self.kept.is_ours():
-            self.has_died = _has_hung_up(self.kept.number)
+            self.has_died = _is_ready(self.kept.number, _HANG_UP, 0.0)
         return self.has_died
 
     def finish(self, seconds: float, ending: Facts | None) -> bool:
@@ -2775,14 +2777,13 @@ class _Recorder:
         return None
 
 
+_HANG_UP = 0  # is told even if nothing is asked for
+
+
 def _is_ready(descriptor: int, event: int, deadline: float) -> bool:
     poller = _polls.poll()
     poller.register(descriptor, event)
     return bool(poller.poll(max(0.0, deadline - monotonic()) * 1000))
-
-
-def _has_hung_up(connection: int) -> bool:
-    return _is_ready(connection, 0, 0.0)
 
 
 def _reap(pid: int, seconds: float) -> bool:
@@ -2873,13 +2874,6 @@ def _spawn_recorder(connection: int, path: str, env: Mapping[str, str]) -> int:
         setsigmask=_IGNORED_SIGNALS, setsigdef=[_signals.SIGCHLD],
     )
     return pid
-
-
-def _python_variables(variables: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that would change how the recorder's Python works."""
-    names = {name for name in variables if name.startswith("PYTHON")}
-    names -= {"PYTHONHOME", "PYTHONPLATLIBDIR", "PYTHONCOERCECLOCALE"}
-    return {name: variables[name] for name in names}
 
 
 def _file_to_load() -> str:
@@ -3084,7 +3078,7 @@ class _RecorderProcess:
             wait_status = _wait_status(self.site.pid, self.pidfd)
             self.pidfd = None
             self.has_heir = wait_status == 0
-        if self.has_heir and not _has_hung_up(self.connection.fileno()):
+        if self.has_heir and not _is_ready(self.connection.fileno(), _HANG_UP, 0.0):
             return 1.0
         self._record_death(wait_status)
         return _NEVER
@@ -3197,13 +3191,13 @@ class _Capture:
         for name, descriptor in (("stdout", 1), ("stderr", 2)):
             if getattr(sys, name, None) is not None:
                 self.streams.append(_Stream(self, name, descriptor))
-        log = None
-        if len({stream.place for stream in self.streams}) < len(self.streams):
-            log = "output"  # both go to one place
+        places = {stream.place for stream in self.streams}
         try:
             for stream in self.streams:
-                name = f"{rank_prefix}{log or stream.name}"
-                stream.open(record, name, self.streams[0])
+                name = stream.name
+                if len(places) < len(self.streams):
+                    name = "output"
+                stream.open(record, f"{rank_prefix}{name}", self.streams[0])
         except BaseException:
             self.close("")
             raise
@@ -3521,7 +3515,7 @@ class _Tap:
         self.holder = holder
         self.is_buffered = is_buffered
         self.streams: list[_Stream] = []
-        self.copies: list[_Stream] = []  # those whose log gets a copy
+        self.copies = self.streams  # those whose log gets a copy
         self._install()
 
     def _install(self) -> None:
@@ -3538,12 +3532,7 @@ class _Tap:
     def set_streams(self, streams: list[_Stream]) -> None:
         """See what is written for these streams; for none, be gone."""
         self.streams = streams
-        copies: list[_Stream] = []
-        for stream in streams:
-            has_copy = stream.is_direct or not stream.is_logged
-            if not has_copy and stream.log not in [other.log for other in copies]:
-                copies.append(stream)
-        self.copies = copies
+        self.copies = [s for s in streams if s.is_logged and not s.is_direct]
         if streams:
             return
         if self in _taps:
@@ -13395,7 +13384,7 @@ class _Command:
 
     def _serve(self, wake: int) -> None:
         """Show what the command prints and let it read what is typed, until it ends."""
-        deadline = float("inf")
+        deadline = _NEVER
         if self.limit is not None:
             deadline = monotonic() + self.limit
         terminal = self.terminal
