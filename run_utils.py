@@ -4852,7 +4852,7 @@ class _Sampler:
     def _memory(self, pids: Iterable[int]) -> tuple[int, str]:
         """Return the memory of processes, and whether each shared page counts once."""
         started = monotonic()
-        page = os.sysconf("SC_PAGE_SIZE")
+        page = _posix.sysconf("SC_PAGE_SIZE")
         resident = 0
         private = 0
         for pid in pids:
