@@ -7330,10 +7330,8 @@ class _Redactor:
     def known_pattern(self) -> re.Pattern[str]:
         """Return the pattern of the known values in a text or a decoded file."""
         if self.pattern is None:
-            values = set(self.known)
-            for value in self.known:
-                data = value.encode("utf-8", "surrogateescape")
-                values.add(data.decode("latin-1"))
+            encoded = [known.encode("utf-8", "surrogateescape") for known in self.known]
+            values = self.known.union(data.decode("latin-1") for data in encoded)
             longest_first = sorted(values, key=len, reverse=True)
             self.pattern = re.compile(_alternation(longest_first))
         return self.pattern
@@ -7642,6 +7640,7 @@ def _named_in_fact(text: str) -> Iterator[_Find]:
 def _graded_names(text: str) -> Iterator[tuple[re.Match[str], int]]:
     """Yield the words of a text that may be names of secrets, each with its grade."""
     done = 0
+    text = text.replace("\u0130", "I")  # alone becomes two characters in lower case
     for stem in _re(_STEMS).finditer(text.lower()):
         place = stem.start()
         if place < done:
@@ -7667,11 +7666,8 @@ def _found_by(
     for needed, pattern in rules:
         if needed not in text:
             continue
-        compiled = _re(pattern)
-        for match in compiled.finditer(text):
-            grade = _SURE
-            if "name" in compiled.groupindex:
-                grade = _grade(match["name"])
+        for match in _re(pattern).finditer(text):
+            grade = _grade(match.groupdict().get("name", "password"))
             group = match.lastindex or 0
             if is_secret(grade, match[group]):
                 yield (*match.span(group), grade)
@@ -7783,7 +7779,7 @@ _USERINFO = (
 _NO_USERINFO = r"\d{1,5}(/.*)?|.*[][{}<>].*|\$\w+|%s"
 
 # A rule is a string that a text must have and a pattern. The last group of the pattern
-# is the secret, or all of it; a group `name` has the name under which it stands.
+# is the secret, or all of it; a group `name` has its name, else it is a password.
 _FACT_RULES = (
     ("PRIVATE KEY", _KEY_BLOCK),
     ("=", r"(?i)[?&;](?:sig|signature|code|x-[\w-]*-(?:signature|credential))"
@@ -8163,9 +8159,8 @@ def _grade(name: str) -> int:
     before = ""
     inner = _NONE
     for word in words[:-1]:
-        if word in _SURE_WORDS or word in ("token", "tokens"):
-            inner = _RANDOM
-        if word == "key" and before in _KEY_OF:
+        is_key = word == "key" and before in _KEY_OF
+        if is_key or word in _SURE_WORDS or word in ("token", "tokens"):
             inner = _RANDOM
         before = word
     last = words[-1]
@@ -8202,8 +8197,8 @@ def _name_words(name: str) -> list[str]:
         match = _re(_RUN_TOGETHER).fullmatch(word)
         if match is None:
             words.append(word)
-            continue
-        words += filter(None, match.groups())
+        else:
+            words += filter(None, match.groups())
         if word.endswith("tokens"):
             words[-1] = "tokens"  # of a text, more often than of a service
     return words
@@ -8384,15 +8379,13 @@ class _Audit:
         return _redactor.text(relpath(path, self.root))
 
 
-def _files_below(place: str) -> Iterator[str]:
-    """Yield a regular file, or those below a folder, in order; links lead out of it."""
+def _files_below(place: str) -> list[str]:
+    """Return a regular file, or those below a folder, in order; links lead out."""
     paths = [place]
     for folder, folders, names in os.walk(place):
         folders.sort()
         paths += [join(folder, name) for name in sorted(names)]
-    for path in paths:
-        if isfile(path) and not os.path.islink(path):
-            yield path
+    return [path for path in paths if isfile(path) and not os.path.islink(path)]
 
 
 def _audit_finds(text: str, name: bytes) -> list[_Find]:
