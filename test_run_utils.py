@@ -6976,8 +6976,8 @@ class SecretShapes(unittest.TestCase):
                 self.assertEqual(found, text.replace(value, MARKER))
 
     def test_a_letter_that_is_two_in_lower_case_moves_no_name(self) -> None:
-        text = "\u0130" * 30 + " password=hunter2-x9Q"
-        self.assertEqual(redactor().text(text), "\u0130" * 30 + f" password={MARKER}")
+        text = "\u0130" * 30 + " password="
+        self.assertEqual(redactor().text(text + RANDOM), text + MARKER)
 
     def test_where_a_password_ends(self) -> None:
         found = redactor().text("lr=0.1,password=a1;b,c&d,wd=0.2")
