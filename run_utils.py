@@ -6643,7 +6643,7 @@ class _Plan:
             lines.append(_shell_line(*self.command(target)))
         for number, line in enumerate(lines, 1):
             for part in f"{number}. {line}".split("\n"):
-                print(_printable(part))
+                _print(part)
         if target is not None and isdir(target):
             print(f"To remove it: {_shell_line(['rm', '-rf', target])}")
 
@@ -6906,8 +6906,8 @@ def _show_comparison(comparison: Facts) -> None:
         text = f"{row['kind']} {row['key']}: {row['verdict']}"
         if row["verdict"] != "same" and row["kind"] not in ("file", "log"):
             text += f": {_text(row['then'])}, now {_text(row['now'])}"
-        print(_printable(f"   {text}"))
-    print(_printable(f"{comparison['run']}: {comparison['level']}"))
+        _print(f"   {text}")
+    _print(f"{comparison['run']}: {comparison['level']}")
 
 
 # === Lineage ===
@@ -10983,16 +10983,15 @@ def _unreadable(error: Exception, path: str) -> str:
 # First a model: the columns of a table, or the paragraphs of a page. Text, Markdown,
 # CSV and HTML render it, and there all that comes from a run directory is escaped.
 
-
 if TYPE_CHECKING:
-    from typing import TypeVar
-
-    T = TypeVar("T")
     Paragraph = tuple[str, list[str]]  # a name, and lines
 
 
 class _Column:
-    """One column of a table: a heading, and for each row a value and its text."""
+    """One column of a table: a heading, and for each row a value and its text.
+
+    Where there is no room, those go first whose rank is the highest.
+    """
 
     def __init__(
         self, heading: str, values: Sequence[object],
@@ -11000,9 +10999,8 @@ class _Column:
     ) -> None:
         if texts is None:
             texts = map(_cell_text, values)
-        self.heading = _visible_text(heading)
-        self.values = list(values)
-        self.texts = [_visible_text(text) for text in texts]
+        self.values = values
+        self.cells = [_visible_text(text) for text in (heading, *texts)]
         self.rank = rank
         self.beneath = beneath
         self.is_name = heading == "run"
@@ -11010,26 +11008,23 @@ class _Column:
         self.is_number = bool(known) and all(map(_is_number_value, known))
 
     def is_empty(self) -> bool:
-        return not any(self.texts)
-
-    def cells(self) -> list[str]:
-        return [self.heading, *self.texts]
+        return not any(self.cells[1:])
 
     def width(self) -> int:
-        return max(map(_width, self.cells()))
+        return max(map(_width, self.cells))
 
     def least(self) -> int:
         """Return the columns that it must have: a number is never cut."""
         if self.is_name:
             return min(self.width(), NAME_WIDTH)
-        heading = _width(self.heading)
+        heading = _width(self.cells[0])
         if self.rank > 0:
             heading = min(heading, TEXT_WIDTH)
         return max(heading, self.least_of_texts())
 
     def least_of_texts(self) -> int:
         """Return the same for where there is no room for its heading."""
-        longest = max(map(_width, self.texts))
+        longest = max(map(_width, self.cells[1:]))
         if self.is_name:
             return min(longest, LEAST_NAME_WIDTH)
         if self.is_number:
@@ -11038,9 +11033,9 @@ class _Column:
 
     def fitted(self, width: int) -> list[str]:
         """Return the heading and the texts, each in exactly `width` columns."""
-        cells = self.cells()
         if self.is_name:
-            return _short_names(cells, width)
+            return _short_names(self.cells, width)
+        cells = self.cells
         if self.is_number:
             cells = [" " * (width - _width(text)) + text for text in cells]
         return [_cut(text, width) for text in cells]
@@ -11064,22 +11059,20 @@ def _run_columns(
     asked: Sequence[str] = (), whole: bool = False,
 ) -> list[_Column]:
     """Return the columns of some runs, metrics before config."""
-    names = [relpath(run.path, root) for run in runs]
     ages = [_age(run) for run in runs]
     times = [_duration(run) for run in runs]
-    counts = [len(run.outputs) for run in runs]
     metrics = [key for run in runs for key in run if key.startswith("metrics.")]
     config = [key for run in runs for key in differing.get(run["script_name"], ())]
     columns = [
-        _Column("run", names),
+        _Column("run", [relpath(run.path, root) for run in runs]),
         _Column("status", [_status_text(run) for run in runs]),
-        _Column("age", ages, map(_format_seconds, ages), rank=3),
-        _Column("time", times, map(_format_seconds, times), rank=5),
+        _Column("age", ages, map(_format_seconds, ages), 3),
+        _Column("time", times, map(_format_seconds, times), 5),
         *(_Column(text, [_Key(text).value(run) for run in runs])
           for text in dict.fromkeys(asked) if text not in _COLUMN_OF),
         *_key_columns(runs, metrics, asked, 1, 4),
         *_key_columns(runs, config, asked, 2, 6),
-        _Column("outputs", counts, map(_outputs_text, runs), rank=7),
+        _Column("outputs", [len(r.outputs) for r in runs], map(_outputs_text, runs), 7),
         _Column("why", [run["reason"] for run in runs], beneath=True),
     ]
     if whole:
@@ -11088,7 +11081,7 @@ def _run_columns(
         columns.append(_Column("used by", [", ".join(run.used_by) for run in runs]))
     columns.append(_Column("notes", [_notes_text(run) for run in runs], beneath=True))
     for column in columns:
-        if column.heading in [_COLUMN_OF.get(text) for text in asked]:
+        if column.cells[0] in [_COLUMN_OF.get(text) for text in asked]:
             column.rank = 0
     return columns
 
@@ -11102,10 +11095,10 @@ _COLUMN_OF = {  # some keys: the heading of the column that shows them
 
 def _key_columns(
     rows: Sequence[Mapping[str, object]], keys: Iterable[str], asked: Sequence[str],
-    first: int, others: int,
+    rank: int, others: int,
 ) -> Iterator[_Column]:
+    """Yield columns for keys, the most frequent first: with `rank`, then `others`."""
     counts = {key: sum(key in row for row in rows) for key in dict.fromkeys(keys)}
-    rank = first
     for key in sorted(counts, key=lambda key: -counts[key]):
         short = key.partition(".")[2]
         if counts[key] and not {key, short}.intersection((*asked, *_NO_METRICS)):
@@ -11139,10 +11132,9 @@ def _outputs_text(run: Run) -> str:
     return f"{len(run.outputs)} ({_format_size(sum(run.outputs.values()))})"
 
 
-def _notes_text(run: Run) -> str | None:
-    words = [f"[{tag}]" for tag in run["tags"]]
-    words.append("; ".join(_note_texts(run)))
-    return " ".join(filter(None, words)) or None
+def _notes_text(run: Run) -> str:
+    tags = [f"[{tag}]" for tag in run["tags"]]
+    return " ".join([*tags, "; ".join(_note_texts(run))]).strip()
 
 
 def _note_texts(run: Run) -> list[str]:
@@ -11167,13 +11159,13 @@ def _run_row(run: Run, root: StrPath, shown: Iterable[str] = ()) -> Facts:
 
 def _group_row(group: _Group, asked: Iterable[str]) -> Facts:
     """Return runs that differ only in their seeds as one row: means and deviations."""
-    first = group.runs[0]  # the newest
+    newest = group.runs[0]
     states = group.states().items()
     row: Facts = {
-        "run": first.name,
+        "run": newest.name,
         "runs": len(group.runs),
         "status": ", ".join(f"{count} {state}" for state, count in states),
-        "script_name": first["script_name"],
+        "script_name": newest["script_name"],
         **group.config,
     }
     metrics = [key for run in group.runs for key in run if key.startswith("metrics.")]
@@ -11203,9 +11195,10 @@ def _group_columns(
 def _spread_text(row: Mapping[str, object], key: str) -> str:
     """Return a value; of a group "0.912 ± 0.021 (5)": mean, deviation, how many."""
     value = row.get(key, row.get(f"config.{key}"))
-    if row.get(f"{key} deviation") is None:
+    deviation = row.get(f"{key} deviation")
+    if deviation is None:
         return _cell_text(value)
-    return f"{value:.4g} ± {row[f'{key} deviation']:.2g} ({row[f'{key} count']})"
+    return f"{value:.4g} ± {deviation:.2g} ({row[f'{key} count']})"
 
 
 # --- Tables.
@@ -11214,33 +11207,32 @@ def _spread_text(row: Mapping[str, object], key: str) -> str:
 def _print_columns(columns: Sequence[_Column], form: str | None) -> None:
     columns = [c for c in columns if not c.is_empty() or not (c.rank or c.beneath)]
     if form == "md":
-        heading, *rows = zip(*map(_Column.cells, columns))
+        heading, *rows = zip(*(column.cells for column in columns))
         for row in [heading, ["---"] * len(columns), *rows]:
             print(f"| {' | '.join(map(_markdown, row))} |")
         print()
-    elif columns[0].texts:
+    elif len(columns[0].cells) > 1:
         _print_table(columns)
 
 
 def _print_table(columns: Sequence[_Column]) -> None:
     """Print a table; where the terminal is narrow, shorten and leave out."""
     for column in columns:
-        column.texts = [_printable(text) for text in column.texts]
+        column.cells = list(map(_printable, column.cells))
     room = _terminal_width() or sys.maxsize
     widths = {column: column.width() for column in columns}
     beneath: list[_Column] = []
     if _total(widths) > room:
         beneath = [column for column in columns if column.beneath]
         widths = _shortened_widths([c for c in columns if not c.beneath], room)
-    rows = [column.fitted(widths[column]) for column in widths]
-    below = [["", *column.texts] for column in beneath]
     lines = []
-    for number in range(len(columns[0].texts) + 1):
-        lines.append("  ".join(cells[number] for cells in rows))
-        text = "  ".join(filter(None, [texts[number] for texts in below]))
-        if text:
-            lines.append(f"    {text}")
-    left_out = [c.heading for c in columns if c not in widths and c not in beneath]
+    fitted = [column.fitted(width) for column, width in widths.items()]
+    for number, row in enumerate(zip(*fitted)):
+        lines.append("  ".join(row))
+        below = [column.cells[number] for column in beneath if number]
+        if any(below):
+            lines.append(f"    {'  '.join(filter(None, below))}")
+    left_out = [c.cells[0] for c in columns if c not in widths and c not in beneath]
     if left_out:
         lines.append(f"not shown: {', '.join(left_out)}")
     for line in lines:
@@ -11250,21 +11242,23 @@ def _print_table(columns: Sequence[_Column]) -> None:
 def _shortened_widths(columns: Sequence[_Column], room: int) -> dict[_Column, int]:
     """Return the widths of the columns for which there is room."""
     widths = {column: column.width() for column in columns}
-    for column in columns:  # the name is the first
-        excess = max(_total(widths) - room, 0)
-        widths[column] = max(column.least(), widths[column] - excess)
+    _fit(widths, room, _Column.least)
     while _total(widths) > room:
-        last = max(reversed(list(widths)), key=lambda column: column.rank)
+        last = max(reversed(widths), key=lambda column: column.rank)
         if last.rank == 0:
             break  # all that is left was asked for
         del widths[last]
-    for column in widths:
-        excess = max(_total(widths) - room, 0)
-        widths[column] = max(column.least_of_texts(), widths[column] - excess)
-    for column in widths:
-        spare = max(room - _total(widths), 0)
-        widths[column] = min(column.width(), widths[column] + spare)
+    _fit(widths, room, _Column.least_of_texts)
     return widths
+
+
+def _fit(
+    widths: dict[_Column, int], room: int, least: Callable[[_Column], int]
+) -> None:
+    """Let the first columns, of which one is the name, take or leave what is needed."""
+    for column in widths:
+        width = widths[column] + room - _total(widths)
+        widths[column] = min(max(width, least(column)), column.width())
 
 
 def _total(widths: Mapping[_Column, int]) -> int:
@@ -11300,10 +11294,14 @@ def _cut(text: str, width: int) -> str:
 
 
 def _dots() -> str:
-    """Return an ellipsis that stdout can show."""
-    if _printable("…") == "…":
-        return "…"
-    return "..."
+    return _if_printable("…", "...")
+
+
+def _if_printable(text: str, plain: str) -> str:
+    """Return a text if stdout has its letters, else a plain one."""
+    if _printable(text) == text:
+        return text
+    return plain
 
 
 def _short_names(names: Sequence[str], width: int) -> list[str]:
@@ -11313,7 +11311,7 @@ def _short_names(names: Sequence[str], width: int) -> list[str]:
     not what tells it from the others, then becomes "tra…0131-142501".
     """
     if max(map(_width, map(_without_commit, names))) > width:
-        inner = [basename(name) for name in names]
+        inner = list(map(basename, names))
         if len(set(inner)) == len(set(names)):
             names = inner
     return [_short_name(name, width) for name in names]
@@ -11328,8 +11326,8 @@ def _short_name(name: str, width: int) -> str:
     if _width(name) > width:
         name = _without_commit(name)
     if _width(name) > width:
-        stamp = re.search(r"\d{4}-\d{6}(\D+\d+)?$", name)
         end = name[-(width // 2) :]
+        stamp = re.search(r"\d{4}-\d{6}(\D+\d+)?$", name)
         if stamp is not None:
             end = stamp[0]
         name = _cut(name[: -len(end)], max(width - _width(end), 0)) + end[-width:]
@@ -11353,8 +11351,8 @@ def _print_csv(rows: Sequence[Facts]) -> None:
 
     keys = dict.fromkeys(key for row in rows for key in row)
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow([_csv_cell(key) for key in keys])
-    writer.writerows([_csv_cell(row.get(key)) for key in keys] for row in rows)
+    writer.writerow(map(_csv_cell, keys))
+    writer.writerows(map(_csv_cell, map(row.get, keys)) for row in rows)
 
 
 def _csv_cell(value: object) -> object:
@@ -11369,10 +11367,10 @@ def _csv_cell(value: object) -> object:
 
 
 def _html_table(columns: Sequence[_Column]) -> str:
-    used = [column for column in columns if not column.is_empty()]
+    used = [column.cells for column in columns if not column.is_empty()]
     lines = ["<table>"]
     tag = "th"
-    for row in zip(*map(_Column.cells, used)):
+    for row in zip(*used):
         cells = [f"<{tag}>{_html(text)}</{tag}>" for text in row]
         lines.append(f"<tr>{''.join(cells)}</tr>")
         tag = "td"
@@ -11401,11 +11399,8 @@ def _paragraph_lines(paragraphs: Iterable[Paragraph]) -> Iterator[str]:
 
 
 def _inspected(run: Run) -> Facts:
-    names = (
-        "status", "attempts", "config", "metadata", "summary", "outputs", "used_by",
-        "notes", "problems",
-    )
-    facts: Facts = {name: getattr(run, name) for name in names}
+    names = "status attempts config metadata summary outputs used_by notes problems"
+    facts: Facts = {name: getattr(run, name) for name in names.split()}
     facts.update(run_dir=str(run.path), tags=run["tags"], metrics=_number_series(run))
     facts["now"] = _differences_from_now(run)
     return facts
@@ -11421,8 +11416,7 @@ def _run_paragraphs(run: Run) -> Iterator[Paragraph]:
     config = _arguments(run.config)
     if config:
         yield "config", _first(_format_yaml(config).splitlines())
-    used = _read_inputs(run.folder)
-    yield "inputs", _first([_format_input(entry, run.folder) for entry in used])
+    yield "inputs", _first(_format_inputs(run))
     yield "tied to", _tied_names(run)
     yield "used by", _first(run.used_by)
     yield "outputs", _format_outputs(run)
@@ -11442,7 +11436,7 @@ def _run_paragraphs(run: Run) -> Iterator[Paragraph]:
 
 def _live_paragraphs(run: Run) -> Iterator[Paragraph]:
     """Yield what changes while a run is running, for `inspect --follow`."""
-    yield "run", [str(run.path)]
+    yield "run", [run.folder]
     yield "status", _first([_format_end(run.status), *_format_attempts(run)])
     yield "why", _format_why(run)
     yield "metrics", _format_metrics(run)
@@ -11454,8 +11448,13 @@ def _first(lines: Sequence[str]) -> list[str]:
     return [*lines[:MAX_SHOWN], f"... {len(lines) - MAX_SHOWN} more lines"]
 
 
+def _known(facts: Facts, key: str) -> str:
+    """Return a value as one short line, "?" for what is missing."""
+    return _text(facts.get(key) or "?")
+
+
 def _format_end(status: Facts) -> str:
-    text = _known_text(status, "status")
+    text = _known(status, "status")
     if status.get("exit_reason"):
         text += f" ({_text(status['exit_reason'])})"
     if status.get("exit_code") is not None:
@@ -11481,7 +11480,7 @@ def _format_attempts(run: Run) -> Iterator[str]:
 def _format_why(run: Run) -> list[str]:
     status = run.status
     trace = _at(status, "exception", "traceback")
-    lines: list[str] = []
+    lines = []
     if isinstance(trace, str):
         lines = trace.rstrip().splitlines()[-4:-1]
     elif status.get("status") not in ("running", "success"):
@@ -11501,49 +11500,41 @@ def _format_code(git: Facts) -> str:
     parts = [f"{_text(git['commit_short'])} on {branch}"]
     if git.get("is_dirty"):
         parts.append("uncommitted changes")
-    if git.get("unpushed"):
-        parts.append(_format_count(git["unpushed"], "commit", "not pushed"))
+    parts.append(_format_count(git.get("unpushed"), "commit", "not pushed"))
     if patch.get("file"):
         parts.append(f"kept in {_text(patch['file'])}")
-    if patch.get("left_out_count"):
-        parts.append(_format_count(patch["left_out_count"], "file", "not kept"))
-    if git.get("remote_origin_url"):
-        parts.append(_text(git["remote_origin_url"]))
-    return ", ".join(parts)
-
-
-def _known_text(facts: Facts, key: str) -> str:
-    """Return a value as one short line, "?" for what is missing."""
-    return _text(facts.get(key) or "?")
+    parts.append(_format_count(patch.get("left_out_count"), "file", "not kept"))
+    parts.append(_text(git.get("remote_origin_url") or ""))
+    return ", ".join(filter(None, parts))
 
 
 def _format_start(run: Run) -> str:
     metadata = run.metadata
-    user, host = _known_text(metadata, "user"), _known_text(metadata, "hostname")
-    folder = _known_text(metadata, "working_dir")
-    version = _python_version(metadata) or "?"
-    machine = _known_text(_mapping(metadata, "platform"), "platform")
-    who = f"{_known_text(run, 'started_utc')} by {user} on {host} in {folder}"
-    return f"{who}, Python {version} on {machine}"
+    words = [_known(run, "started_utc")]
+    words += [_known(metadata, key) for key in ("user", "hostname", "working_dir")]
+    words.append(_python_version(metadata) or "?")
+    words.append(_known(_mapping(metadata, "platform"), "platform"))
+    return "{} by {} on {} in {}, Python {} on {}".format(*words)
 
 
-def _format_input(entry: Facts, run_dir: str) -> str:
-    about = _known_text(entry, "status")
-    _, problem = _input_now(entry, run_dir, deadline=0.0)
-    if problem == "is gone":
-        about += ", not there now"
-    elif problem is not None:
-        about += ", changed since"
-    name = f"{_known_text(entry, 'run')}/{_text(entry['path'])}"
-    return f"{_known_text(entry, 'key')}: {name} ({about})"
+def _format_inputs(run: Run) -> list[str]:
+    lines = []
+    for entry in _read_inputs(run.folder):
+        about = _known(entry, "status")
+        _, problem = _input_now(entry, run.folder, deadline=0.0)
+        if problem == "is gone":
+            about += ", not there now"
+        elif problem is not None:
+            about += ", changed since"
+        name = f"{_known(entry, 'run')}/{_text(entry['path'])}"
+        lines.append(f"{_known(entry, 'key')}: {name} ({about})")
+    return lines
 
 
 def _number_series(run: Run) -> dict[str, list[float]]:
-    series = {}
-    for name, (values, _) in _all_series(run.path).items():
-        if name not in _NO_METRICS:
-            series[name] = _numbers(values)
-    return series
+    series = _all_series(run.path)
+    names = [name for name in series if name not in _NO_METRICS]
+    return {name: _numbers(series[name][0]) for name in names}
 
 
 def _format_metrics(run: Run) -> list[str]:
@@ -11564,19 +11555,20 @@ def _sparkline(values: Sequence[float]) -> str:
     """Return the course of some numbers, such as "▇▄▂▁▁"; "x" is not finite."""
     if len(values) < 2:
         return ""
-    blocks = "▁▂▃▄▅▆▇█"
-    if _printable(blocks) != blocks:
-        blocks = "_.-~=+*#"
+    blocks = _if_printable("▁▂▃▄▅▆▇█", "_.-~=+*#")
     count = min(SPARKLINE_WIDTH, len(values))
     # Halves, since the difference of two large numbers may be infinite.
     points = [values[(n + 1) * len(values) // count - 1] / 2 for n in range(count)]
     finite = list(filter(_is_finite, points)) or [0.0]
-    span = max(finite) - min(finite) or 1
-    letters = ["x"] * count
-    for number, point in enumerate(points):
+    low = min(finite)
+    span = max(finite) - low or 1
+    letters = ""
+    for point in points:
+        letter = "x"
         if _is_finite(point):
-            letters[number] = blocks[int((point - min(finite)) / span * 7)]
-    return "".join(letters)
+            letter = blocks[int((point - low) / span * 7)]
+        letters += letter
+    return letters
 
 
 def _format_outputs(run: Run) -> list[str]:
@@ -11587,11 +11579,11 @@ def _format_outputs(run: Run) -> list[str]:
         folder = dirname(path).partition("/")[0] or "at the top"
         folders.setdefault(folder, []).append(size)
     lines = []
-    for folder in sorted(set(folders) - {"logs", "attempts"}):
+    for folder in sorted(folders.keys() - {"logs", "attempts"}):
         sizes = folders[folder]
-        about = f"{_format_count(len(sizes), 'file')}, {_format_size(sum(sizes))}"
-        if not sizes:
-            about = "empty"
+        about = "empty"
+        if sizes:
+            about = f"{_format_count(len(sizes), 'file')}, {_format_size(sum(sizes))}"
         lines.append(f"{folder}: {about}")
     largest = sorted(run.outputs.items(), key=lambda pair: -pair[1])[:3]
     if largest:
@@ -11621,14 +11613,14 @@ def _format_resources(resources: Facts) -> list[str]:
         mean = _number(gpu.get("utilization_percent_mean"))
         if mean is not None:
             gpus.append(f"GPU {_text(gpu.get('index'))} {mean:.0f} % mean")
-    return [line for line in ("; ".join(words), "; ".join(gpus)) if line]
+    return list(filter(None, ("; ".join(words), "; ".join(gpus))))
 
 
 def _format_notes(run: Run) -> list[str]:
     lines = []
     for note in run.notes:
         if note.get("text"):
-            who = f"{_known_text(note, 'timestamp_utc')} {_known_text(note, 'user')}"
+            who = f"{_known(note, 'timestamp_utc')} {_known(note, 'user')}"
             lines.append(f"{who}: {_text(note['text'])}")
     return lines
 
@@ -11664,14 +11656,14 @@ def _differences_from_now(run: Run) -> dict[str, str]:
     git = _mapping(run.metadata, "git")
     then = _comparable_machine(run.metadata)
     now = _comparable_machine(_quick_metadata(_Site.here(), None))
-    then["commit"], now["commit"] = git.get("commit_short"), None
-    if isdir(_text(git.get("root"))):
+    then["commit"] = git.get("commit_short")
+    if isdir(_word(git, "root")):
         now["commit"] = _git_head(git["root"])
     changes = {}
     for key in ("commit", "python", "hostname", "platform"):
-        pair = then.get(key), now.get(key)
-        if all(pair) and pair[0] != pair[1]:
-            changes[key] = f"{_text(pair[0])} -> {_text(pair[1])}"
+        old, new = then.get(key), now.get(key)
+        if old and new and old != new:
+            changes[key] = f"{_text(old)} -> {_text(new)}"
     return changes
 
 
@@ -11686,16 +11678,25 @@ def _diff_paragraphs(run: Run, found: Differences) -> Iterator[Paragraph]:
 
 
 def _commits_between(run: Run, then: JSON, now: JSON) -> list[str]:
-    root = _text(_at(run.metadata, "git", "root"))
     for commit in (then, now):
         if re.fullmatch("[0-9a-f]{4,64}", str(commit)) is None:
             return []
     words = ["rev-list", "--left-right", "--oneline", "--max-count=10"]
     try:
+        root = _word(run.metadata, "git", "root")
         output = _git_run(root, *words, f"{then}...{now}", "--")
     except _Unknown:  # the repository, or a commit, is not there any more
         return []
     return [f"  {line}" for line in _lines_of(output)]
+
+
+def _format_change(key: str, then: JSON, now: JSON) -> list[str]:
+    """Return "key: then -> now"; of two long texts the lines that differ."""
+    if isinstance(then, str) and isinstance(now, str) and "\n" in then + now:
+        lines = _line_changes(*_different_parts(then, now))
+        return [f"{key}:", *(f"  {line[:MAX_REPR]}" for line in lines)]
+    sides = [_cell_text(side)[:MAX_REPR].split("\n")[0] for side in (then, now)]
+    return [f"{key}: {sides[0] or 'none'} -> {sides[1] or 'none'}"]
 
 
 def _different_parts(then: str, now: str) -> tuple[str, str]:
@@ -11719,15 +11720,6 @@ def _line_changes(then: str, now: str) -> list[str]:
         last = max(n for n, line in enumerate(lines) if line.startswith("@@"))
         del lines[last:]
     return [*_first(lines), f"... only {DIFF_LINES} lines were compared"]
-
-
-def _format_change(key: str, then: JSON, now: JSON) -> list[str]:
-    """Return "key: then -> now"; of two long texts the lines that differ."""
-    if isinstance(then, str) and isinstance(now, str) and "\n" in then + now:
-        lines = _line_changes(*_different_parts(then, now))
-        return [f"{key}:", *(f"  {line[:MAX_REPR]}" for line in lines)]
-    sides = [_cell_text(side)[:MAX_REPR].split("\n")[0] for side in (then, now)]
-    return [f"{key}: {sides[0] or 'none'} -> {sides[1] or 'none'}"]
 
 
 # --- A graph of runs.
@@ -11808,12 +11800,8 @@ def _format_paths(paths: Sequence[str]) -> str:
     return text
 
 
-# Letters that Python calls printable although nothing is seen of them: fillers, blank
-# Braille, vowels without a shape, and the variation selectors.
-_UNSEEN = (
-    "\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\uffa0\ufe00-\ufe0f"
-    "\U000e0100-\U000e01ef"
-)
+def _print(line: str) -> None:
+    print(_printable(line))
 
 
 def _printable(text: str) -> str:
@@ -11823,20 +11811,28 @@ def _printable(text: str) -> str:
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
+# Letters that Python calls printable although nothing is seen of them: fillers, blank
+# Braille, vowels without a shape, and the variation selectors.
+_UNSEEN = (
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\uffa0\ufe00-\ufe0f"
+    "\U000e0100-\U000e01ef]"
+)
+
+
 def _visible_text(text: str) -> str:
     """Escape what could steer a terminal, hide text, or not be seen at all."""
     if text.isascii() and text.isprintable():
         return text
     letters = []
     for letter in text:
-        unseen = re.match(f"[{_UNSEEN}]", letter) or not letter.isprintable()
+        unseen = re.match(_UNSEEN, letter) or not letter.isprintable()
         if unseen and letter not in "\xa0\u3000":  # blanks that may well be meant
             letter = letter.encode("unicode_escape").decode("ascii")
         letters.append(letter)
     return "".join(letters)
 
 
-def _with_progress(items: Sequence[T], what: str) -> Iterator[T]:
+def _with_progress(items: Sequence[_Item], what: str) -> Iterator[_Item]:
     """Yield the items; a terminal is told how far it is when it takes long."""
     due = monotonic() + PROGRESS_SECONDS
     line = ""
@@ -11854,9 +11850,10 @@ def _with_progress(items: Sequence[T], what: str) -> Iterator[T]:
 # One HTML page that shows a folder of runs: the same bytes for the same runs, no
 # request of any kind, and all of it can be read without its script.
 
-
 if TYPE_CHECKING:
     _Point = tuple[float, float]  # a step, and a value
+    # A line, its points, and of a mean the standard deviation at each.
+    _Curve = tuple["_Line", list[_Point], list[float]]
 
 
 def _cmd_report(args: Namespace) -> int:
@@ -11866,50 +11863,27 @@ def _cmd_report(args: Namespace) -> int:
         raise ValueError(f"{args.output!r} is a folder; give -o the name of a file")
     if not isdir(dirname(output)):
         raise ValueError(f"{args.output!r}: there is no such folder; make it first")
-    goal = None
-    if args.metric is not None:
-        goal = _Key(args.metric)
-        if goal.function not in ("min", "max"):
-            how = f"write 'max({goal.name})' or 'min({goal.name})'"
-            raise ValueError(f"metric {goal.text!r} does not say what is best; {how}")
-    selection = _Selection(_search_root(args.root), _Filters(vars(args)))
-    for warning in selection.warnings:
-        _warn(warning)
-    page = _Page(selection, goal, args.over.split(","), dirname(output))
-    asked = [
-        f"{name} {value}"
-        for name, value in vars(args).items()
-        if name in _ASKED and value not in (None, False)
-    ]
-    data = _report(page, ", ".join(asked), args.embed).encode()
+    page = _Page(args)
+    data = _report(page).encode()
     _write_file(output, data)
     count = _format_count(len(page.runs), "run") or "no runs"
-    print(f"{_printable(args.output)}: {count}, {_format_size(len(data))}")
+    _print(f"{args.output}: {count}, {_format_size(len(data))}")
     return 0
 
 
-_ASKED = ("where", "status", "since", "older", "contains", "tag", "has_outputs", "sort",
-          "top", "limit")
-
-
-def _report(page: _Page, asked: str, embed: bool) -> str:
-    """Return the page; `asked` tells the filters, `embed` puts images into it."""
-    import base64
-    import hashlib
-
-    top = page.section(_summary_html(page, asked)) + page.section(_table_html(page))
-    parallel = page.section(_parallel_html(page))
-    details = page.section(_details_html(page))
-    plots = page.section(_plots_html(page))  # they take what room is left
-    parts = [top, plots, parallel, page.section(_images_html(page, embed)), details]
-    parts.append(page.section(_left_out_html(page)))
-    policy = ["default-src 'none'", "base-uri 'none'", "form-action 'none'"]
-    policy.append("img-src 'self' file: data:")
+def _report(page: _Page) -> str:
+    sections = (_summary_html, _table_html, _parallel_html, _details_html)
+    top, table, parallel, details = ("\n".join(section(page)) for section in sections)
+    room = REPORT_BYTES - len(top + table + parallel + details)
+    parts = [top, table, *_plots_html(page, room), parallel, *_images_html(page)]
+    parts += [details, *_left_out_html(page)]
+    policy = "default-src 'none'; base-uri 'none'; form-action 'none'"
+    policy += "; img-src 'self' file: data:"
     for kind, source in (("style", _REPORT_STYLE), ("script", _REPORT_SCRIPT)):
-        digest = base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
-        policy.append(f"{kind}-src 'sha256-{digest}'")
+        digest = _base64(_digest("sha256", source.encode()).digest())
+        policy += f"; {kind}-src 'sha256-{digest}'"
     return _REPORT_MARKUP.lstrip().format(
-        policy="; ".join(policy),
+        policy=policy,
         version=__version__,
         title=page.text(basename(page.root)),
         body="\n".join(parts),
@@ -11919,34 +11893,37 @@ def _report(page: _Page, asked: str, embed: bool) -> str:
     )
 
 
+def _base64(data: bytes) -> str:
+    import base64
+
+    return base64.b64encode(data).decode()
+
+
 class _Page:
     """What the sections of a page share: the runs in their order, colours, text."""
 
-    def __init__(
-        self, selection: _Selection, goal: _Key | None, over: list[str],
-        folder: str,
-    ) -> None:
-        self.root = selection.root
-        self.folder = folder  # of the page, for its links
-        self.goal = goal
-        self.runs = selection.runs
-        self.room = REPORT_BYTES
+    def __init__(self, args: Namespace) -> None:
+        self.args = args
         self.left_out: list[str] = []
         self.curves: list[JSON] = []  # of each plot, for the script
         self.redacted: dict[str, str] = {}
+        goal = self.goal = _goal(args.metric)
+        selection = _selected(args)
+        self.root = selection.root
+        self.runs = selection.runs
         if goal is not None:
-            if self.runs and all(self.best(run) is None for run in self.runs):
-                raise ValueError(f"no run has the metric {goal.name!r}")
             ranked = _in_order(self.runs, goal.value, goal.function == "max")
             self.runs = list(itertools.chain(*ranked.values()))
-        keys: dict[str, None] = {}
-        for script in sorted(selection.differing):
-            keys.update(dict.fromkeys(selection.differing[script]))
+            if self.runs and not _is_finite(goal.value(self.runs[0])):
+                raise ValueError(f"no run has the metric {goal.name!r}")
+        differing = [keys for _, keys in sorted(selection.differing.items())]
+        keys = dict.fromkeys(itertools.chain(*differing))
         self.varying = [key for key in keys if any(key in run for run in self.runs)]
-        self.columns = self.fixed_columns(selection)
+        self.columns = self.fixed_columns(selection.differing)
         self.drawn = self.runs[:REPORT_RUNS]
+        over = args.over.split(",")
         self.over = [key for key in self.varying if _short(key) in over]
-        self.lines = _lines(self.drawn, self.varying, self.over)
+        self.lines = self.coloured_lines()
         self.line_of = {run.folder: line for line in self.lines for run in line.runs}
         if selection.unseen:
             self.left_out.append(f"{selection.unseen} runs beyond the limit.")
@@ -11956,35 +11933,43 @@ class _Page:
                 "order of the table, have curves, images and details."
             )
 
-    def best(self, run: Run) -> float | None:
-        if self.goal is None:
-            return None
-        return _finite(self.goal.value(run))
-
-    def fixed_columns(self, selection: _Selection) -> list[_Column]:
+    def fixed_columns(self, differing: Mapping[str, Sequence[str]]) -> list[_Column]:
         """Return the columns of `list`, without what depends on when it is asked."""
         asked = []
         if self.goal is not None:
             asked.append(self.goal.text)
-        columns: list[_Column] = []
-        for column in _run_columns(self.runs, self.root, selection.differing, asked):
-            if column.heading == "age":
-                times = [str(run["started_utc"] or "")[:16] for run in self.runs]
-                column = _Column("started", [time.replace("T", " ") for time in times])
-            if column.heading == "time":
-                for place, run in enumerate(self.runs):
-                    if run["status"] == "running" or column.values[place] is None:
-                        column.texts[place] = ""
-                        column.values[place] = None
-            if not column.is_empty():
-                columns.append(column)
-        return columns
+        columns = _run_columns(self.runs, self.root, differing, asked)
+        starts = []
+        times = []
+        for run in self.runs:
+            starts.append(str(run["started_utc"] or "")[:16].replace("T", " "))
+            times.append(_number(run["duration_seconds"]))
+            if run["status"] == "running":
+                times[-1] = None
+        texts = [_format_seconds(time).strip("?") for time in times]
+        columns[2:4] = [_Column("started", starts), _Column("time", times, texts)]
+        return [column for column in columns if not column.is_empty()]
 
-    def section(self, lines: Iterable[str]) -> str:
-        """Return the text of a section, and take it from the room that is left."""
-        text = "\n".join(lines)
-        self.room -= len(text)
-        return text
+    def coloured_lines(self) -> list[_Line]:
+        """Return the lines of the drawn runs, with their colours.
+
+        Few lines are told apart, in the order in which the runs were started, so that a
+        new run changes no other's colour. Of many the colour tells the rank.
+        """
+        members = [[run] for run in self.drawn]
+        if self.over:
+            groups = _fold_seeds(self.drawn, map(_short, self.over))
+            members = [group.runs for group in groups]
+        keys = [key for key in self.varying if key not in self.over]
+        lines = [_Line(number, runs, keys) for number, runs in enumerate(members)]
+        # There may be more than colours, dashed and dotted ones too.
+        self.is_crowded = len(lines) > 3 * REPORT_COLOURS
+        by_start = sorted(lines, key=lambda line: (line.runs[0].started, line.number))
+        for place, line in enumerate(by_start):
+            line.colour = f"c{place % REPORT_COLOURS} d{place // REPORT_COLOURS}"
+            if self.is_crowded:
+                line.colour = f"r{line.number * 8 // len(lines)}"
+        return lines
 
     def text(self, value: object, limit: int = 200) -> str:
         """Return a value as text for the page: redacted, short, escaped."""
@@ -12012,8 +11997,19 @@ class _Page:
         from urllib.parse import quote
 
         with _ignoring(ValueError):  # it is on another drive
-            path = relpath(path, self.folder)
+            path = relpath(path, dirname(abspath(self.args.output)))
         return quote(path.replace(os.sep, "/"), errors="surrogateescape")
+
+
+def _goal(text: str | None) -> _Key | None:
+    """Return the metric by which runs are ranked."""
+    if text is None:
+        return None
+    goal = _Key(text)
+    if goal.function in ("min", "max"):
+        return goal
+    how = f"write 'max({goal.name})' or 'min({goal.name})'"
+    raise ValueError(f"metric {goal.text!r} does not say what is best; {how}")
 
 
 class _Line:
@@ -12037,38 +12033,15 @@ class _Line:
         return f'<i class="swatch {self.colour}"></i>'
 
 
-def _lines(
-    runs: Sequence[Run], varying: Sequence[str], over: Sequence[str]
-) -> list[_Line]:
-    """Return the lines of the drawn runs, with their colours.
-
-    Few lines are told apart, in the order in which the runs were started, so that a new
-    run changes no other's colour. Of many the colour tells the rank.
-    """
-    members = [[run] for run in runs]
-    if over:
-        members = [group.runs for group in _fold_seeds(runs, map(_short, over))]
-    keys = [key for key in varying if key not in over]
-    lines = [_Line(number, group, keys) for number, group in enumerate(members)]
-    by_start = sorted(lines, key=lambda line: (line.runs[0].started, line.number))
-    for place, line in enumerate(by_start):
-        line.colour = f"c{place % REPORT_COLOURS} d{place // REPORT_COLOURS}"
-        if _are_many(lines):
-            line.colour = f"r{line.number * 8 // len(lines)}"
-    return lines
-
-
-def _are_many(lines: Sequence[_Line]) -> bool:
-    """Tell whether there are more lines than colours, dashed and dotted ones too."""
-    return len(lines) > 3 * REPORT_COLOURS
+_NO_TEXT = '""'  # what an empty text is shown as
 
 
 def _finite(value: object) -> float | None:
     """Return a number that can be drawn as float; None for anything else."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        if -1e300 < value < 1e300:  # which no NaN is
-            return float(value)
-    return None
+    number = _number(value)
+    if number is None or isinstance(value, str) or not -1e300 < number < 1e300:
+        return None
+    return number
 
 
 def _short(key: str) -> str:
@@ -12078,12 +12051,17 @@ def _short(key: str) -> str:
 # --- The first screen, and the table.
 
 
-def _summary_html(page: _Page, asked: str) -> Iterator[str]:
+def _summary_html(page: _Page) -> Iterator[str]:
     """Yield what was selected, the states, the best run, and what differs."""
-    count = _format_count(len(page.runs), "run") or "No runs"
+    asked = [
+        f"{name} {value}"
+        for name, value in vars(page.args).items()
+        if name not in _NO_FILTERS and value not in (None, False)
+    ]
+    told = [_format_count(len(page.runs), "run") or "No runs"]
     if asked:
-        asked = f": {page.text(asked, 400)}"
-    yield f'<p class="quiet">{count}{asked}</p>'
+        told.append(page.text(", ".join(asked), 400))
+    yield f'<p class="quiet">{": ".join(told)}</p>'
     if not page.runs:
         yield "<p>There is nothing to show.</p>"
         return
@@ -12109,6 +12087,9 @@ def _summary_html(page: _Page, asked: str) -> Iterator[str]:
     yield "</div>"
 
 
+_NO_FILTERS = ("root", "output", "metric", "over", "embed", "function")
+
+
 def _state_html(page: _Page, word: str) -> str:
     known = word.partition(" ")[0]
     if known not in ("success", "failed", "running", "lost"):
@@ -12117,16 +12098,17 @@ def _state_html(page: _Page, word: str) -> str:
 
 
 def _best_html(page: _Page) -> Iterator[str]:
-    run = page.runs[0]
-    if page.goal is None:
+    goal = page.goal
+    if goal is None:
         yield "<p>Nothing is ranked: no metric was chosen.</p>"
         yield "<p>Choose one with <code>--metric 'max(KEY)'</code> or min.</p>"
         return
-    told = page.goal.text
-    step = run.summary[page.goal.name].get(f"{page.goal.function}_step")
+    run = page.runs[0]
+    told = goal.text
+    step = run.summary[goal.name].get(f"{goal.function}_step")
     if step is not None:
         told += f" at step {_text(step)}"
-    yield f'<p class="value">{page.text(page.best(run))}</p>'
+    yield f'<p class="value">{page.text(_number(goal.value(run)))}</p>'
     yield f'<p class="quiet">{page.text(told)}</p>'
     yield f"<p>{_name_html(page, 0)}</p>"
     yield f'<p class="quiet">{page.text(_Line(0, [run], page.varying).label)}</p>'
@@ -12142,16 +12124,13 @@ def _name_html(page: _Page, place: int) -> str:
 
 def _values_html(page: _Page, key: str) -> str:
     values = {_text(run[key]): run[key] for run in page.runs if key in run}
-    ordered = list(_in_order(values, values.__getitem__).values())
+    ordered = _in_order(values, values.__getitem__).values()
     texts = [page.text(equals[0] or _NO_TEXT, 40) for equals in ordered]
     if max(map(len, values)) > 40:  # of paths one would only see the same beginning
         return f"{len(texts)} values"
     if len(texts) <= 5:
         return ", ".join(texts)
     return f"{texts[0]} to {texts[-1]}, {len(texts)} values"
-
-
-_NO_TEXT = '""'  # what an empty text is shown as
 
 
 def _table_html(page: _Page) -> Iterator[str]:
@@ -12165,10 +12144,10 @@ def _table_html(page: _Page) -> Iterator[str]:
     yield '<section class="scroll" aria-label="All runs" tabindex="0">'
     yield '<table class="runs"><thead><tr>'
     for column in page.columns:
-        kind = ""
-        if not column.is_number:
-            kind = ' class="t"'
-        yield f'<th scope="col"{kind}>{page.text(column.heading, 60)}</th>'
+        kind = ' class="t"'
+        if column.is_number:
+            kind = ""
+        yield f'<th scope="col"{kind}>{page.text(column.cells[0], 60)}</th>'
     yield "</tr></thead><tbody>"
     for place, run in enumerate(page.runs):
         mark = ""
@@ -12182,9 +12161,9 @@ def _table_html(page: _Page) -> Iterator[str]:
 
 def _cell_html(page: _Page, column: _Column, place: int) -> str:
     """Return a cell; one whose text is no number says what it is sorted by."""
-    text = column.texts[place]
+    text = column.cells[place + 1]
     shown = page.text(text, 120)
-    if column.heading == "status":
+    if column.cells[0] == "status":
         shown = _state_html(page, text)
     if not column.is_number:
         return f'<td class="t">{shown}</td>'
@@ -12197,23 +12176,22 @@ def _cell_html(page: _Page, column: _Column, place: int) -> str:
 # --- The plots: one for each metric, the course of every line over the steps.
 
 
-def _plots_html(page: _Page) -> Iterator[str]:
+def _plots_html(page: _Page, room: int) -> Iterator[str]:
     """Yield a plot for each metric that was logged more than once."""
-    plots = _plots(page)
+    plots = _plots(page, room)
     if not plots:
         return
     yield '<section><h2>Metrics over steps</h2><ul class="legend">'
     if any(len(line.runs) > 1 for line in page.lines):
         keys = page.text(", ".join(map(_short, page.over)))
         yield f'<li class="quiet">mean ± standard deviation over {keys}</li>'
-    if _are_many(page.lines):
+    if page.is_crowded:
         ramp = "".join(f'<i class="swatch r{place}"></i>' for place in range(8))
         yield f"<li>the table's first {ramp} its last drawn run</li>"
     else:
-        drawn = {curve.line for plot in plots for curve in plot.curves}
-        for line in page.lines:
-            if line not in drawn:
-                continue
+        curves = itertools.chain(*(plot.curves for plot in plots))
+        drawn = {line for line, _, _ in curves}
+        for line in filter(drawn.__contains__, page.lines):
             label = page.text(line.label or line.runs[0].name, 90)
             yield f'<li data-line="{line.number}">{line.swatch()}{label}</li>'
     yield '</ul><div class="plots">'
@@ -12222,28 +12200,27 @@ def _plots_html(page: _Page) -> Iterator[str]:
     yield "</div></section>"
 
 
-def _plots(page: _Page) -> list[_Plot]:
+def _plots(page: _Page, room: int) -> list[_Plot]:
     """Return the plots with their curves, that of the goal first."""
-    ends: dict[str, list[float]] = {}  # of each metric, where its curves begin and end
+    last: dict[str, float] = {}  # of each metric, how far its curves go
     if page.goal is not None:
-        ends[page.goal.name] = []
+        last[page.goal.name] = 0.0
     curves = 0
     for run in page.drawn:
         for key, facts in run.summary.items():
             is_curve = facts["count"] > 1 and _finite(facts["min"]) is not None
             if is_curve and key not in _NO_METRICS:
-                found = ends.setdefault(key, [])
-                found += [0.0, facts["count"] - 1.0]
-                for name in ("first_step", "last_step", "min_step", "max_step"):
-                    found.append(_finite(facts[name]) or 0.0)
+                names = ("first_step", "last_step", "min_step", "max_step")
+                steps = [_finite(facts[name]) or 0.0 for name in names]
+                last[key] = max(last.get(key, 0.0), facts["count"] - 1.0, *steps)
                 curves += 1
-    shown = [key for key in ends if ends[key]]
+    shown = [key for key in last if last[key]]
     if len(shown) > REPORT_PLOTS:
         told = f"Of {len(shown)} metrics the first {REPORT_PLOTS} have a plot."
         page.left_out.append(told)
-    room = max(page.room, REPORT_CURVE_BYTES) // (REPORT_POINT_BYTES * max(curves, 1))
+    room = max(room, REPORT_CURVE_BYTES) // (REPORT_POINT_BYTES * max(curves, 1))
     count = max(10, min(REPORT_POINTS, room))
-    plots = [_Plot(key, max(ends[key]), count) for key in shown[:REPORT_PLOTS]]
+    plots = [_Plot(key, last[key], count) for key in shown[:REPORT_PLOTS]]
     for line in page.lines:
         series = [_all_series(run.folder) for run in line.runs]
         for plot in plots:
@@ -12272,35 +12249,26 @@ def _course(values: Sequence[object], steps: Sequence[object]) -> list[_Point]:
     return sorted(points.items())
 
 
-class _Curve:
-    def __init__(self, line: _Line, points: list[_Point], spreads: list[float]) -> None:
-        self.line = line
-        self.points = points
-        self.spreads = spreads  # standard deviation at each point, or nothing
-
-
 class _Plot:
     """The curves of one metric."""
 
     def __init__(self, key: str, last: float, count: int) -> None:
         self.key = key
-        self.count = count
+        self.count = count  # of points, at most
         self.is_coarse = count < 100
         self.stretches = count // 2 - 1
         if self.is_coarse:
             self.stretches = count - 4
-        self.width = last / self.stretches or 1.0
+        self.width = last / self.stretches
         self.is_thinned = False
         self.curves: list[_Curve] = []
 
     def add(self, line: _Line, courses: list[list[_Point]]) -> None:
-        courses = [course for course in courses if course]
-        if len(line.runs) == 1 and courses:
-            points = self.thinned(courses[0])
-            self.is_thinned = self.is_thinned or len(points) < len(courses[0])
-            self.curves.append(_Curve(line, points, []))
+        courses = list(filter(None, courses))
+        if courses and len(line.runs) > 1:
+            self.curves.append((line, *self.mean(courses)))
         elif courses:
-            self.add_mean(line, courses)
+            self.curves.append((line, self.thinned(courses[0]), []))
 
     def thinned(self, course: list[_Point]) -> list[_Point]:
         """Return the lowest and the highest point of each stretch, and both ends.
@@ -12310,6 +12278,7 @@ class _Plot:
         """
         if len(course) <= self.count:
             return course
+        self.is_thinned = True
         stretches = list(self.stretched(course).values())
         kept = {course[0], course[-1]}
         if self.is_coarse:
@@ -12331,17 +12300,17 @@ class _Plot:
             found.setdefault(number, []).append(point)
         return found
 
-    def add_mean(self, line: _Line, courses: list[list[_Point]]) -> None:
-        """Add the mean of several runs in each stretch, where each counts once.
+    def mean(self, courses: list[list[_Point]]) -> tuple[list[_Point], list[float]]:
+        """Return the mean of runs in each stretch, where each counts once.
 
         A run that has no point there counts as on its way from one to the next.
         """
-        known = [
-            {number: _mean_point(points) for number, points in stretched.items()}
-            for stretched in map(self.stretched, courses)
-        ]
-        together: list[list[_Point]] = []
-        for number in {number for means in known for number in means}:
+        known = []
+        for course in courses:
+            stretches = self.stretched(course).items()
+            known.append({number: _mean_point(points) for number, points in stretches})
+        together = []
+        for number in set().union(*known):
             points = [means[number] for means in known if number in means]
             step, _ = _mean_point(points)
             for course, means in zip(courses, known):
@@ -12349,9 +12318,8 @@ class _Plot:
                     points.append((step, _value_at(step, course)))
             together.append(points)
         together.sort()
-        spreads = [_Spread([value for _, value in points]) for points in together]
-        middle = [_mean_point(points) for points in together]
-        self.curves.append(_Curve(line, middle, [s.deviation or 0.0 for s in spreads]))
+        spreads = [_Spread(map(_value_of, points)).deviation for points in together]
+        return list(map(_mean_point, together)), [spread or 0.0 for spread in spreads]
 
 
 def _value_of(point: _Point) -> float:
@@ -12392,7 +12360,8 @@ class _Axis:
 
     def place(self, value: float) -> float:
         """Return where a value lies: 0 is the lower end, 1 the upper one."""
-        return (self.scaled(value) - self.ends[0]) / (self.ends[1] - self.ends[0])
+        low, high = self.ends
+        return (self.scaled(value) - low) / (high - low)
 
     def marks(self) -> list[float]:
         """Return a few round numbers on the axis."""
@@ -12408,25 +12377,21 @@ class _Axis:
         rough = (high - low) / 7
         unit = 10.0 ** math.floor(math.log10(rough))
         step = min(unit * digit for digit in (1, 2, 5, 10) if unit * digit >= rough)
-        first, last = math.ceil(low / step), math.floor(high / step)
-        return [number * step for number in range(first, last + 1)]
+        numbers = range(math.ceil(low / step), math.floor(high / step) + 1)
+        return [number * step for number in numbers]
 
 
 def _plot_html(page: _Page, plot: _Plot) -> Iterator[str]:
     """Yield the figure of a plot, and give the script its points."""
-    steps: list[float] = []
-    values: list[float] = []
-    for curve in plot.curves:
-        steps += [curve.points[0][0], curve.points[-1][0]]
-        values += [value for _, value in _outline(curve)]
+    steps, values = zip(*itertools.chain(*map(_outline, plot.curves)))
     across = _Axis(min(steps), max(steps))
     axis = _Axis(min(values), max(values), margin=0.04)
     positive = [value for value in values if value > 0]
     logarithm = None
     name = page.text(plot.key, 80)
-    many = ""
-    if _are_many(page.lines):
-        many = " many"
+    many, bits = "", 64
+    if page.is_crowded:
+        many, bits = " many", 32
     yield f'<figure class="plot{many}"><figcaption><h3>{name}</h3>'
     if positive and max(positive) > 2 * min(positive):
         logarithm = _Axis(min(positive), max(positive), True, 0.04)
@@ -12442,44 +12407,43 @@ def _plot_html(page: _Page, plot: _Plot) -> Iterator[str]:
     yield '<svg class="area" x="56" y="8" width="572" height="262" '
     yield 'viewBox="0 0 1144 524">'
     for curve in reversed(plot.curves):
-        yield f'<g data-line="{curve.line.number}" class="{curve.line.colour}">'
-        if curve.spreads:
+        line, points, spreads = curve
+        yield f'<g data-line="{line.number}" class="{line.colour}">'
+        if spreads:
             yield f'<path class="band" d="{_path(_outline(curve), across, axis)}"/>'
-        yield f'<path d="{_path(curve.points, across, axis)}"/></g>'
+        yield f'<path d="{_path(points, across, axis)}"/></g>'
     yield "</svg></svg></figure>"
     page.curves.append({
         "x": across.ends, "y": axis.ends, "log": logarithm and logarithm.ends,
-        "bits": 32 if many else 64,
-        "curves": [_exact(curve, "f" if many else "d") for curve in plot.curves],
+        "bits": bits, "curves": [_exact(curve, bits) for curve in plot.curves],
     })
 
 
-def _exact(curve: _Curve, kind: str) -> JSON:
+def _exact(curve: _Curve, bits: int) -> JSON:
     """Return number, differences of steps, values and spreads of a curve.
 
-    Values are in base64, as little-endian numbers of this `kind`: half the bytes.
+    Values are in base64, as little-endian floats: half the bytes.
     """
-    steps = [step for step, _ in curve.points]
-    rises = [b - a for a, b in zip([0.0, *steps], steps)]
-    short = [int(rise) if rise.is_integer() else rise for rise in rises]
-    values = _in_base64([value for _, value in curve.points], kind)
-    return [curve.line.number, short, values, _in_base64(curve.spreads, kind)]
-
-
-def _in_base64(numbers: Sequence[float], kind: str) -> str:
     import array
-    import base64
 
-    packed = array.array(kind, numbers)
-    if sys.byteorder == "big":
-        packed.byteswap()
-    return base64.b64encode(packed.tobytes()).decode()
+    line, points, spreads = curve
+    steps = [step for step, _ in points]
+    rises = [b - a for a, b in zip([0.0, *steps], steps)]
+    facts = [line.number, [int(rise) if rise.is_integer() else rise for rise in rises]]
+    for numbers in (map(_value_of, points), spreads):
+        packed = array.array({32: "f", 64: "d"}[bits], numbers)
+        if sys.byteorder == "big":
+            packed.byteswap()
+        facts.append(_base64(packed.tobytes()))
+    return facts
 
 
 def _outline(curve: _Curve) -> list[_Point]:
-    if not curve.spreads:
-        return curve.points
-    pairs = list(zip(curve.points, curve.spreads))
+    """Return the points of a curve, or those around its band."""
+    _, points, spreads = curve
+    if not spreads:
+        return points
+    pairs = list(zip(points, spreads))
     upper = [(step, mean + spread) for (step, mean), spread in pairs]
     return upper + [(step, mean - spread) for (step, mean), spread in reversed(pairs)]
 
@@ -12507,11 +12471,9 @@ def _path(points: Sequence[_Point], across: _Axis, axis: _Axis) -> str:
     """Return the path through some points of a plot's area, in few bytes: M0 9l3-2."""
     places = [(round(1144 * across.place(step)), round(524 - 524 * axis.place(value)))
               for step, value in points]
-    x, y = places[0]
     parts = []
-    for next_x, next_y in places[1:]:
+    for (x, y), (next_x, next_y) in zip(places, places[1:]):
         parts.append(f"{next_x - x} {next_y - y}".replace(" -", "-"))
-        x, y = next_x, next_y
     return f"M{places[0][0]} {places[0][1]}l{' '.join(parts) or '0 0'}"
 
 
@@ -12573,8 +12535,7 @@ class _Scale:
         self.name = name.replace("config.", "", 1)
         self.places: dict[str, float] = {}  # by folder: 0 is the lower end, 1 the upper
         self.marks: dict[str, float] = {}
-        key = _Key(name)
-        found = {run.folder: key.value(run) for run in runs}
+        found = {run.folder: _Key(name).value(run) for run in runs}
         values = {path: value for path, value in found.items() if value is not None}
         words = sorted({_text(value) for value in values.values()})
         numbers = [n for n in map(_finite, values.values()) if n is not None]
@@ -12601,7 +12562,7 @@ _IMAGE_KINDS = {
 }
 
 
-def _images_html(page: _Page, embed: bool) -> Iterator[str]:
+def _images_html(page: _Page) -> Iterator[str]:
     """Yield the images of plots/ and samples/, a strip for each name without its step.
 
     Those that are not inside the page are links, until somebody opens the strip.
@@ -12610,8 +12571,7 @@ def _images_html(page: _Page, embed: bool) -> Iterator[str]:
     count = 0
     for run in page.drawn:
         for name in run.outputs:
-            kind = os.path.splitext(name)[1].lower()
-            if name.startswith(("plots/", "samples/")) and kind in _IMAGE_KINDS:
+            if name.startswith(("plots/", "samples/")) and _image_kind(name):
                 count += 1
                 if count <= REPORT_IMAGES:
                     pattern = re.sub(r"\d+(?=\D*$)", "*", name)
@@ -12630,7 +12590,7 @@ def _images_html(page: _Page, embed: bool) -> Iterator[str]:
             line = page.line_of[run.folder]
             about = page.text(f"{run.name}, {basename(name)}")
             image = ""
-            if embed:
+            if page.args.embed:
                 image = _embedded(path, room)
                 room -= len(image)
             yield f'<figure data-line="{line.number}"><a href="{page.link(path)}">'
@@ -12639,13 +12599,14 @@ def _images_html(page: _Page, embed: bool) -> Iterator[str]:
     yield "</section>"
 
 
-def _embedded(path: str, room: int) -> str:
-    import base64
+def _image_kind(name: str) -> str | None:
+    return _IMAGE_KINDS.get(os.path.splitext(name)[1].lower())
 
+
+def _embedded(path: str, room: int) -> str:
     with _ignoring(OSError):
-        data = base64.b64encode(_read_bytes(path, max(room, 1) * 3 // 4)).decode()
-        kind = _IMAGE_KINDS[os.path.splitext(path)[1].lower()]
-        return f'<img src="data:image/{kind};base64,{data}" alt="">'
+        data = _base64(_read_bytes(path, max(room, 1) * 3 // 4))
+        return f'<img src="data:image/{_image_kind(path)};base64,{data}" alt="">'
     return ""
 
 
@@ -12678,7 +12639,6 @@ def _details_html(page: _Page) -> Iterator[str]:
 
 
 def _run_facts(page: _Page, run: Run) -> Iterator[Paragraph]:
-    """Yield the paragraphs on one run."""
     best = page.runs[0]
     config = []
     for key in page.varying:
@@ -12697,7 +12657,7 @@ def _run_facts(page: _Page, run: Run) -> Iterator[Paragraph]:
     yield "config", config
     yield "metrics", metrics
     yield "resources", _format_resources(_mapping(run.metadata, "resources"))
-    yield "used", [_format_input(each, run.folder) for each in _read_inputs(run.folder)]
+    yield "used", _format_inputs(run)
     yield "tied to", _tied_names(run)
     yield "used by", run.used_by
     yield "notes", _format_notes(run)
@@ -12725,7 +12685,6 @@ _REPORT_MARKUP = """
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
 <meta name="generator" content="run_utils {version}">
 <title>{title}: runs</title>
 <style>{style}</style>
@@ -12747,59 +12706,62 @@ _REPORT_STYLE = """
   color-scheme: light dark;
   --paper: #fff; --ink: #1b1f24; --quiet: #59636e; --rule: #e1e4e8; --wash: #f4f6f8;
   --accent: #0b5cad; --good: #1a7337; --bad: #b3261e; --odd: #875000;
-  --c0: #0072b2; --c1: #d55e00; --c2: #009e73; --c3: #b65a93;
-  --c4: #c78500; --c5: #3f9fd8; --c6: #7a2048; --c7: #5f5f5f;
-  --r0: #16318a; --r1: #24509f; --r2: #3670ab; --r3: #4f90b2;
-  --r4: #6ca8b4; --r5: #8dbbb0; --r6: #adc6ab; --r7: #c8cfaf;
 }
+.c0 { color: #0072b2; } .c1 { color: #d55e00; } .c2 { color: #009e73; }
+.c3 { color: #b65a93; } .c4 { color: #c78500; } .c5 { color: #3f9fd8; }
+.c6 { color: #7a2048; } .c7 { color: #5f5f5f; } .r0 { color: #16318a; }
+.r1 { color: #24509f; } .r2 { color: #3670ab; } .r3 { color: #4f90b2; }
+.r4 { color: #6ca8b4; } .r5 { color: #8dbbb0; } .r6 { color: #adc6ab; }
+.r7 { color: #c8cfaf; }
 @media screen and (prefers-color-scheme: dark) {
   :root {
     --paper: #15181c; --ink: #e4e7eb; --quiet: #9aa4af; --rule: #2d333b;
     --wash: #1d2126; --accent: #79b8ff; --good: #56c271; --bad: #ff8a80;
     --odd: #e3b057;
-    --c0: #58a9e0; --c1: #f08040; --c2: #2fc39a; --c3: #e08fc0;
-    --c4: #eab54a; --c5: #9ad6f7; --c6: #cc5f93; --c7: #c9ccd1;
-    --r0: #ffe3a0; --r1: #f0c892; --r2: #d9b090; --r3: #bb9f97;
-    --r4: #9d909d; --r5: #80819d; --r6: #667094; --r7: #52618a;
   }
+  .c0 { color: #58a9e0; } .c1 { color: #f08040; } .c2 { color: #2fc39a; }
+  .c3 { color: #e08fc0; } .c4 { color: #eab54a; } .c5 { color: #9ad6f7; }
+  .c6 { color: #cc5f93; } .c7 { color: #c9ccd1; } .r0 { color: #ffe3a0; }
+  .r1 { color: #f0c892; } .r2 { color: #d9b090; } .r3 { color: #bb9f97; }
+  .r4 { color: #9d909d; } .r5 { color: #80819d; } .r6 { color: #667094; }
+  .r7 { color: #52618a; }
 }
-* { box-sizing: border-box; }
+* { box-sizing: border-box; margin: 0; }
 body {
-  margin: 0; background: var(--paper); color: var(--ink);
+  background: var(--paper); color: var(--ink);
   font: 15px/1.5 system-ui, "Segoe UI", "Helvetica Neue", Arial, sans-serif;
   font-variant-numeric: tabular-nums; overflow-wrap: anywhere;
 }
 main { max-width: 1400px; margin: 0 auto; padding: 32px; }
-h1, h2, h3, p, ul, dl, dd, figure { margin: 0; padding: 0; }
+main > section { margin-top: 44px; }
 h1 { font-size: 28px; font-weight: 650; }
 h2 { margin-bottom: 10px; font-size: 17px; font-weight: 620; }
 h3 { font-size: 14px; font-weight: 600; }
-main > section { margin-top: 44px; }
 a { color: var(--accent); text-decoration: none; }
 a:hover { text-decoration: underline; }
 :focus-visible { outline: 2px solid var(--accent); }
-code, pre { margin: 0; font: 13px/1.5 ui-monospace, Menlo, Consolas, monospace; }
+code, pre { font: 13px/1.5 ui-monospace, Menlo, Consolas, monospace; }
 pre { padding: 8px 12px; background: var(--wash); white-space: pre-wrap; }
 .quiet, dt, .label, thead { color: var(--quiet); }
-[hidden], .off, .unlisted { display: none; }
+[hidden], .off, .unlisted { display: none !important; }
 
 .summary {
   display: grid; grid-template-columns: minmax(150px, 1fr) 2fr 3fr; gap: 32px;
   margin-top: 24px; padding-top: 20px; border-top: 1px solid var(--rule);
 }
 .summary h2 { margin: 0; color: var(--quiet); font-size: 13px; font-weight: 500; }
-ul { list-style: none; }
 .summary b { display: inline-block; min-width: 2.2em; font-size: 17px; }
 .value { font-size: 34px; font-weight: 600; line-height: 1.25; }
+ul { padding: 0; list-style: none; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 18px; }
 dd { min-width: 0; }
-.state::before { display: inline-block; width: 1.2em; content: "\\2022"; }
+.state::before { display: inline-block; width: 1.2em; content: "•"; }
 .success { color: var(--good); }
-.success::before { content: "\\2713"; }
+.success::before { content: "✓"; }
 .failed { color: var(--bad); }
-.failed::before { content: "\\2717"; }
+.failed::before { content: "✗"; }
 .running { color: var(--accent); }
-.running::before { content: "\\25B8"; }
+.running::before { content: "▸"; }
 .lost { color: var(--odd); }
 .lost::before { content: "?"; }
 
@@ -12814,7 +12776,6 @@ dd { min-width: 0; }
 .runs thead th { position: sticky; top: 0; background: var(--paper); font-size: 13px; }
 .runs tr.lit, .runs tbody tr:hover { background: var(--wash); }
 .tools { display: flex; gap: 14px; margin-bottom: 10px; }
-.tools[hidden] { display: none; }
 button, input[type="search"] {
   padding: 2px 10px; border: 1px solid var(--rule); border-radius: 6px;
   background: none; color: inherit; font: inherit; font-size: 13px;
@@ -12822,17 +12783,11 @@ button, input[type="search"] {
 th button { padding: 0; border: 0; }
 th button::after { position: absolute; }
 [aria-sort] button { color: var(--ink); font-weight: 600; }
-[aria-sort="ascending"] button::after { content: "\\2191"; }
-[aria-sort="descending"] button::after { content: "\\2193"; }
+[aria-sort="ascending"] button::after { content: "↑"; }
+[aria-sort="descending"] button::after { content: "↓"; }
 [aria-pressed="true"] { border-color: var(--accent); color: var(--accent); }
-[type="checkbox"] { margin: 0 8px 0 0; accent-color: var(--accent); }
+[type="checkbox"] { margin-right: 8px; accent-color: var(--accent); }
 
-.c0 { color: var(--c0); } .c1 { color: var(--c1); } .c2 { color: var(--c2); }
-.c3 { color: var(--c3); } .c4 { color: var(--c4); } .c5 { color: var(--c5); }
-.c6 { color: var(--c6); } .c7 { color: var(--c7); } .r0 { color: var(--r0); }
-.r1 { color: var(--r1); } .r2 { color: var(--r2); } .r3 { color: var(--r3); }
-.r4 { color: var(--r4); } .r5 { color: var(--r5); } .r6 { color: var(--r6); }
-.r7 { color: var(--r7); }
 .swatch {
   display: inline-block; width: 18px; margin-right: 8px; vertical-align: 4px;
   border-top: 3px solid;
@@ -12843,17 +12798,17 @@ th button::after { position: absolute; }
 .legend li { display: inline-block; margin-right: 20px; }
 .legend .swatch + .swatch { margin-left: -8px; }
 
-.plots { display: grid; gap: 26px; }
-.plots { grid-template-columns: repeat(auto-fill, minmax(min(100%, 520px), 1fr)); }
+.plots {
+  display: grid; gap: 26px;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 520px), 1fr));
+}
 figcaption { display: flex; justify-content: space-between; min-height: 26px; }
 svg { display: block; width: 100%; height: auto; }
 svg path { fill: none; stroke: var(--rule); }
 svg text { fill: var(--quiet); font-size: 12px; }
 .y text { text-anchor: end; }
 .x, .name { text-anchor: middle; }
-svg [data-line] {
-  stroke-width: 3; stroke-linejoin: round; stroke-linecap: round;
-}
+svg [data-line] { stroke-width: 3; stroke-linejoin: round; stroke-linecap: round; }
 svg [data-line] path { stroke: currentColor; }
 .d1 path { stroke-dasharray: 14 9; }
 .d2 path { stroke-dasharray: 2 8; }
@@ -12901,43 +12856,37 @@ summary { padding: 5px 0; cursor: pointer; }
 _REPORT_SCRIPT = """
 "use strict";
 
-const table = document.querySelector(".runs");
+const find = (selector) => document.querySelector(selector);
+const all = (selector) => document.querySelectorAll(selector);
+const table = find(".runs");
 const rows = table ? [...table.tBodies[0].rows] : [];
-const tip = document.getElementById("tip");
-const itemsOf = groupItems();
+const tip = find("#tip");
+const itemsOf = {}; // of each line all that belongs to it: row, curves, legend, images
 let litLine = null;
 
+for (const item of all("[data-line]")) {
+  (itemsOf[item.dataset.line] ||= []).push(item);
+}
 if (table) {
-  document.querySelector(".tools").hidden = false;
-  document.getElementById("filter").addEventListener("input", update);
-  document.getElementById("clear").addEventListener("click", clearSelection);
+  find(".tools").hidden = false;
+  find("#filter").addEventListener("input", update);
+  find("#clear").addEventListener("click", clearSelection);
   [...table.tHead.rows[0].cells].forEach(makeSortable);
   rows.forEach(makeSelectable);
 }
-const curves = JSON.parse(document.getElementById("curves").textContent);
-document.querySelectorAll(".plot").forEach(makePlot);
-for (const strip of document.querySelectorAll(".images")) {
+const curves = JSON.parse(find("#curves").textContent);
+all(".plot").forEach(makePlot);
+for (const strip of all(".images")) {
   strip.addEventListener("toggle", loadImages, { once: true });
 }
-window.addEventListener("beforeprint", openDetails);
-
-// Everything on the page that belongs to one line: row, curves, legend, images.
-function groupItems() {
-  const found = {};
-  for (const item of document.querySelectorAll("[data-line]")) {
-    (found[item.dataset.line] ||= []).push(item);
-  }
-  return found;
-}
+window.addEventListener("beforeprint", () => {
+  for (const details of all("details")) details.open = true;
+});
 
 function light(line) {
   for (const item of itemsOf[litLine] || []) item.classList.remove("lit");
   for (const item of itemsOf[line] || []) item.classList.add("lit");
   litLine = line;
-}
-
-function openDetails() {
-  for (const details of document.querySelectorAll("details")) details.open = true;
 }
 
 function loadImages(event) {
@@ -12956,11 +12905,10 @@ function makeSortable(head, column, heads) {
   button.append(...head.childNodes);
   head.append(button);
   button.addEventListener("click", () => {
-    const order = head.ariaSort === "ascending" ? "descending" : "ascending";
+    const sign = head.ariaSort === "ascending" ? -1 : 1;
     for (const other of heads) other.removeAttribute("aria-sort");
-    head.setAttribute("aria-sort", order);
+    head.setAttribute("aria-sort", sign > 0 ? "ascending" : "descending");
     const keys = new Map(rows.map((row) => [row, sortKey(row.cells[column])]));
-    const sign = order === "ascending" ? 1 : -1;
     rows.sort((a, b) => compareKeys(keys.get(a), keys.get(b), sign));
     table.tBodies[0].append(...rows);
   });
@@ -12992,7 +12940,7 @@ function clearSelection() {
 
 // Show the rows that have all words of the filter, and the lines that rows show.
 function update() {
-  const words = document.getElementById("filter").value.toLowerCase().split(" ");
+  const words = find("#filter").value.toLowerCase().split(" ");
   const shown = new Set();
   const selected = new Set();
   for (const row of rows) {
@@ -13011,16 +12959,15 @@ function update() {
     }
   }
   const count = rows.filter((row) => !row.hidden).length;
-  document.getElementById("count").textContent = count + " of " + rows.length + " runs";
+  find("#count").textContent = count + " of " + rows.length + " runs";
 }
 
 function makePlot(figure, number) {
-  const plot = { ...curves[number], isLog: false, figure };
+  const plot = { ...curves[number], isLog: false, figure, groups: {} };
   plot.curves = plot.curves.map((curve) => decode(curve, plot.bits));
-  const svg = figure.querySelector("svg");
-  plot.area = svg.querySelector(".area");
-  plot.groups = {};
+  plot.area = figure.querySelector(".area");
   for (const group of plot.area.children) plot.groups[group.dataset.line] = group;
+  const svg = figure.querySelector("svg");
   svg.addEventListener("pointermove", (event) => showPoint(plot, svg, event));
   svg.addEventListener("pointerleave", () => hidePoint(plot));
   const button = figure.querySelector("button");
@@ -13045,19 +12992,15 @@ function decode([line, rises, values, spreads], bits) {
 }
 
 function drawCurve(plot, [number, steps, values, spreads]) {
-  const group = plot.groups[number];
-  const all = [...steps.keys()];
-  const line = all.map((i) => place(plot, steps[i], values[i]));
-  group.querySelector("path:not(.band)").setAttribute("d", pathOf(line));
-  if (spreads.length === 0) return;
-  const upper = all.map((i) => place(plot, steps[i], values[i] + spreads[i]));
-  const lower = all.map((i) => place(plot, steps[i], values[i] - spreads[i]));
-  group.querySelector(".band").setAttribute("d", pathOf(upper.concat(lower.reverse())));
-}
-
-function pathOf(places) {
-  const words = places.filter(Boolean).map(([x, y]) => x + " " + y);
-  return "M" + (words.join("L") || "0 0");
+  const shifted = (sign) =>
+    values.map((value, i) => place(plot, steps[i], value + sign * (spreads[i] || 0)));
+  const line = shifted(0);
+  const band = [...shifted(1), ...shifted(-1).reverse()];
+  for (const path of plot.groups[number].querySelectorAll("path")) {
+    const places = path.matches(".band") ? band : line;
+    const words = places.filter(Boolean).map(([x, y]) => x + " " + y);
+    path.setAttribute("d", "M" + (words.join("L") || "0 0"));
+  }
 }
 
 // Return where a point lies in the plot's area; on a logarithmic axis 0 has no place.
@@ -13070,23 +13013,30 @@ function place(plot, step, value) {
 }
 
 function showPoint(plot, svg, event) {
+  hidePoint(plot);
   const box = svg.getBoundingClientRect();
   const scale = 640 / box.width;
   const x = 2 * ((event.clientX - box.left) * scale - 56);
   const y = 2 * ((event.clientY - box.top) * scale - 8);
-  const found = nearestPoint(plot, x, y);
-  if (!found) return hidePoint(plot);
-  const { curve, at } = found;
-  moveDot(plot, curve[0], found.place);
-  light(String(curve[0]));
+  const [curve, at, point] = nearestPoint(plot, x, y);
+  if (!curve) return;
+  const dot = `<circle class="dot" r="8" cx="${point[0]}" cy="${point[1]}"/>`;
+  plot.groups[curve[0]].insertAdjacentHTML("beforeend", dot);
+  light(curve[0]);
   tip.textContent = describe(plot, curve, at);
   tip.hidden = false;
   tip.style.left = Math.min(event.clientX + 16, innerWidth - tip.offsetWidth) + "px";
   tip.style.top = Math.min(event.clientY + 16, innerHeight - tip.offsetHeight) + "px";
 }
 
+function hidePoint(plot) {
+  plot.area.querySelector(".dot")?.remove();
+  tip.hidden = true;
+  light(null);
+}
+
 function nearestPoint(plot, x, y) {
-  let found = null;
+  let found = [];
   let least = 150;
   for (const curve of plot.curves) {
     if (plot.groups[curve[0]].matches(".unlisted, .faded")) continue;
@@ -13095,39 +13045,23 @@ function nearestPoint(plot, x, y) {
       const distance = point ? Math.hypot(point[0] - x, point[1] - y) : Infinity;
       if (distance >= least) return;
       least = distance;
-      found = { curve, at, place: point };
+      found = [curve, at, point];
     });
   }
   return found;
 }
 
 function describe(plot, [line, steps, values, spreads], at) {
-  const details = document.querySelector(`.run[data-line="${line}"]`);
-  const name = details.querySelector(".name").textContent;
+  const details = find(`.run[data-line="${line}"]`);
   const label = details.querySelector(".label").textContent.trim();
   const metric = plot.figure.querySelector("h3").textContent;
+  const name = details.querySelector(".name").textContent;
   const isExact = plot.bits === 64 && spreads.length === 0;
   const short = (number) => Number(number.toPrecision(isExact ? 17 : 7));
-  const spread = spreads.length ? " \\u00b1 " + short(spreads[at]) : "";
+  const spread = spreads.length ? " ± " + short(spreads[at]) : "";
   const who = spreads.length ? label : name + "\\n" + label;
-  const value = metric + " " + short(values[at]) + spread;
-  return who + "\\n" + value + "\\nstep " + Number(steps[at].toPrecision(12));
-}
-
-function moveDot(plot, line, [x, y]) {
-  hidePoint(plot);
-  plot.dot = document.createElementNS(plot.area.namespaceURI, "circle");
-  plot.dot.setAttribute("class", "dot");
-  plot.dot.setAttribute("r", 8);
-  plot.dot.setAttribute("cx", x);
-  plot.dot.setAttribute("cy", y);
-  plot.groups[line].append(plot.dot);
-}
-
-function hidePoint(plot) {
-  if (plot.dot) plot.dot.remove();
-  tip.hidden = true;
-  light(null);
+  const step = "step " + Number(steps[at].toPrecision(12));
+  return [who, metric + " " + short(values[at]) + spread, step].join("\\n");
 }
 """
 
@@ -13777,22 +13711,28 @@ def _follow(run_dir: Path) -> None:
         time.sleep(max(FOLLOW_SECONDS, 5 * took))
 
 
-def _cmd_list(args: Namespace) -> int:
-    """Print a row for each run that was asked for, or for each group of them."""
-    root = _search_root(args.root)
-    if args.limit is None and args.format is None:
-        args.limit = MAX_ROWS
-    selection = _Selection(root, _Filters(vars(args)), args.over)
-    shown = [key.strip() for text in args.show for key in text.split(",")]
+def _selected(
+    args: Namespace, over: str | None = None, shown: Iterable[str] = ()
+) -> _Selection:
+    """Return the runs that the filters ask for; say which keys no run has."""
+    selection = _Selection(_search_root(args.root), _Filters(vars(args)), over)
     for key in shown:
         selection.warnings += _unknown_key(_Key(key), selection.runs)
     for warning in selection.warnings:
         _say(warning)
+    return selection
+
+
+def _cmd_list(args: Namespace) -> int:
+    """Print a row for each run that was asked for, or for each group of them."""
+    if args.limit is None and args.format is None:
+        args.limit = MAX_ROWS
+    shown = [key.strip() for text in args.show for key in text.split(",")]
+    selection = _selected(args, args.over, shown)
     asked = [*selection.asked, *shown]
-    if args.over is not None:
-        rows = [_group_row(group, asked) for group in selection.groups]
-    elif args.format in ("json", "csv"):
-        rows = [_run_row(run, root, shown) for run in selection.runs]
+    rows = [_group_row(group, asked) for group in selection.groups]
+    if args.over is None and args.format in ("json", "csv"):
+        rows = [_run_row(run, selection.root, shown) for run in selection.runs]
     if args.format == "commands":
         for run in selection.runs:
             print(_command_of(run, _word(run.metadata, "working_dir")))
@@ -13800,29 +13740,25 @@ def _cmd_list(args: Namespace) -> int:
         _print_json(rows)
     elif args.format == "csv":
         _print_csv(rows)
+    elif args.over is not None:
+        _print_columns(_group_columns(rows, selection.differing, asked), args.format)
     else:
-        if args.over is not None:
-            columns = _group_columns(rows, selection.differing, asked)
-            _print_columns(columns, args.format)
-        else:
-            _print_runs(selection, asked, args)
+        _print_runs(selection, asked, args)
     if args.format is None:
         _say_what_is_unseen(selection, args)
     return 0
 
 
-def _print_runs(
-    selection: _Selection, asked: list[str], args: Namespace
-) -> None:
+def _print_runs(selection: _Selection, asked: list[str], args: Namespace) -> None:
     """Print the table of the selected runs, or one for each script."""
-    groups: dict[str, list[Run]] = {}
-    for run in selection.runs:
-        groups.setdefault(run["script_name"], []).append(run)
-    if not args.by_script:
-        groups = {"": selection.runs}
+    groups = {"": selection.runs}
+    if args.by_script:
+        groups = {}
+        for run in selection.runs:
+            groups.setdefault(run["script_name"], []).append(run)
     for script, runs in sorted(groups.items()):
         if script:
-            print(_printable(f"{script}: {_format_count(len(runs), 'run')}"))
+            _print(f"{script}: {_format_count(len(runs), 'run')}")
         columns = _run_columns(
             runs, selection.root, selection.differing, asked, args.format == "md"
         )
@@ -13871,7 +13807,7 @@ def _cmd_lineage(args: Namespace) -> int:
         for line in _format_graph(args.format, sorted(related), edges):
             print(line)
         return 0
-    print(_printable(_run_and_status(start)))
+    _print(_run_and_status(start))
     for title, way in (("used", used), ("used by", users)):
         for depth, run, path in way:
             line = f"{'  ' * depth}{_run_and_status(run)}: {path}"
@@ -13903,15 +13839,13 @@ def _cmd_note(args: Namespace) -> int:
         record.append_note(text, args.tag, args.untag)
         with _tolerating("the index"):
             record.tell_index("note", text=text, tags=args.tag, untag=args.untag)
-        print(_printable(f"noted in {run_dir}"))
+        _print(f"noted in {run_dir}")
     return 0
 
 
 def _cmd_prune(args: Namespace) -> int:
     """Say which runs would go; move or delete them when that is asked for."""
-    selection = _Selection(_search_root(args.root), _Filters(vars(args)))
-    for warning in selection.warnings:
-        _say(warning)
+    selection = _selected(args)
     rows: list[Facts] = []
     for run in selection.runs:
         size = sum(_file_sizes(run.folder).values())
@@ -13932,8 +13866,7 @@ def _cmd_prune(args: Namespace) -> int:
         if not args.json:
             name = relpath(run.path, selection.root)
             about = f"{run['status']}, {_format_seconds(_age(run))} old"
-            about += f", {_format_size(row['size'])}"
-            print(_printable(f"{name} ({about}): {what}"))
+            _print(f"{name} ({about}, {_format_size(row['size'])}): {what}")
     if sizes and not (is_meant or args.json):
         about = f"{_format_count(len(sizes), 'run')}, {_format_size(sum(sizes))}"
         print(f"{about}: --yes moves to {TRASH_FOLDER}, --purge deletes")
@@ -13955,9 +13888,9 @@ def _cmd_audit(args: Namespace) -> int:
             where = f"line {place['line']}"
             if place["line"] is None:
                 where = "in a binary file"
-            print(_printable(f"{place['file']}: {where}"))
+            _print(f"{place['file']}: {where}")
         for name, why in audit.unread.items():
-            print(_printable(f"{name}: not searched: {why}"))
+            _print(f"{name}: not searched: {why}")
         places = _format_count(len(audit.found) or "no", "place", "with a secret")
         files = _format_count(audit.searched or "no", "file", "searched")
         print(f"{places}; {files}")
@@ -14022,7 +13955,7 @@ def _cmd_env(args: Namespace) -> int:
         _print_json(facts)
     else:
         for line in _format_yaml(facts).splitlines():
-            print(_printable(line))
+            _print(line)
     return 0
 
 
