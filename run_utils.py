@@ -10162,7 +10162,7 @@ def _unknown_key(key: _Key, runs: Iterable[Run]) -> list[str]:
         if key.value(run) is not None or key.name in _ROW:
             return []
         for name in [*run.flat_config, *run.flat_metrics]:
-            known[name.partition(".")[2]] = None
+            known[_short(name)] = None
         run.forget()
     return [f"no run has {key.text!r}{_similar(key.name, known)}"]
 
@@ -10988,10 +10988,7 @@ if TYPE_CHECKING:
 
 
 class _Column:
-    """One column of a table: a heading, and for each row a value and its text.
-
-    Where there is no room, those go first whose rank is the highest.
-    """
+    """One column of a table: a heading, and for each row a value and its text."""
 
     def __init__(
         self, heading: str, values: Sequence[object],
@@ -11000,8 +10997,8 @@ class _Column:
         if texts is None:
             texts = map(_cell_text, values)
         self.values = values
-        self.cells = [_visible_text(text) for text in (heading, *texts)]
-        self.rank = rank
+        self.cells = [heading, *texts]
+        self.rank = rank  # where there is no room, the highest goes first
         self.beneath = beneath
         self.is_name = heading == "run"
         known = [value for value in values if value is not None]
@@ -11015,18 +11012,16 @@ class _Column:
 
     def least(self) -> int:
         """Return the columns that it must have: a number is never cut."""
-        if self.is_name:
-            return min(self.width(), NAME_WIDTH)
         heading = _width(self.cells[0])
         if self.rank > 0:
             heading = min(heading, TEXT_WIDTH)
-        return max(heading, self.least_of_texts())
+        return max(heading, self.least_of_texts(NAME_WIDTH))
 
-    def least_of_texts(self) -> int:
+    def least_of_texts(self, name_width: int = LEAST_NAME_WIDTH) -> int:
         """Return the same for where there is no room for its heading."""
         longest = max(map(_width, self.cells[1:]))
         if self.is_name:
-            return min(longest, LEAST_NAME_WIDTH)
+            return min(longest, name_width)
         if self.is_number:
             return longest
         return min(longest, TEXT_WIDTH)
@@ -11077,8 +11072,8 @@ def _run_columns(
     ]
     if whole:
         used = [", ".join([*run.inputs, *_tied_names(run)]) for run in runs]
-        columns.append(_Column("inputs", used))
-        columns.append(_Column("used by", [", ".join(run.used_by) for run in runs]))
+        users = [", ".join(run.used_by) for run in runs]
+        columns += [_Column("inputs", used), _Column("used by", users)]
     columns.append(_Column("notes", [_notes_text(run) for run in runs], beneath=True))
     for column in columns:
         if column.cells[0] in [_COLUMN_OF.get(text) for text in asked]:
@@ -11097,10 +11092,10 @@ def _key_columns(
     rows: Sequence[Mapping[str, object]], keys: Iterable[str], asked: Sequence[str],
     rank: int, others: int,
 ) -> Iterator[_Column]:
-    """Yield columns for keys, the most frequent first: with `rank`, then `others`."""
+    """Yield columns for keys; the most frequent has a `rank` of its own."""
     counts = {key: sum(key in row for row in rows) for key in dict.fromkeys(keys)}
     for key in sorted(counts, key=lambda key: -counts[key]):
-        short = key.partition(".")[2]
+        short = _short(key)
         if counts[key] and not {key, short}.intersection((*asked, *_NO_METRICS)):
             texts = [_spread_text(row, key) for row in rows]
             yield _Column(short, [row.get(key) for row in rows], texts, rank)
@@ -11109,8 +11104,8 @@ def _key_columns(
 
 def _status_text(run: Run) -> str:
     if run["attempts"] > 1:
-        return f"{run['status']} ({run['attempts']} attempts)"
-    return str(run["status"])
+        return f"{run.state} ({run['attempts']} attempts)"
+    return run.state
 
 
 def _age(run: Run) -> float | None:
@@ -11160,11 +11155,11 @@ def _run_row(run: Run, root: StrPath, shown: Iterable[str] = ()) -> Facts:
 def _group_row(group: _Group, asked: Iterable[str]) -> Facts:
     """Return runs that differ only in their seeds as one row: means and deviations."""
     newest = group.runs[0]
-    states = group.states().items()
+    states = [f"{count} {state}" for state, count in group.states().items()]
     row: Facts = {
         "run": newest.name,
         "runs": len(group.runs),
-        "status": ", ".join(f"{count} {state}" for state, count in states),
+        "status": ", ".join(states),
         "script_name": newest["script_name"],
         **group.config,
     }
@@ -11562,13 +11557,13 @@ def _sparkline(values: Sequence[float]) -> str:
     finite = list(filter(_is_finite, points)) or [0.0]
     low = min(finite)
     span = max(finite) - low or 1
-    letters = ""
+    line = ""
     for point in points:
-        letter = "x"
         if _is_finite(point):
-            letter = blocks[int((point - low) / span * 7)]
-        letters += letter
-    return letters
+            line += blocks[int((point - low) / span * 7)]
+        else:
+            line += "x"
+    return line
 
 
 def _format_outputs(run: Run) -> list[str]:
@@ -11586,8 +11581,8 @@ def _format_outputs(run: Run) -> list[str]:
             about = f"{_format_count(len(sizes), 'file')}, {_format_size(sum(sizes))}"
         lines.append(f"{folder}: {about}")
     largest = sorted(run.outputs.items(), key=lambda pair: -pair[1])[:3]
-    if largest:
-        words = [f"{path} ({_format_size(size)})" for path, size in largest]
+    words = [f"{path} ({_format_size(size)})" for path, size in largest]
+    if words:
         lines.append(f"largest: {', '.join(words)}")
     return lines
 
@@ -11681,10 +11676,10 @@ def _commits_between(run: Run, then: JSON, now: JSON) -> list[str]:
     for commit in (then, now):
         if re.fullmatch("[0-9a-f]{4,64}", str(commit)) is None:
             return []
-    words = ["rev-list", "--left-right", "--oneline", "--max-count=10"]
+    root = _word(run.metadata, "git", "root")
+    words = f"rev-list --left-right --oneline --max-count=10 {then}...{now} --"
     try:
-        root = _word(run.metadata, "git", "root")
-        output = _git_run(root, *words, f"{then}...{now}", "--")
+        output = _git_run(root, *words.split())
     except _Unknown:  # the repository, or a commit, is not there any more
         return []
     return [f"  {line}" for line in _lines_of(output)]
@@ -11702,10 +11697,9 @@ def _format_change(key: str, then: JSON, now: JSON) -> list[str]:
 def _different_parts(then: str, now: str) -> tuple[str, str]:
     """Return what two patches say of the files of which they do not say the same."""
     old, new = (re.split(r"(?m)^(?=diff --git )", text) for text in (then, now))
-    return (
-        "".join(part for part in old if part not in new),
-        "".join(part for part in new if part not in old),
-    )
+    removed = [part for part in old if part not in new]
+    added = [part for part in new if part not in old]
+    return "".join(removed), "".join(added)
 
 
 def _line_changes(then: str, now: str) -> list[str]:
@@ -11734,9 +11728,9 @@ def _format_graph(
         rows = [dict(zip(keys, map(str, edge))) for edge in edges]
         yield _format_json({"runs": list(map(str, runs)), "edges": rows}).rstrip()
         return
-    start, node, edge, end = ("graph TD", "  {}[{}]", "  {} -->|{}| {}", "")
+    start, node, edge = "graph TD", "  {}[{}]", "  {} -->|{}| {}"
     if form == "dot":
-        start, end = "digraph lineage {", "}"
+        start = "digraph lineage {"
         node, edge = "  {} [label={}];", "  {0} -> {2} [label={1}];"
     names = {run: f"n{number}" for number, run in enumerate(runs)}
     yield start
@@ -11744,8 +11738,8 @@ def _format_graph(
         yield node.format(name, _label(form, run.name))
     for producer, consumer, path in edges:
         yield edge.format(names[producer], _label(form, path), names[consumer])
-    if end:
-        yield end
+    if form == "dot":
+        yield "}"
 
 
 def _label(form: str, text: str) -> str:
@@ -11775,12 +11769,13 @@ def _format_seconds(seconds: object) -> str:
         return "?"
     if seconds < 10:
         return f"{max(seconds, 0):.2g}s"
-    if round(seconds) < 60:
-        return f"{round(seconds)}s"
-    if round(seconds) < 3600:
-        return "{}m{:02}s".format(*divmod(round(seconds), 60))
-    if round(seconds / 60) < 24 * 60:
-        return "{}h{:02}m".format(*divmod(round(seconds / 60), 60))
+    whole, minutes = round(seconds), round(seconds / 60)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return "{}m{:02}s".format(*divmod(whole, 60))
+    if minutes < 24 * 60:
+        return "{}h{:02}m".format(*divmod(minutes, 60))
     return "{}d{:02}h".format(*divmod(round(seconds / 3600), 24))
 
 
@@ -11806,9 +11801,9 @@ def _print(line: str) -> None:
 
 def _printable(text: str) -> str:
     """Return a text as it can be printed: escaped, in letters that stdout has."""
-    text = _visible_text(text)
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)
+    data = _visible_text(text).encode(encoding, "backslashreplace")
+    return data.decode(encoding)
 
 
 # Letters that Python calls printable although nothing is seen of them: fillers, blank
@@ -11944,7 +11939,7 @@ class _Page:
         for run in self.runs:
             starts.append(str(run["started_utc"] or "")[:16].replace("T", " "))
             times.append(_number(run["duration_seconds"]))
-            if run["status"] == "running":
+            if run.state == "running":
                 times[-1] = None
         texts = [_format_seconds(time).strip("?") for time in times]
         columns[2:4] = [_Column("started", starts), _Column("time", times, texts)]
@@ -12066,7 +12061,7 @@ def _summary_html(page: _Page) -> Iterator[str]:
         yield "<p>There is nothing to show.</p>"
         return
     yield '<div class="summary"><section><h2>States</h2><ul>'
-    states = [str(run["status"]) for run in page.runs]
+    states = [run.state for run in page.runs]
     for word in sorted(set(states), key=lambda word: (-states.count(word), word)):
         yield f"<li><b>{states.count(word)}</b> {_state_html(page, word)}</li>"
     yield "</ul></section><section><h2>Best run</h2>"
@@ -12224,8 +12219,8 @@ def _plots(page: _Page, room: int) -> list[_Plot]:
     for line in page.lines:
         series = [_all_series(run.folder) for run in line.runs]
         for plot in plots:
-            having = [one[plot.key] for one in series if plot.key in one]
-            plot.add(line, [_course(values, steps) for values, steps in having])
+            courses = [_course(*one[plot.key]) for one in series if plot.key in one]
+            plot.add(line, list(filter(None, courses)))
     if any(plot.is_thinned for plot in plots):
         kept = "the lowest and the highest value of each stretch of steps"
         if plots[0].is_coarse:
@@ -12239,13 +12234,12 @@ def _plots(page: _Page, room: int) -> list[_Plot]:
 def _course(values: Sequence[object], steps: Sequence[object]) -> list[_Point]:
     """Return the finite points of a metric by step; of two at a step the later one."""
     points: dict[float, float] = {}
-    for place, value in enumerate(values):
-        number = _finite(value)
-        step = _finite(steps[place])
-        if step is None:
-            step = float(place)
+    for place, (value, step) in enumerate(zip(values, steps)):
+        number, at = _finite(value), _finite(step)
+        if at is None:
+            at = float(place)
         if number is not None:
-            points[step] = number
+            points[at] = number
     return sorted(points.items())
 
 
@@ -12264,7 +12258,6 @@ class _Plot:
         self.curves: list[_Curve] = []
 
     def add(self, line: _Line, courses: list[list[_Point]]) -> None:
-        courses = list(filter(None, courses))
         if courses and len(line.runs) > 1:
             self.curves.append((line, *self.mean(courses)))
         elif courses:
@@ -12556,10 +12549,7 @@ class _Scale:
 
 # --- Images side by side, and the runs one by one.
 
-_IMAGE_KINDS = {
-    ".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".gif": "gif", ".webp": "webp",
-    ".svg": "svg+xml",
-}
+_IMAGE = r"(plots|samples)/(?s:.*)\.(?i:png|jpe?g|gif|webp|svg)"
 
 
 def _images_html(page: _Page) -> Iterator[str]:
@@ -12571,7 +12561,7 @@ def _images_html(page: _Page) -> Iterator[str]:
     count = 0
     for run in page.drawn:
         for name in run.outputs:
-            if name.startswith(("plots/", "samples/")) and _image_kind(name):
+            if re.fullmatch(_IMAGE, name):
                 count += 1
                 if count <= REPORT_IMAGES:
                     pattern = re.sub(r"\d+(?=\D*$)", "*", name)
@@ -12599,14 +12589,12 @@ def _images_html(page: _Page) -> Iterator[str]:
     yield "</section>"
 
 
-def _image_kind(name: str) -> str | None:
-    return _IMAGE_KINDS.get(os.path.splitext(name)[1].lower())
-
-
 def _embedded(path: str, room: int) -> str:
+    kind = path.rpartition(".")[2].lower()
+    kind = {"jpg": "jpeg", "svg": "svg+xml"}.get(kind, kind)
     with _ignoring(OSError):
         data = _base64(_read_bytes(path, max(room, 1) * 3 // 4))
-        return f'<img src="data:image/{_image_kind(path)};base64,{data}" alt="">'
+        return f'<img src="data:image/{kind};base64,{data}" alt="">'
     return ""
 
 
@@ -12621,7 +12609,7 @@ def _details_html(page: _Page) -> Iterator[str]:
         yield f'<details class="run" data-line="{line.number}"><summary>{line.swatch()}'
         yield f'<span class="name">{page.text(run.name, 120)}</span>'
         yield f'<span class="label">{page.text(line.label, 90)}</span>'
-        yield _state_html(page, run["status"])
+        yield _state_html(page, run.state)
         yield f'</summary><dl id="run-{number}">'
         for title, lines in _run_facts(page, run):
             text = page.block(lines, min(room, 4000))
@@ -12647,7 +12635,7 @@ def _run_facts(page: _Page, run: Run) -> Iterator[Paragraph]:
             config.append(f"{_short(key)}={now}, best: {then}")
     metrics = []
     for key, facts in list(run.summary.items())[:REPORT_PLOTS]:
-        last, low, high = (_text(facts.get(name)) for name in ("last", "min", "max"))
+        last, low, high = (_text(facts[name]) for name in ("last", "min", "max"))
         metrics.append(f"{key}: {last} (lowest {low}, highest {high})")
     yield "ended", [_format_end(run.status)]
     yield "why", _format_why(run)
