@@ -11235,7 +11235,6 @@ def _print_table(columns: Sequence[_Column]) -> None:
 
 
 def _shortened_widths(columns: Sequence[_Column], room: int) -> dict[_Column, int]:
-    """Return the widths of the columns for which there is room."""
     widths = {column: column.width() for column in columns}
     _fit(widths, room, _Column.least)
     while _total(widths) > room:
@@ -11402,7 +11401,6 @@ def _inspected(run: Run) -> Facts:
 
 
 def _run_paragraphs(run: Run) -> Iterator[Paragraph]:
-    """Yield what `inspect` shows: first how the run ended, and why."""
     metadata = run.metadata
     yield from _live_paragraphs(run)
     yield "command", [_command_of(run)]
@@ -11722,7 +11720,6 @@ def _line_changes(then: str, now: str) -> list[str]:
 def _format_graph(
     form: str, runs: Sequence[Path], edges: Sequence[tuple[Path, Path, str]]
 ) -> Iterator[str]:
-    """Yield the lines of a graph from producers to consumers."""
     if form == "json":
         keys = ("producer", "consumer", "path")
         rows = [dict(zip(keys, map(str, edge))) for edge in edges]
@@ -11852,7 +11849,6 @@ if TYPE_CHECKING:
 
 
 def _cmd_report(args: Namespace) -> int:
-    """Write one HTML page about the runs that were asked for."""
     output = abspath(args.output)
     if isdir(output):
         raise ValueError(f"{args.output!r} is a folder; give -o the name of a file")
@@ -11997,7 +11993,6 @@ class _Page:
 
 
 def _goal(text: str | None) -> _Key | None:
-    """Return the metric by which runs are ranked."""
     if text is None:
         return None
     goal = _Key(text)
@@ -12160,12 +12155,13 @@ def _cell_html(page: _Page, column: _Column, place: int) -> str:
     shown = page.text(text, 120)
     if column.cells[0] == "status":
         shown = _state_html(page, text)
-    if not column.is_number:
-        return f'<td class="t">{shown}</td>'
-    value = _finite(column.values[place])
-    if value is None or _number(text) is not None:
-        return f"<td>{shown}</td>"
-    return f'<td data-value="{value:.9g}">{shown}</td>'
+    kind = ' class="t"'
+    if column.is_number:
+        kind = ""
+        value = _finite(column.values[place])
+        if value is not None and _number(text) is None:
+            kind = f' data-value="{value:.9g}"'
+    return f"<td{kind}>{shown}</td>"
 
 
 # --- The plots: one for each metric, the course of every line over the steps.
@@ -12357,7 +12353,6 @@ class _Axis:
         return (self.scaled(value) - low) / (high - low)
 
     def marks(self) -> list[float]:
-        """Return a few round numbers on the axis."""
         import math
 
         low, high = self.ends
@@ -12375,7 +12370,6 @@ class _Axis:
 
 
 def _plot_html(page: _Page, plot: _Plot) -> Iterator[str]:
-    """Yield the figure of a plot, and give the script its points."""
     steps, values = zip(*itertools.chain(*map(_outline, plot.curves)))
     across = _Axis(min(steps), max(steps))
     axis = _Axis(min(values), max(values), margin=0.04)
@@ -12474,7 +12468,6 @@ def _path(points: Sequence[_Point], across: _Axis, axis: _Axis) -> str:
 
 
 def _parallel_html(page: _Page) -> Iterator[str]:
-    """Yield a line for each drawn run through the values that varied."""
     names = page.varying[:REPORT_AXES]
     if page.goal is not None:
         names.append(page.goal.text)
@@ -12850,7 +12843,6 @@ const table = find(".runs");
 const rows = table ? [...table.tBodies[0].rows] : [];
 const tip = find("#tip");
 const itemsOf = {}; // of each line all that belongs to it: row, curves, legend, images
-let litLine = null;
 
 for (const item of all("[data-line]")) {
   (itemsOf[item.dataset.line] ||= []).push(item);
@@ -12872,9 +12864,8 @@ window.addEventListener("beforeprint", () => {
 });
 
 function light(line) {
-  for (const item of itemsOf[litLine] || []) item.classList.remove("lit");
+  for (const item of all(".lit")) item.classList.remove("lit");
   for (const item of itemsOf[line] || []) item.classList.add("lit");
-  litLine = line;
 }
 
 function loadImages(event) {
@@ -13001,12 +12992,12 @@ function place(plot, step, value) {
 }
 
 function showPoint(plot, svg, event) {
-  hidePoint(plot);
   const box = svg.getBoundingClientRect();
   const scale = 640 / box.width;
   const x = 2 * ((event.clientX - box.left) * scale - 56);
   const y = 2 * ((event.clientY - box.top) * scale - 8);
   const [curve, at, point] = nearestPoint(plot, x, y);
+  hidePoint(plot);
   if (!curve) return;
   const dot = `<circle class="dot" r="8" cx="${point[0]}" cy="${point[1]}"/>`;
   plot.groups[curve[0]].insertAdjacentHTML("beforeend", dot);
@@ -13564,10 +13555,6 @@ def _signals_to(waker: int) -> Iterator[Any]:
 # What the commands are is one table, at the end. Exit status 0: yes, same, done;
 # 1: no, different; 2: trouble, and one sentence on stderr says which.
 
-if TYPE_CHECKING:
-    Argument = tuple[str, str]  # as a usage line writes it, and its help
-    Command = tuple[str, str, Callable[[Namespace], int], list[Argument]]
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line with `argv` (default: sys.argv[1:]); return its status."""
@@ -13679,7 +13666,6 @@ def _cmd_inspect(args: Namespace) -> int:
 
 
 def _follow(run_dir: Path) -> None:
-    """Show a run while it is running, and how it ended."""
     shown: list[str] = []
     while True:
         begun = monotonic()
@@ -13712,7 +13698,6 @@ def _selected(
 
 
 def _cmd_list(args: Namespace) -> int:
-    """Print a row for each run that was asked for, or for each group of them."""
     if args.limit is None and args.format is None:
         args.limit = MAX_ROWS
     shown = [key.strip() for text in args.show for key in text.split(",")]
@@ -13738,7 +13723,6 @@ def _cmd_list(args: Namespace) -> int:
 
 
 def _print_runs(selection: _Selection, asked: list[str], args: Namespace) -> None:
-    """Print the table of the selected runs, or one for each script."""
     groups = {"": selection.runs}
     if args.by_script:
         groups = {}
@@ -13781,7 +13765,6 @@ def _cmd_diff(args: Namespace) -> int:
 
 
 def _cmd_lineage(args: Namespace) -> int:
-    """Print the runs that a run used and those that used it, to any depth."""
     start = _find_run(args.run)
     lineage = _Lineage(_results_root(start.parent))
     used, users = (list(lineage.walk(start, way)) for way in (False, True))
@@ -13832,13 +13815,16 @@ def _cmd_note(args: Namespace) -> int:
 
 
 def _cmd_prune(args: Namespace) -> int:
-    """Say which runs would go; move or delete them when that is asked for."""
     selection = _selected(args)
-    rows: list[Facts] = []
-    for run in selection.runs:
-        size = sum(_file_sizes(run.folder).values())
-        row = {"run_dir": run.folder, "status": run["status"], "size": size}
-        rows.append({**row, "refused": _why_it_stays(run)})
+    rows: list[Facts] = [
+        {
+            "run_dir": run.folder,
+            "status": run.state,
+            "size": sum(_file_sizes(run.folder).values()),
+            "refused": _why_it_stays(run),
+        }
+        for run in selection.runs
+    ]
     if args.json:
         _print_json(rows)
     is_meant = args.yes or args.purge
@@ -13890,7 +13876,6 @@ def _cmd_audit(args: Namespace) -> int:
 
 
 def _cmd_reindex(args: Namespace) -> int:
-    """Replace the index by one line for each run; keep what is appended meanwhile."""
     root = Path(_search_root(args.root))
     size = 0
     with _ignoring(FileNotFoundError):
@@ -13936,7 +13921,6 @@ def _replace_index(root: Path, size: int, rows: Iterable[Facts]) -> None:
 
 
 def _cmd_env(args: Namespace) -> int:
-    """Show what `capture_metadata` would record here and now; leave nothing behind."""
     with _temporary_folder() as folder:
         facts = _read_json(capture_metadata(folder))
     if args.json:
@@ -13947,14 +13931,14 @@ def _cmd_env(args: Namespace) -> int:
     return 0
 
 
-_RUN: Argument = (
+_RUN = (
     "RUN", "a path, anything in a run or copied from it, a part of a name, or latest",
 )
-_ROOT: Argument = (
+_ROOT = (
     "[ROOT]", "a folder with runs (default: results, else the current folder)",
 )
-_JSON: Argument = ("--json", "for programs")
-_FILTERS: list[Argument] = [
+_JSON = ("--json", "for programs")
+_FILTERS = [
     ("--where EXPR", "'lr<1e-3 and max(acc)>0.9'"),
     ("--status WORD", "running, success, failed, lost, or a word of your own"),
     ("--since TIME", "started after 12h, 7d, 2026-01-31"),
@@ -13966,7 +13950,7 @@ _FILTERS: list[Argument] = [
     ("--top N", "the first N that have this value"),
     ("-n --limit N", "at most N, 0 for all"),
 ]
-_COMMANDS: list[Command] = [
+_COMMANDS = [  # name, help, function, and arguments as a usage line writes them
     ("run", "record any command, in any language; exit with its status", _cmd_run, [
         ("--base-dir DIR=results/runs", "where the run is made"),
         ("--prefix NAME", "of the run; default: the script's name"),
