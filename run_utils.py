@@ -11878,7 +11878,7 @@ def _report(page: _Page) -> str:
         version=__version__,
         title=page.text(basename(page.root)),
         body="\n".join(parts),
-        curves=json.dumps(page.curves, separators=(",", ":")),
+        curves=re.sub(r"\.0\b", "", json.dumps(page.curves, separators=(",", ":"))),
         style=_REPORT_STYLE,
         script=_REPORT_SCRIPT,
     )
@@ -12416,7 +12416,7 @@ def _exact(curve: _Curve, bits: int) -> JSON:
     line, points, spreads = curve
     steps = [step for step, _ in points]
     rises = [b - a for a, b in zip([0.0, *steps], steps)]
-    facts = [line.number, [int(rise) if rise.is_integer() else rise for rise in rises]]
+    facts: list[JSON] = [line.number, rises]
     for numbers in (map(_value_of, points), spreads):
         packed = array.array({32: "f", 64: "d"}[bits], numbers)
         if sys.byteorder == "big":
@@ -12839,6 +12839,7 @@ _REPORT_SCRIPT = """
 
 const find = (selector) => document.querySelector(selector);
 const all = (selector) => document.querySelectorAll(selector);
+const make = (tag, facts) => Object.assign(document.createElement(tag), facts);
 const table = find(".runs");
 const rows = table ? [...table.tBodies[0].rows] : [];
 const tip = find("#tip");
@@ -12849,48 +12850,44 @@ for (const item of all("[data-line]")) {
 }
 if (table) {
   find(".tools").hidden = false;
-  find("#filter").addEventListener("input", update);
-  find("#clear").addEventListener("click", clearSelection);
+  find("#filter").oninput = update;
+  find("#clear").onclick = clearSelection;
   [...table.tHead.rows[0].cells].forEach(makeSortable);
   rows.forEach(makeSelectable);
 }
 const curves = JSON.parse(find("#curves").textContent);
 all(".plot").forEach(makePlot);
-for (const strip of all(".images")) {
-  strip.addEventListener("toggle", loadImages, { once: true });
-}
-window.addEventListener("beforeprint", () => {
-  for (const details of all("details")) details.open = true;
-});
+for (const strip of all(".images")) strip.ontoggle = loadImages;
+window.onbeforeprint = openDetails;
 
 function light(line) {
   for (const item of all(".lit")) item.classList.remove("lit");
   for (const item of itemsOf[line] || []) item.classList.add("lit");
 }
 
+function openDetails() {
+  for (const details of all("details")) details.open = true;
+}
+
 function loadImages(event) {
   for (const link of event.target.querySelectorAll("a")) {
     if (link.querySelector("img")) continue;
-    const image = document.createElement("img");
-    image.alt = "";
-    image.src = link.href;
-    link.prepend(image);
+    link.prepend(make("img", { alt: "", src: link.href }));
   }
 }
 
 function makeSortable(head, column, heads) {
-  const button = document.createElement("button");
-  button.type = "button";
+  const button = make("button", { type: "button" });
   button.append(...head.childNodes);
   head.append(button);
-  button.addEventListener("click", () => {
+  button.onclick = () => {
     const sign = head.ariaSort === "ascending" ? -1 : 1;
     for (const other of heads) other.removeAttribute("aria-sort");
     head.setAttribute("aria-sort", sign > 0 ? "ascending" : "descending");
     const keys = new Map(rows.map((row) => [row, sortKey(row.cells[column])]));
     rows.sort((a, b) => compareKeys(keys.get(a), keys.get(b), sign));
     table.tBodies[0].append(...rows);
-  });
+  };
 }
 
 function sortKey(cell) {
@@ -12905,10 +12902,8 @@ function compareKeys(a, b, sign) {
 }
 
 function makeSelectable(row) {
-  const box = document.createElement("input");
-  box.type = "checkbox";
-  box.ariaLabel = "Select " + row.cells[0].textContent;
-  box.addEventListener("change", update);
+  const ariaLabel = "Select " + row.cells[0].textContent;
+  const box = make("input", { type: "checkbox", ariaLabel, onchange: update });
   row.cells[0].prepend(box);
 }
 
@@ -12947,17 +12942,17 @@ function makePlot(figure, number) {
   plot.area = figure.querySelector(".area");
   for (const group of plot.area.children) plot.groups[group.dataset.line] = group;
   const svg = figure.querySelector("svg");
-  svg.addEventListener("pointermove", (event) => showPoint(plot, svg, event));
-  svg.addEventListener("pointerleave", () => hidePoint(plot));
+  svg.onpointermove = (event) => showPoint(plot, svg, event);
+  svg.onpointerleave = () => hidePoint(plot);
   const button = figure.querySelector("button");
   if (!button) return;
   button.hidden = false;
-  button.addEventListener("click", () => {
+  button.onclick = () => {
     plot.isLog = !plot.isLog;
     button.setAttribute("aria-pressed", plot.isLog);
     figure.querySelectorAll(".y").forEach((axis) => axis.classList.toggle("off"));
     plot.curves.forEach((curve) => drawCurve(plot, curve));
-  });
+  };
 }
 
 // A curve has its line's number, steps, values, and the deviations of a mean.
