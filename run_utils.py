@@ -12331,10 +12331,10 @@ class _Axis:
     """A stretch of numbers on paper: where a value lies, and where its marks are."""
 
     def __init__(
-        self, low: float, high: float, is_log: bool = False, margin: float = 0.0
+        self, values: Sequence[float], is_log: bool = False, margin: float = 0.0
     ) -> None:
         self.is_log = is_log
-        low, high = self.scaled(low), self.scaled(high)
+        low, high = self.scaled(min(values)), self.scaled(max(values))
         margin *= high - low
         if low == high:
             margin = abs(low) / 10 or 1.0
@@ -12371,8 +12371,8 @@ class _Axis:
 
 def _plot_html(page: _Page, plot: _Plot) -> Iterator[str]:
     steps, values = zip(*itertools.chain(*map(_outline, plot.curves)))
-    across = _Axis(min(steps), max(steps))
-    axis = _Axis(min(values), max(values), margin=0.04)
+    across = _Axis(steps)
+    axis = _Axis(values, margin=0.04)
     positive = [value for value in values if value > 0]
     logarithm = None
     name = page.text(plot.key, 80)
@@ -12381,7 +12381,7 @@ def _plot_html(page: _Page, plot: _Plot) -> Iterator[str]:
         many, bits = " many", 32
     yield f'<figure class="plot{many}"><figcaption><h3>{name}</h3>'
     if positive and max(positive) > 2 * min(positive):
-        logarithm = _Axis(min(positive), max(positive), True, 0.04)
+        logarithm = _Axis(positive, True, 0.04)
         yield '<button type="button" aria-pressed="false" hidden>log</button>'
     about = f"{name} over steps, {_format_count(len(plot.curves), 'curve')}"
     yield f'</figcaption><svg viewBox="0 0 640 300" role="img" aria-label="{about}">'
@@ -12528,10 +12528,9 @@ class _Scale:
         if len(words) < 2:
             return
         if len(numbers) == len(values):
-            low, high = min(numbers), max(numbers)
-            axis = _Axis(low, high, is_log=low > 0 and high >= 50 * low)
-            self.places = {p: axis.place(n) for p, n in zip(values, numbers)}
             marks = sorted(set(numbers))
+            axis = _Axis(marks, is_log=0 < 50 * marks[0] <= marks[-1])
+            self.places = {p: axis.place(n) for p, n in zip(values, numbers)}
             if len(marks) > 6:
                 marks = axis.marks()
             self.marks = {_format_mark(mark): axis.place(mark) for mark in marks}
@@ -12710,7 +12709,7 @@ _REPORT_STYLE = """
 * { box-sizing: border-box; margin: 0; }
 body {
   background: var(--paper); color: var(--ink);
-  font: 15px/1.5 system-ui, "Segoe UI", "Helvetica Neue", Arial, sans-serif;
+  font: 15px/1.5 system-ui, "Segoe UI", Arial, sans-serif;
   font-variant-numeric: tabular-nums; overflow-wrap: anywhere;
 }
 main { max-width: 1400px; margin: 0 auto; padding: 32px; }
