@@ -10846,6 +10846,13 @@ class Listing(ReadingCase):
         none = self.ask("list", "--contains", "nothing")
         self.assertEqual(none, (0, "", f"no such runs below {here!r}\n"))
 
+    def test_a_key_with_letters_that_stdout_does_not_have(self) -> None:
+        for size in range(2):
+            self.make_run(f"exp/run-{size}", config={"größe": size})
+        done = self.command("list", env={"PYTHONIOENCODING": "ascii"})
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        self.assertIn("gr\\xf6\\xdfe", done.stdout.splitlines()[0])
+
     def test_what_differs_is_decided_before_filters_and_cuts(self) -> None:
         for words in ("-n 1", "--status failed", "--sort=-loss --top 1"):
             with self.subTest(words):
