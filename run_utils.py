@@ -11401,30 +11401,35 @@ def _inspected(run: Run) -> Facts:
 
 
 def _run_paragraphs(run: Run) -> Iterator[Paragraph]:
-    metadata = run.metadata
     yield from _live_paragraphs(run)
+    config = []
+    if _arguments(run.config):
+        config = _format_yaml(_arguments(run.config)).splitlines()
+    yield from _about_paragraphs(run, config)
+    changes = _differences_from_now(run)
+    yield "now", [f"{key}: {change}" for key, change in changes.items()]
+    captures = _mapping(run.metadata, "capture")
+    whys = {name: _at(captures, name, "problem") for name in captures}
+    problems = [f"{name}: {_text(why)}" for name, why in whys.items() if why]
+    if not run.metadata and not run.problems:
+        problems.append("metadata.json: missing")
+    yield "problems", problems + run.problems
+
+
+def _about_paragraphs(run: Run, config: Sequence[str]) -> Iterator[Paragraph]:
+    """Yield where a run came from, and what it left: for `inspect` and the report."""
     yield "command", [_command_of(run)]
-    yield "code", [_format_code(_mapping(metadata, "git"))]
+    yield "code", [_format_code(_mapping(run.metadata, "git"))]
     yield "started", [_format_start(run)]
-    config = _arguments(run.config)
-    if config:
-        yield "config", _first(_format_yaml(config).splitlines())
+    yield "config", _first(config)
     yield "inputs", _first(_format_inputs(run))
     yield "tied to", _tied_names(run)
     yield "used by", _first(run.used_by)
     yield "outputs", _format_outputs(run)
-    yield "resources", _format_resources(_mapping(metadata, "resources"))
-    changes = _differences_from_now(run)
-    yield "now", [f"{key}: {change}" for key, change in changes.items()]
+    yield "resources", _format_resources(_mapping(run.metadata, "resources"))
     if run["tags"]:
         yield "tags", [" ".join(run["tags"])]
     yield "notes", _format_notes(run)
-    captures = _mapping(metadata, "capture")
-    whys = {name: _at(captures, name, "problem") for name in captures}
-    problems = [f"{name}: {_text(why)}" for name, why in whys.items() if why]
-    if not metadata and not run.problems:
-        problems.append("metadata.json: missing")
-    yield "problems", problems + run.problems
 
 
 def _live_paragraphs(run: Run) -> Iterator[Paragraph]:
@@ -12629,18 +12634,10 @@ def _run_facts(page: _Page, run: Run) -> Iterator[Paragraph]:
     for key, facts in list(run.summary.items())[:REPORT_PLOTS]:
         last, low, high = (_text(facts[name]) for name in ("last", "min", "max"))
         metrics.append(f"{key}: {last} (lowest {low}, highest {high})")
-    yield "ended", [_format_end(run.status)]
+    yield "status", [_format_end(run.status)]
     yield "why", _format_why(run)
-    yield "command", [_command_of(run)]
-    yield "code", [_format_code(_mapping(run.metadata, "git"))]
-    yield "started", [_format_start(run)]
-    yield "config", config
     yield "metrics", metrics
-    yield "resources", _format_resources(_mapping(run.metadata, "resources"))
-    yield "used", _format_inputs(run)
-    yield "tied to", _tied_names(run)
-    yield "used by", run.used_by
-    yield "notes", _format_notes(run)
+    yield from _about_paragraphs(run, config)
     yield "output", _last_output(run.path)
 
 
