@@ -62,6 +62,7 @@ import functools
 import io
 import itertools
 import json
+import operator
 import os
 import re
 import select
@@ -581,7 +582,12 @@ def find_runs(
     Raises ValueError for what cannot be read. A key, status or tag that no run has is
     said on stderr.
     """
-    selection = _Selection(abspath(root), _Filters(locals()))
+    options = {
+        "where": where, "status": status, "since": since, "older": older,
+        "contains": contains, "tag": tag, "has_outputs": has_outputs, "sort": sort,
+        "top": top, "limit": limit,
+    }
+    selection = _Selection(abspath(root), _Filters(options))
     for warning in selection.warnings:
         _warn(warning)
     return _Runs(selection.runs)
@@ -2983,7 +2989,8 @@ class _RecorderProcess:
         """Answer the ranks that come late; a run whose process has died takes none."""
         if self.meeting is None:
             return _NEVER
-        if self.is_over:
+        is_dead = self.pidfd is not None and _is_ready(self.pidfd, _polls.POLLIN, 0.0)
+        if is_dead or self.is_over:
             return RANK_POLL_SECONDS
         return self.meeting.tick()
 
@@ -6927,6 +6934,7 @@ def _inputs(
     own = realpath(run_dir)
     is_run = functools.lru_cache(None)(_is_run)  # each folder is looked at once
     deadline = monotonic() + INPUT_SECONDS
+    states: dict[str, str] = {}
     entries: dict[str, Facts] = {}
     words = (("argv", word) for word in argv[1:])
     texts = itertools.chain(_strings("", _arguments(config or {})), words)
@@ -6935,9 +6943,12 @@ def _inputs(
             if monotonic() > deadline or len(entries) >= MAX_INPUTS:
                 return list(entries.values())
             producer = _run_of(path, is_run)
-            if producer is not None and realpath(producer) != own:
-                entry = _input(key, path, producer, run_dir)
-                entries.setdefault(f"{producer}/{entry['path']}", entry)
+            if producer is None or realpath(producer) == own:
+                continue
+            if producer not in states:
+                states[producer] = Run(producer, row=False).state
+            entry = _input(key, path, producer, run_dir, states[producer])
+            entries.setdefault(f"{producer}/{entry['path']}", entry)
     return list(entries.values())
 
 
@@ -6983,7 +6994,9 @@ def _is_glob(path: str) -> bool:
     return len(re.findall(r"[*?[][^/]*", path)) in (1, 2)
 
 
-def _input(key: str, path: str, producer: str, run_dir: StrPath) -> Facts:
+def _input(
+    key: str, path: str, producer: str, run_dir: StrPath, status: str
+) -> Facts:
     """Return the entry of `inputs` in metadata.json for a file of another run."""
     inside = relpath(path, producer)
     if inside.startswith(os.pardir):  # a link into the run
@@ -6996,7 +7009,7 @@ def _input(key: str, path: str, producer: str, run_dir: StrPath) -> Facts:
         "path": inside,
         "size": None,
         "mtime": None,
-        "status": Run(producer, row=False).state,
+        "status": status,
     }
     with _ignoring(OSError):
         info = os.stat(path)
@@ -7037,7 +7050,8 @@ def _record_use(artifact: Path, consumer: str | None, reason: str | None) -> Non
 
 
 def _add_input(run_dir: Path, path: str, producer: str, reason: str | None) -> None:
-    entry = _input("mark_artifact_used", path, producer, run_dir)
+    status = Run(producer, row=False).state
+    entry = _input("mark_artifact_used", path, producer, run_dir, status)
     if reason is not None:
         entry["reason"] = reason
     if _same_input(entry) in map(_same_input, _read_lines(run_dir / "inputs.jsonl")):
@@ -7105,9 +7119,12 @@ class _Lineage:
 
     @cached_property
     def names(self) -> dict[str, str]:
-        """Where a run is, by its name and by that which it had first."""
-        found = {_first_name(run): run for run in self.tree.runs}
-        return {**found, **{basename(run): run for run in self.tree.runs}}
+        return {basename(run): run for run in self.tree.runs}
+
+    @cached_property
+    def first_names(self) -> dict[str, str]:
+        """Where a run is, by the name that it had before it was renamed."""
+        return {_first_name(run): run for run in self.tree.runs}
 
     @cached_property
     def tree(self) -> _Walk:
@@ -7169,7 +7186,8 @@ class _Lineage:
 
     def _find(self, path: Path) -> Path:
         """Return the run that had this name; the path itself when there is none."""
-        return Path(self.names.get(path.name, path))
+        found = self.names.get(path.name) or self.first_names.get(path.name)
+        return Path(found or path)
 
 
 def _possible_users(run: Path, walk: _Walk) -> list[str]:
@@ -7475,9 +7493,11 @@ class _Facts:
         To search for a few strings in everything is quicker than for patterns in each
         of 12,000 variables. What it passes over has nothing that `text` replaces.
         """
+        if len(many) < 16 or above != _NONE:
+            return set()
         texts = list(many)
         whole = "\0".join(texts)
-        if len(many) < 16 or above != _NONE or not whole.isascii():
+        if not whole.isascii():
             return set()
         ends = list(itertools.accumulate([len(text) + 1 for text in texts]))
         doubtful = {text for text in texts if len(text) > MAX_REDACTED}
@@ -7821,7 +7841,7 @@ def _tokens_in_code(text: str) -> Iterator[_Find]:
             continue
         place = text.find(word)
         while place >= 0:
-            if text[place - 1 : place] not in [*_NAMED]:
+            if place == 0 or text[place - 1] not in _NAMED:
                 yield (place, place + token.end(), _SURE)
             place = text.find(word, place + 1)
 
@@ -8269,16 +8289,16 @@ _HEX = (
 )
 # The letters that follow a letter in the words of English and the names of code: of all
 # pairs of letters less than half, of the pairs in real words 96 percent.
-_FOLLOWERS = dict(
-    zip(
-        "abcdefghijklmnopqrstuvwxyz",
-        """bcdefgiklmnprstuvwxyz aceilorsuy acehikloprstuy adeilorstu
-        abcdefgilmnopqrstuvwxy aefilorstuy aeghilmnoprsu aeiortuy abcdefgklmnoprstvxz
-        aeo aeils acdeilmopstuvy abeilmopsu abcdefgiklmnoprstuvy abcdefgiklmnoprstuvw
-        aehiloprstuy u acdefgiklmnoprstuvy acdefhiklmnoprstuwy acdehilmoprstuy
-        abcdefgilmnprst aeio aehinors ceilpt eimnpst aeiu""".split(),
-    )
-)
+_FOLLOWERS = {
+    "a": "bcdefgiklmnprstuvwxyz", "b": "aceilorsuy", "c": "acehikloprstuy",
+    "d": "adeilorstu", "e": "abcdefgilmnopqrstuvwxy", "f": "aefilorstuy",
+    "g": "aeghilmnoprsu", "h": "aeiortuy", "i": "abcdefgklmnoprstvxz", "j": "aeo",
+    "k": "aeils", "l": "acdeilmopstuvy", "m": "abeilmopsu",
+    "n": "abcdefgiklmnoprstuvy", "o": "abcdefgiklmnoprstuvw", "p": "aehiloprstuy",
+    "q": "u", "r": "acdefgiklmnoprstuvy", "s": "acdefhiklmnoprstuwy",
+    "t": "acdehilmoprstuy", "u": "abcdefgilmnprst", "v": "aeio", "w": "aehinors",
+    "x": "ceilpt", "y": "eimnpst", "z": "aeiu",
+}
 
 
 @functools.lru_cache(maxsize=8192)
@@ -9797,6 +9817,7 @@ class _Walk:
 
     def __init__(self, root: str) -> None:
         self.root = root
+        self.real_root = realpath(root)
         self.results_root = _results_root(Path(root))
         self.problems: list[str] = []
         self.found: set[str] = set()
@@ -9832,11 +9853,10 @@ class _Walk:
 
     def _leads_elsewhere(self, target: str) -> bool:
         """Tell whether a link's target is a folder that may be entered, and is new."""
-        root = realpath(self.root)
-        if target in _folders_above(root) or not isdir(target):
+        if target in _folders_above(self.real_root) or not isdir(target):
             return False
         is_new = self.entered.isdisjoint(_folders_above(target))
-        return is_new and os.stat(target).st_uid == os.stat(root).st_uid
+        return is_new and os.stat(target).st_uid == os.stat(self.root).st_uid
 
     def _enter(self, top: str, deadline: float = float("inf")) -> None:
         """Collect the runs at and below a folder."""
@@ -10309,13 +10329,12 @@ class _Term:
             return self.sign == "!="
         if sides[0] is None:
             sides = _text(found).lower(), self.wanted.lower()
-        import operator
-
-        return bool(getattr(operator, _SIGNS[self.sign])(*sides))
+        return bool(_SIGNS[self.sign](*sides))
 
 
-_SIGNS = {
-    "<": "lt", "<=": "le", ">": "gt", ">=": "ge", "=": "eq", "==": "eq", "!=": "ne",
+_SIGNS: dict[str, Callable[[JSON, JSON], JSON]] = {
+    "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
+    "=": operator.eq, "==": operator.eq, "!=": operator.ne,
 }
 
 
@@ -13684,7 +13703,7 @@ def _selected(
     for key in shown:
         selection.warnings += _unknown_key(_Key(key), selection.runs)
     for warning in selection.warnings:
-        _say(warning)
+        _say(_redactor.text(warning))
     return selection
 
 

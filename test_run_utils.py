@@ -1404,15 +1404,20 @@ class TheExceptionOfASignalHandler(RunCase):
         self.assertEqual(done.stdout.splitlines()[-1], "200 caught")
         self.assertEqual(self.json("status.json")["status"], "success")
 
-    def test_struck_while_entering_and_leaving(self) -> None:
-        body = """
-        import signal, random
+    STRIKE = """
+        import signal
         class Strike(Exception): pass
         def strike(number, frame):
             raise Strike
         signal.signal(signal.SIGALRM, strike)
+        caught = 0
+        """
+
+    def test_struck_while_entering_and_leaving(self) -> None:
+        body = """
+        import random
         random.seed(1)
-        caught = entered = 0
+        entered = 0
         for number in range(40):
             try:
                 signal.setitimer(signal.ITIMER_REAL, random.uniform(0.0005, 0.15))
@@ -1423,19 +1428,13 @@ class TheExceptionOfASignalHandler(RunCase):
                 caught += 1
         print(caught)
         """
-        done = self.script(body)
+        done = self.script(self.STRIKE + body)
         self.assertEqual((done.stdout, done.stderr), ("40\n", ""))
         self.wait_until(self.all_have_ended, "no run says running")
 
     def test_struck_at_each_of_the_first_calls_of_an_exit(self) -> None:
         """Once the output stayed in the log, and the run was left running."""
         body = """
-        import signal
-        class Strike(Exception): pass
-        def strike(number, frame):
-            raise Strike
-        signal.signal(signal.SIGALRM, strike)
-        caught = 0
         for number in range(2, 22):
             calls = 0
             def trace(frame, event, argument):
@@ -1452,7 +1451,7 @@ class TheExceptionOfASignalHandler(RunCase):
             print(number)
         print(caught, "caught")
         """
-        done = self.script(body)
+        done = self.script(self.STRIKE + body)
         shown = [*map(str, range(2, 22)), "20 caught"]
         self.assertEqual((done.stdout.split("\n")[:-1], done.stderr), (shown, ""))
         self.wait_until(self.all_have_ended, "no run says running")
@@ -6626,7 +6625,7 @@ class LineageOfATree(ReadingCase):
         path = there / "artifacts" / "m.pt"
         path.touch()
         metadata = json.loads((here / "metadata.json").read_text("utf-8"))
-        entry = run_utils._input("init", str(path), str(there), here)
+        entry = run_utils._input("init", str(path), str(there), here, "success")
         metadata["inputs"].append(entry)
         (here / "metadata.json").write_text(json.dumps(metadata, indent=2), "utf-8")
 
@@ -9337,7 +9336,7 @@ class Pruning(ReadingCase):
         os.utime(self.make_run("exp/lost", status=lost) / "status.json", (0, 0))
         producer = self.make_run("exp/producer")
         path, own = str(producer), self.tmp / "x"
-        entry = run_utils._input("i", path, path, own)
+        entry = run_utils._input("i", path, path, own, "success")
         self.make_run("exp/consumer", metadata={"inputs": [entry]})
         plan = self.plan()
         refusals = {name: run_utils._why_it_stays(plan[name]) for name in plan}
