@@ -7869,8 +7869,8 @@ def _literals_in_code(text: str) -> Iterator[_Find]:
             continue
         if text[start - 1 : start] == "\\":  # in a string of JSON
             start -= 1
-        if value.isidentifier() and _grade(value) != _NONE:
-            continue  # the name of a secret: params.get("v3AuthPass")
+        if _is_name_of_secret(value):
+            continue
         grade = _grade_of_literal(text, start)
         if _is_secret_in_code(grade, value):
             yield (*match.span(1), grade)
@@ -7961,9 +7961,14 @@ def _is_secret_in_code(grade: int, value: str) -> bool:
     return _is_like_token(value)
 
 
+def _is_name_of_secret(value: str) -> bool:
+    """Tell names from what they name: params.get("v3AuthPass"), kFp8DynamicTokenSym."""
+    return value.isidentifier() and _grade(value) != _NONE
+
+
 def _assigned_in_code(text: str) -> Iterator[_Find]:
     for match in _re(_ASSIGNED_VALUE).finditer(text):
-        if not _re(_NO_WORD).search(match[1]):
+        if not _re(_NO_WORD).search(match[1]) or _is_name_of_secret(match[1]):
             continue
         before = text[max(0, match.start() - MAX_LINE) : match.start()]
         before = before.rstrip(" \t\"'\\]")

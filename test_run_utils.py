@@ -7203,6 +7203,7 @@ x = client.CoreV1Api()
             'values = [\n    "cliCredential",\n    "snmpV2cRead",\n]\n',
             'x = {"cliCredential": "cli_credential", "snmpV2cRead": 1}\n',
             'f(v3AuthPass=params.get("v3AuthPass"))\n',
+            "act = {\n    Strategy.TOKEN: kFp8DynamicTokenSym,\n}\n",
         ):
             with self.subTest(code):
                 found = redactor()
