@@ -54,9 +54,11 @@ def find_problem(path: Path) -> str:
         after = clean.decode("utf-8", "replace").splitlines()
         changes = difflib.unified_diff(before, after, "before", "after", "", "", 0, "")
         return "\n".join(["changed", *list(changes)[:40]])
-    numbers = redactor.secret_lines(data, name)
-    if numbers:
+    audit = run_utils._Audit(ROOT)
+    audit.search([path])
+    if audit.found:
         lines = data.decode("utf-8", "replace").splitlines()
+        numbers = [found["line"] for found in audit.found if found["line"]]
         shown = [f"{number}: {lines[number - 1]}" for number in numbers[:20]]
         return "\n".join(["audit would name lines", *shown])
     return ""
