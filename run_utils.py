@@ -5369,6 +5369,8 @@ class _Repository:
         found = {}
         for name, old in self.status.files.items():
             change = _Change(self, name, old or _NO_BLOB, is_tracked=old is not None)
+            if not change.mode and self._is_promise(change):
+                continue
             if change.is_tracked or not (change.is_late or self._is_by_product(name)):
                 found[name] = change
         for name in self.listed.hidden - set(found):
@@ -5380,6 +5382,16 @@ class _Repository:
             if change.blob() != change.old and self._is_there(change):
                 found[name] = change
         return [found[name] for name in sorted(found)]
+
+    def _is_promise(self, change: _Change) -> bool:
+        """Tell whether HEAD lacks a deleted file, of which `git add -N` told alone.
+
+        To git status it is an empty file of HEAD.
+        """
+        if change.old[1] != change.object_id(b""):
+            return False
+        words = ("ls-tree", "--full-tree", "HEAD", "--", os.fsdecode(change.name))
+        return not self.head or not self.git(*words)
 
     def is_real(self, folder: bytes) -> bool:
         """Tell whether a folder of this tree is reached without a link."""
@@ -6156,6 +6168,7 @@ _GIT_SETTINGS = (
 _GIT_ENVIRONMENT = {
     "GIT_ASKPASS": "true",
     "GIT_NO_LAZY_FETCH": "1",
+    "GIT_NO_REPLACE_OBJECTS": "1",  # no clone has what `git replace` made
     "GIT_OPTIONAL_LOCKS": "0",
     "GIT_PAGER": "cat",
     "GIT_TERMINAL_PROMPT": "0",

@@ -4939,6 +4939,36 @@ class GitPatch(CodeCase):
         self.assertTrue(captured.git["is_dirty"])
         self.assertEqual(captured.patch["files"], 6)
 
+    def test_a_file_that_was_only_promised_and_is_gone(self) -> None:
+        """Of `git add -N` git says that HEAD has it empty: no patch could delete it."""
+        repo = self.pushed_repo(files={"empty": b"", "sub/[x]": b""})
+        for name in ("promised", "sub/promised"):
+            self.write(name, b"1\n")
+            self.git("add", "-N", name)
+            (repo / name).unlink()
+        (repo / "empty").unlink()
+        (repo / "sub/[x]").unlink()
+        captured = self.assert_round_trip()
+        self.assertEqual(captured.git["changed"], ["empty", "sub/[x]"])
+        self.repo = self.tmp / "new"
+        self.repo.mkdir()
+        self.git("init", "-q")
+        self.write("promised", b"1\n")
+        self.git("add", "-N", "promised")
+        (self.repo / "promised").unlink()
+        self.write("a.txt", b"1\n")
+        self.assert_round_trip()
+
+    def test_a_commit_that_is_replaced_here(self) -> None:
+        repo = self.pushed_repo()
+        old = self.git("rev-parse", "HEAD")
+        self.commit({"a.txt": b"two\n"})
+        self.push()
+        self.git("replace", "HEAD", old)
+        self.assert_round_trip()
+        (repo / "a.txt").write_bytes(b"one\n")
+        self.assert_round_trip()
+
     def test_what_a_sparse_checkout_lacks_is_not_deleted(self) -> None:
         repo = self.pushed_repo(files={"a/x": b"1\n", "b/y": b"1\n", "c": b"1\n"})
         self.git("sparse-checkout", "set", "a")
