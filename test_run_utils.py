@@ -7030,6 +7030,7 @@ class SecretShapes(unittest.TestCase):
             "norm = CrossAttnDownBlock2DWithSkipConnection3",
             "password = os.environ['DB_PASSWORD_2']",
             "api_key=self.api_key2",
+            "resumed from sweep_0a1b2c3d4e5f60718293 and user-9f8e7d6c5b4a39281706",
         ):
             self.assertEqual(redactor().text(text), text)
 
@@ -7128,6 +7129,10 @@ class ManyTexts(unittest.TestCase):
             self.assertEqual(found, {**many, "v": redactor().text(text)})
             found = redactor().data([*many.values(), text])
             self.assertEqual(found, [*many.values(), redactor().text(text)])
+
+    def test_many_lists_are_not_deep(self) -> None:
+        many = [["harmless"] for _ in range(1000)]
+        self.assertEqual(redactor().data(many), many)
 
     def test_a_known_value_among_many(self) -> None:
         value = secret("16", 6)
@@ -7618,6 +7623,17 @@ class SecretsInCode(unittest.TestCase):
         self.assertEqual(numbers, [3, 5])
         for key in ("lmdb_kv:", "lmdb_kv2q:", "redirect:", "gcdns_zone9:"):
             self.assertIn(key, found)
+        text = f"env:\n  password:\n    - {value}6\n  note:\n    - {value}7\n"
+        found = redactor().code(text.encode(), b"a.yml").decode()
+        self.assertEqual(found, text.replace(f"{value}6", MARKER))
+
+    def test_what_is_closed_before_a_literal_does_not_hold_it(self) -> None:
+        value = secret("password", 3)
+        code = f'connect(login(ann), port(h[0]), {{}}, "{value}")\n'
+        self.assertEqual(redactor().code(code.encode(), b"a.py"), code.encode())
+        code = f'make_login(port(h[0]), {{}}, "{value}")\n'
+        found = redactor().code(code.encode(), b"a.py").decode()
+        self.assertEqual(found, code.replace(value, MARKER))
 
     def test_files_that_are_no_text_stay(self) -> None:
         data = bytes(random.Random(1).randrange(256) for _ in range(100_000))
@@ -8029,6 +8045,28 @@ class HostileObjects(unittest.TestCase):
         wanted = f"<{__name__}.Hostile, repr raises RuntimeError>"
         self.assertEqual(run_utils._plain({"a": Hostile()}), {"a": wanted})
 
+    def test_what_a_signal_handler_raises_meanwhile_goes_on(self) -> None:
+        def strike(*args: object) -> int:
+            signal.raise_signal(signal.SIGUSR1)
+            return 1
+
+        def handle(*args: object) -> None:
+            raise TimeoutError("the program's own")
+
+        before = signal.signal(signal.SIGUSR1, handle)
+        self.addCleanup(signal.signal, signal.SIGUSR1, before)
+        mapping = {"__len__": lambda self: 1, "__iter__": lambda self: iter("a")}
+        mapping["__getitem__"] = strike
+        array = {"shape": (1,), "dtype": "float32", "tolist": strike}
+        for value in (
+            type("Shown", (), {"__repr__": strike})(),
+            type("Read", (collections.abc.Mapping,), mapping)(),
+            type("Counted", (list,), {"__len__": strike})([1]),
+            type("Array", (), array)(),
+        ):
+            with self.assertRaises(TimeoutError, msg=type(value).__name__):
+                run_utils._plain(value)
+
     def test_generator_is_not_consumed(self) -> None:
         numbers = (n for n in range(3))
         run_utils._plain([numbers])
@@ -8295,6 +8333,19 @@ class ReadingYaml(RunCase):
         for text in ("a: [", "a: 2024-99-99", "? {a: 1}\n: 2", "!!python/none x", "&"):
             with self.assertRaises(ValueError, msg=text):
                 self.parse(text)
+
+    def test_one_of_the_current_folder_is_not_run(self) -> None:
+        code = "print('it has been run')\nclass SafeLoader: pass\n"
+        read = f"import sys; sys.path.append({str(HERE)!r}); import run_utils\n"
+        read += "try: run_utils._parse_yaml('a: 1')\nexcept ValueError: pass"
+        for name in ("yaml.py", "yaml/__init__.py"):
+            place = self.tmp / name.partition("/")[0] / name
+            place.parent.mkdir(parents=True)
+            place.write_text(code, "utf-8")
+            argv = [sys.executable, "-c", read]
+            folder = place.parents[name.count("/")]
+            done = subprocess.run(argv, cwd=folder, stdout=subprocess.PIPE, timeout=60)
+            self.assertEqual(done.stdout, b"", name)
 
     def test_without_pyyaml_it_says_what_to_do(self) -> None:
         text = (
