@@ -1229,6 +1229,8 @@ class HowItEnds(RunCase):
                 yield got
             except KeyError:
                 yield "caught"
+            finally:
+                print("in the run" * ("RUN_DIR" in os.environ))
         async def use():
             items = stream(5)
             first = await items.__anext__()
@@ -1243,7 +1245,8 @@ class HowItEnds(RunCase):
         print(*asyncio.run(use()))
         """
         done = self.script(body)
-        self.assertEqual(done.stdout, "1 2 3 [4, None]\n5 6 caught\n")
+        said = ["1 2 3 [4, None]", "in the run", "5 6 caught"]
+        self.assertEqual(done.stdout.splitlines(), said)
         self.assertEqual(done.stderr, "")
         found = [json.loads((run / "status.json").read_text("ascii"))["status"]
                  for run in self.run_dirs()]  # fmt: skip
@@ -1313,6 +1316,17 @@ class Resuming(RunCase):
             path.name for path in (self.tmp / "results").glob("exp/*/attempts/*")
         )
         self.assertEqual(attempts, ["1", "2", "3"])
+
+    def test_what_is_not_there_is_not_resumed(self) -> None:
+        other = self.tmp / "results/exp-20250101-000000"
+        other.mkdir(parents=True)
+        (other / "status.json").write_text('{"status": "failed"}', "utf-8")
+        folder = str(other.parent)
+        for name, prefix in (("latest", "probe"), ("exp-20260101-000000", "exp")):
+            sentence = f"no run {name!r} under {folder!r} to resume"
+            with self.assertRaisesRegex(ValueError, re.escape(sentence)):
+                run_utils.run_context(folder, prefix, resume=name).__enter__()
+            self.assertEqual(list(other.parent.iterdir()), [other])
 
     def test_a_run_that_is_alive_is_not_resumed(self) -> None:
         body = """
