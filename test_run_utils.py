@@ -9319,13 +9319,16 @@ class Comparing(ReadingCase):
         packages = ["numpy==1.0", "-e /home/ann/pkg", "old==1", "A_b @ git+https://x@1"]
         packages += ["-e git+ssh://git@host/a.git@1#egg=a"]
         packages += ["-e git+ssh://git@host/b.git@2#egg=b"]
-        facts = {"git": git, "pip_freeze": packages, "hostname": "one"}
+        facts: dict[str, Any] = {"git": git, "pip_freeze": packages}
+        facts.update(hostname="one", cuda={"version": "12.1"})
+        facts.update(determinism={"cudnn_deterministic": True, "random_state": "1"})
         a = self.make_run("exp/a", config={"lr": 1, "x": {"y": 2}}, metadata=facts)
         packages = ["numpy==2.0", "-e /home/ann/pkg", "new==1", "a-b @ git+https://x@2"]
         packages += ["-e git+ssh://git@host/a.git@1#egg=a"]
         packages += ["-e git+ssh://git@host/b.git@3#egg=b"]
         facts = {"git": {**git, "is_dirty": False}, "pip_freeze": packages}
-        facts["hostname"] = "two"
+        facts.update(hostname="two", cuda={"version": "12.4"})
+        facts.update(determinism={"cudnn_deterministic": False, "random_state": "2"})
         rows = [{"step": 1, "time": 5.0, "loss": 1}]
         config = {"lr": 2, "x": {"y": 2}}
         b = self.make_run("exp/b", config=config, metadata=facts, metrics=rows)
@@ -9343,7 +9346,11 @@ class Comparing(ReadingCase):
                 "b": editable,
                 "new": [None, "1"],
             },
-            "machine": {"hostname": ["one", "two"]},
+            "machine": {
+                "hostname": ["one", "two"],
+                "version": ["12.1", "12.4"],
+                "cudnn_deterministic": [True, False],
+            },
             "metrics": {"loss": [None, 1]},
         }
         self.assertEqual(found, expected)
@@ -9383,7 +9390,15 @@ class Comparing(ReadingCase):
                 subprocess.run(push, check=True)
         Path("model.py").write_text("depth = 2\n")
         Path("new.py").write_text("width = 2\n")
-        self.in_context("pass")
+        body = """
+        import types
+        torch = sys.modules["torch"] = types.ModuleType("torch")
+        torch.initial_seed = lambda: 7
+        torch.version = types.ModuleType("torch.version")
+        torch.version.cuda = "12.1"
+        with run_context("results/exp", "exp"): pass
+        """
+        self.script(body)
         self.assertEqual(self.differs_now(), {})
         subprocess.run(push, check=True)  # now the patch could begin at HEAD
         self.assertEqual(self.differs_now(), {})
