@@ -961,7 +961,10 @@ class _Recording:
         try:
             if not self.launch.rank:
                 head = _Head(site.directory, self.variables)
-            self._spawn_recorder()
+            try:
+                self.recorder = _Recorder(self.variables)
+            except Exception as error:
+                self._go_without_recorder(error)
             _learn_at_entry(self.variables, site, config)
             joined = None
             if self.launch.rank:
@@ -986,12 +989,6 @@ class _Recording:
             self.__exit__(type(error), error, error.__traceback__)
             raise
         return self.record.path
-
-    def _spawn_recorder(self) -> None:
-        try:
-            self.recorder = _Recorder(self.variables)
-        except Exception as error:
-            self._go_without_recorder(error)
 
     def _go_without_recorder(self, error: Exception) -> None:
         if _is_foreign(error):
@@ -1156,15 +1153,13 @@ class _Recording:
     def _end(self, record: _Record, error: BaseException | None) -> None:
         for kept in self.spare:
             kept.close()
-        ending = self.ending
-        if ending is None:
-            ending = _Ending.of_error(error)
-        self.ending = ending
-        steps: list[Callable[[], object]] = []
-        if self.capture is not None:
-            steps.append(self.capture.stop)
-        steps.append(lambda: self._write_end(record, ending))
-        _in_turn(steps)
+        if self.ending is None:
+            self.ending = _Ending.of_error(error)
+        try:
+            if self.capture is not None:
+                self.capture.stop()
+        finally:
+            self._write_end(record, self.ending)
 
     def _write_end(self, record: _Record, ending: _Ending) -> None:
         """Write status.json, or a failed rank's own file, and the index line."""
@@ -1193,18 +1188,14 @@ class _Recording:
         except Exception as error:
             if _is_foreign(error):
                 raise
-            self._leave_to_recorder(facts, error)
+            problem = f"status.json: {type(error).__name__}: {error}"
+            if self.recorder is not None:  # we may have given up our rights
+                problem += "; that is left to the recorder"
+                self.unwritten = _redactor.data(facts)
+            _warn(problem)
             return
         with _tolerating("the index"):
             record.tell_index("end", status["status"], status["exit_reason"])
-
-    def _leave_to_recorder(self, ending: Facts, error: Exception) -> None:
-        """Have the recorder write how it ended: we may have given up our rights."""
-        problem = f"status.json: {type(error).__name__}: {error}"
-        if self.recorder is not None:
-            problem += "; that is left to the recorder"
-            self.unwritten = _redactor.data(ending)
-        _warn(problem)
 
     def _leave(self, record: _Record, is_interrupted: bool) -> None:
         """Wait until the recorder has completed the record; let go of everything."""
@@ -1238,31 +1229,31 @@ class _Recording:
             if self.metadata.get("pip_freeze") is None:
                 self._complete_here(record, self.site)
             _write_summary(record)
-            _write_outputs(record, self.metadata)
+            with _tolerating("metadata.json"):
+                self.metadata["outputs"] = _left_files(record.path)
+                record.write_json("metadata.json", self.metadata)
         if is_complete or is_gone:
             _say_what_failed(record)
 
     def _close_capture(self, is_interrupted: bool) -> None:
-        """Close the logs after what Python will print of an exception."""
-        if self.capture is None:
-            return
         words = ""
         if self.ending is not None and not is_interrupted:
             words = self.ending.last_words
-        with _tolerating("logs/"):
-            self.capture.close(words)
+        if self.capture is not None:
+            with _tolerating("logs/"):
+                self.capture.close(words)
 
     def add_facts(self, facts: Facts) -> None:
         """Add keys to metadata.json, by way of its one writer."""
         if self.recorder is not None:
-            self.recorder.ask("add", facts=_redactor.data(facts))
+            self.recorder.ask("add", RECORDER_SECONDS, facts=_redactor.data(facts))
         elif self.record is not None:
             self.metadata.update(facts)
             self.record.write_json("metadata.json", self.metadata)
 
     def wait_for_captures(self) -> None:
         if self.recorder is not None:
-            self.recorder.ask("collected", seconds=EXIT_WAIT_SECONDS)
+            self.recorder.ask("collected", EXIT_WAIT_SECONDS)
 
 
 def _in_turn(steps: Sequence[Callable[[], object]]) -> None:
@@ -1385,10 +1376,7 @@ def _finish_flat_run() -> None:
         error = getattr(sys, "last_value", None)
         if hasattr(sys, "ps1") or "ipykernel" in sys.modules:
             error = None  # of a cell that failed; the kernel lives on
-        kind = None
-        if error is not None:
-            kind = type(error)
-        recording.__exit__(kind, error, None)
+        recording.__exit__(type(error), error, None)
 
 
 _active: list[_Recording] = []  # the runs this process is in, innermost last
@@ -1537,7 +1525,9 @@ def _create_record(
     elif options.resume is not None:
         path = _resumable(options.base_dir, options.resume, options.run_prefix)
     if path is not None:
-        _refuse_live(path)
+        if _is_run(path) and Run(path, row=False).state == "running":
+            text = f"run {str(path)!r} is still running"
+            raise ValueError(f"{text}; it cannot be resumed")
         record = _Record.reopen(path, options.base_dir, options.subdirs, is_watched)
     else:
         if prefix is None:
@@ -1569,11 +1559,6 @@ def _resumable(base_dir: Path, resume: StrPath, prefix: str | None) -> Path:
         text = f"the latest run, {str(found)!r}, has ended in success"
         raise ValueError(f"{text}; give its name to resume it all the same")
     return found
-
-
-def _refuse_live(path: Path) -> None:
-    if _is_run(path) and Run(path, row=False).state == "running":
-        raise ValueError(f"run {str(path)!r} is still running; it cannot be resumed")
 
 
 def _safe_name(text: str) -> str:
@@ -1624,7 +1609,7 @@ def _run_named(run_dir: str | None, record: _Record) -> Facts | None:
 
 def _changes_since_last_attempt(record: _Record, metadata: Facts) -> Facts:
     last = record.attempt - 1
-    before = _read_json(record.path / "attempts" / str(last) / "metadata.json")
+    before = _read_json(record.path / f"attempts/{last}/metadata.json")
     changes: Facts = {"attempt": last}
     if before:
         then = _comparable(before)
@@ -1669,12 +1654,6 @@ def _write_summary(record: _Record) -> None:
                 place.write("summary.json", text.encode("ascii"))
 
 
-def _write_outputs(record: _Record, metadata: Facts) -> None:
-    with _tolerating("metadata.json"):
-        metadata["outputs"] = _left_files(record.path)
-        record.write_json("metadata.json", metadata)
-
-
 # === The record ===
 # `_Record` alone knows the names of a run's files. Each has one writer: status.json
 # and config.yaml whoever entered the run, metadata.json the recorder once it runs;
@@ -1713,7 +1692,9 @@ class _Record:
                 record.begin(subdirs, is_watched)
                 return record
             except BaseException:
-                _remove_empty(path, subdirs)
+                for folder in [*(path / name for name in subdirs), path]:
+                    with _ignoring(OSError):
+                        folder.rmdir()
                 raise
 
     @staticmethod
@@ -1809,12 +1790,8 @@ class _Record:
             note["untag"] = list(untag)
         self.append("notes.jsonl", note)
 
-    def log_path(self, name: str) -> Path:
-        """Return where a log is: "stdout", "output" or "rank3.stderr"."""
-        return self.path / "logs" / f"{name}.log"
-
-    def open_log(self, name: str) -> int:
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    def open_log(self, name: str, flags: int) -> int:
+        """Open a log: "stdout", "output" or "rank3.stderr"."""
         with self.run_folder.opened("logs", create=True) as place:
             return place.open(f"{name}.log", flags)
 
@@ -1858,17 +1835,11 @@ class _Record:
         self.write_json("status.json", status, durable=True)
         return status
 
-    def touch(self) -> None:
-        """Renew the heartbeat, which is the time of status.json."""
-        os.utime(self.folder / "status.json")
-
     def redact_again(self) -> None:
         """Replace what was found secret after these files had been written."""
-        for name in ("config.yaml", "status.json", "notes.jsonl"):
-            path = self.folder / name
-            if name == "notes.jsonl":
-                path = self.path / name
-            with _tolerating(name), _ignoring(FileNotFoundError):
+        paths = [self.folder / name for name in ("config.yaml", "status.json")]
+        for path in [*paths, self.path / "notes.jsonl"]:
+            with _tolerating(path.name), _ignoring(FileNotFoundError):
                 data = _read_bytes(path)
                 clean = _redactor.replace_known(data)
                 if clean != data:
@@ -1963,12 +1934,6 @@ def _retried(step: Callable[[], None]) -> None:
         step()
 
 
-def _remove_empty(path: Path, subdirs: Sequence[str]) -> None:
-    for folder in [*(path / name for name in subdirs), path]:
-        with _ignoring(OSError):
-            folder.rmdir()
-
-
 @contextlib.contextmanager
 def _explaining(path: Path) -> Iterator[None]:
     """Let an OSError say in one sentence which directory it is, and what to do."""
@@ -2036,23 +2001,19 @@ def _results_root(base_dir: Path) -> Path:
 
 def _has_trusted_index(path: Path, base_dir: Path) -> bool:
     """Tell whether a folder has an index that is ours, or of base_dir's owner."""
-    try:
+    with _ignoring(OSError):
         index = os.lstat(path / INDEX_FILE)
         folder = os.stat(path)
-    except OSError as error:
-        if _is_foreign(error):
-            raise
-        return False
-    if not stat.S_ISREG(index.st_mode):
-        return False
-    everybody = folder.st_mode & stat.S_ISVTX and folder.st_mode & stat.S_IWOTH
-    if not hasattr(os, "geteuid") or path == base_dir:
-        return True
-    owners = {os.geteuid(), folder.st_uid}
-    while not base_dir.exists():
-        base_dir = base_dir.parent
-    owners.add(base_dir.stat().st_uid)
-    return index.st_uid in owners and not everybody
+        if not stat.S_ISREG(index.st_mode):
+            return False
+        if not hasattr(os, "geteuid") or path == base_dir:
+            return True
+        while not base_dir.exists():
+            base_dir = base_dir.parent
+        owners = (os.geteuid(), folder.st_uid, base_dir.stat().st_uid)
+        everybody = folder.st_mode & stat.S_ISVTX and folder.st_mode & stat.S_IWOTH
+        return index.st_uid in owners and not everybody
+    return False
 
 
 class _Ending:
@@ -2074,20 +2035,18 @@ class _Ending:
         """Return how a block ended that was left by this exception, or by none."""
         if error is None or _is_closed_generator(error):
             return _Ending("success", "normal", 0)
-        if not isinstance(error, SystemExit):
-            code = 1
-            if isinstance(error, KeyboardInterrupt):
-                code = 128 + signal.SIGINT
-            ending = _Ending("failed", "exception", code)
-            ending.exception = _exception(error)
-            ending.last_words = ending.exception["traceback"]
-            return ending
-        code = _system_code(error.code)
-        if code == 0:
-            return _Ending("success", "system_exit", 0)
-        ending = _Ending("failed", "system_exit", code)
+        ending = _Ending("failed", "exception", 1)
+        if isinstance(error, KeyboardInterrupt):
+            ending.exit_code = 128 + signal.SIGINT
+        if isinstance(error, SystemExit):
+            ending = _Ending("failed", "system_exit", _system_code(error.code))
+            if ending.exit_code == 0:
+                ending.status = "success"
+                return ending
         ending.exception = _exception(error)
-        if not isinstance(error.code, int):
+        if not isinstance(error, SystemExit):
+            ending.last_words = ending.exception["traceback"]
+        elif not isinstance(error.code, int):
             ending.last_words = ending.exception["message"] + "\n"
         return ending
 
@@ -2101,11 +2060,11 @@ class _Ending:
 
     @staticmethod
     def of_signal(number: int, why: str = "") -> _Ending:
-        names = {int(known): known.name for known in signal.Signals}
-        name = names.get(number, f"signal {number}")
         ending = _Ending("failed", "killed", 128 + number)
-        ending.signal = name
-        ending.problem = f"killed by {name}{why}"
+        ending.signal = f"signal {number}"  # a real-time signal has no name
+        with _ignoring(ValueError):
+            ending.signal = signal.Signals(number).name
+        ending.problem = f"killed by {ending.signal}{why}"
         return ending
 
     @staticmethod
@@ -2118,9 +2077,10 @@ class _Ending:
         if wait_status is not None:
             code = _exit_code(wait_status)
         if code is not None and code < 0:
+            why = ""
             if -code == _signals.SIGKILL and starved:
-                return _Ending.of_signal(-code, ", out of memory")
-            return _Ending.of_signal(-code)
+                why = ", out of memory"
+            return _Ending.of_signal(-code, why)
         ending = _Ending("failed", "killed", code)
         ending.problem = "the process ended without leaving the run_context block"
         if code is not None:
@@ -2250,7 +2210,8 @@ class _Launch:
             "joined": [],
         })
         with _tolerating("the other ranks"):
-            meeting.remove_old_marks()
+            marks = [n for n in meeting.place.names() if n.endswith(".joined")]
+            meeting.place.remove(*marks)  # of an earlier launch
             meeting.answer_all()
         return meeting
 
@@ -2326,11 +2287,6 @@ class _Meeting:
                 self.joined.append(name.partition("-")[0])
         return len(set(self.joined)) < int(self.facts["others"])
 
-    def remove_old_marks(self) -> None:
-        for name in self.place.names():
-            if name.endswith(".joined"):
-                self.place.remove(name)
-
     def tick(self) -> float:
         """Answer; return the seconds until the next time, _NEVER if none is needed."""
         launcher = self.facts["launcher"]
@@ -2340,7 +2296,9 @@ class _Meeting:
         if not self.answer_all() or now > self.until or is_over or is_gone:
             for name in self.answered:
                 self.place.remove(name, f"{name}.json")
-            self.place.remove_folders()
+            for folder in (self.place.path, self.place.path.parent):
+                with _ignoring(OSError):  # another launch uses it
+                    folder.rmdir()
             return _NEVER
         # Most ranks come at once; for one that does not, a second makes no difference.
         waited = now - (self.until - RANK_WAIT_SECONDS)
@@ -2349,10 +2307,8 @@ class _Meeting:
     def serve(self) -> None:
         """Answer until all have come, or it can be assumed that none will."""
         with _tolerating("the other ranks"):
-            pause = self.tick()
-            while pause != _NEVER:
+            for pause in iter(self.tick, _NEVER):
                 time.sleep(pause)
-                pause = self.tick()
 
 
 class _MeetingPlace:
@@ -2385,12 +2341,6 @@ class _MeetingPlace:
         for name in names:
             with _ignoring(OSError):
                 os.unlink(self.path / name)
-
-    def remove_folders(self) -> None:
-        path = self.path
-        for folder in (path, path.parent):
-            with _ignoring(OSError):
-                folder.rmdir()
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[_Place]:
@@ -2695,8 +2645,7 @@ class _Recorder:
             _reap(self.pid, 0.5)  # it is our child if it was refused for that
 
     def ask(
-        self, do: str, seconds: float | None = None, descriptors: Sequence[int] = (),
-        **facts: JSON,
+        self, do: str, seconds: float, descriptors: Sequence[int] = (), **facts: JSON
     ) -> bool:
         """Send a question and wait for its answer; False if none comes in time.
 
@@ -2704,8 +2653,6 @@ class _Recorder:
         is forwarded; "retarget" sends a descriptor to which output is forwarded from
         now on; "add" adds `facts` to metadata.json; "end" ends the recorder.
         """
-        if seconds is None:
-            seconds = RECORDER_SECONDS
         deadline = monotonic() + seconds
         if os.getpid() != self.owner or not self.lock.acquire(timeout=seconds):
             return False  # a forked child does not talk to the recorder of its parent
@@ -3056,7 +3003,7 @@ class _RecorderProcess:
     def _touch(self) -> float:
         if self.rank:
             return _NEVER
-        self.record.touch()
+        os.utime(self.record.folder / "status.json")  # this is the heartbeat
         return HEARTBEAT_SECONDS
 
     def _look_at_logs(self) -> float:
@@ -3104,8 +3051,8 @@ class _RecorderProcess:
             self._write_death(ending)
 
     def _write_death(self, ending: _Ending) -> None:
-        more: Facts = {}
-        more["duration_seconds"] = round(monotonic() - self.request["begun"], 3)
+        seconds = round(monotonic() - self.request["begun"], 3)
+        more: Facts = {"duration_seconds": seconds}
         if not self.rank:
             self._write_ending({**ending.to_json(), **more})
             return
@@ -3272,7 +3219,7 @@ class _Capture:
             for forward in self.forwards:
                 forward.wait(DRAIN_SECONDS)
         elif self.recorder is not None and not self.recorder.is_gone():
-            self.recorder.ask("drain", seconds=DRAIN_SECONDS)
+            self.recorder.ask("drain", DRAIN_SECONDS)
         else:
             for forward in self.forwards:
                 forward.drain()
@@ -3310,9 +3257,10 @@ class _Stream:
             self.log = first.log
             self.forward = first.forward
             return
-        self.log = _Kept(record.open_log(name))
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+        self.log = _Kept(record.open_log(name, flags))
         if self.is_direct:
-            reader = _open(record.log_path(name), os.O_RDONLY)
+            reader = record.open_log(name, os.O_RDONLY)
             os.lseek(reader, 0, os.SEEK_END)
             self.forward = _Forward(reader, self.saved.number)
             self.capture.forwards.append(self.forward)
@@ -3462,8 +3410,9 @@ class _Stream:
         forward = self.forward
         recorder = self.capture.recorder
         if forward is not None and forward.target == self.saved.number:
-            number = self.capture.forwards.index(forward)
-            if not recorder or not recorder.ask("retarget", None, [target], at=number):
+            seconds = RECORDER_SECONDS
+            at = self.capture.forwards.index(forward)
+            if not recorder or not recorder.ask("retarget", seconds, [target], at=at):
                 self.is_logged = False
         os.dup2(target, self.saved.number, inheritable=False)
         self.saved.identity = ended.saved.identity
@@ -9297,10 +9246,7 @@ def _write_file(
                 os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        if dir_fd is None:
-            os.replace(temporary, path)
-        else:
-            os.replace(temporary, path, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+        os.replace(temporary, path, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
     except BaseException:
         with _ignoring(OSError):
             os.unlink(temporary, dir_fd=dir_fd)
