@@ -95,7 +95,7 @@ if TYPE_CHECKING:
     import subprocess  # nosec
     from argparse import ArgumentParser, Namespace
     from types import CodeType
-    from typing import Any, TypedDict, Union
+    from typing import Any, Union
 
     StrPath = Union[str, os.PathLike[str]]
     JSON = Any  # plain data: dict, list, str, int, float, bool, None
@@ -937,11 +937,9 @@ class _Recording:
         self.has_left = False  # everything has been let go of
 
     def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Make every call of `function` a run of its own."""
         return _decorated(function, lambda: _Recording(self.options, self.argv))
 
     def __enter__(self) -> Path:
-        """Create the run and start its recorder; return the run's directory."""
         if self.record is not None:
             used = f"this run_context already recorded {str(self.record.path)!r}"
             raise RuntimeError(f"{used}; call run_context(...) again for another run")
@@ -1025,7 +1023,6 @@ class _Recording:
     def _write_start(
         self, record: _Record, site: _Site, config: JSON, parent: str | None
     ) -> None:
-        """Write config.yaml, metadata.json, notes.jsonl and the index line."""
         options = self.options
         document = _config_document(shlex.join(site.argv), config)
         with _tolerating(options.config_filename):
@@ -1069,15 +1066,15 @@ class _Recording:
         capture: _Capture,
     ) -> None:
         """Tell the recorder of the run; without one, do its work here and now."""
-        request: _Request = {
+        request: Facts = {
             "record": record.to_json(),
             "site": site.to_json(),
             "rank": self.launch.rank,
             "process": _process_identity(self.pid),
-            "begun": self.begun,
-            "oom_kills": self.oom_kills,
-            "variables": {},
-            "is_watched": False,
+            "begun": self.begun,  # monotonic() on entry
+            "oom_kills": self.oom_kills,  # until then
+            "variables": {},  # that would change how it starts; by _Recorder.begin
+            "is_watched": False,  # whether it is given a pidfd; by _Recorder.begin
             "secrets": _redactor.secrets(),
             "settings": _changed_settings(),
             "resources": self.options.resources,
@@ -1162,7 +1159,6 @@ class _Recording:
             self._write_end(record, self.ending)
 
     def _write_end(self, record: _Record, ending: _Ending) -> None:
-        """Write status.json, or a failed rank's own file, and the index line."""
         more: Facts = {"duration_seconds": round(monotonic() - self.begun, 3)}
         _redactor.learn(_changed(self.variables, os.environ))  # as by load_dotenv()
         if ending.status == "failed" and ending.exception is None:
@@ -1244,9 +1240,8 @@ class _Recording:
                 self.capture.close(words)
 
     def add_facts(self, facts: Facts) -> None:
-        """Add keys to metadata.json, by way of its one writer."""
         if self.recorder is not None:
-            self.recorder.ask("add", RECORDER_SECONDS, facts=_redactor.data(facts))
+            self.recorder.ask("add", facts=_redactor.data(facts))
         elif self.record is not None:
             self.metadata.update(facts)
             self.record.write_json("metadata.json", self.metadata)
@@ -1349,7 +1344,6 @@ _flat_runs: list[_Recording] = []  # of start_run(until_exit=True), at most one
 
 
 def _record_until_exit(options: _Options) -> Path:
-    """Begin a run that ends with the interpreter, or with the next such run."""
     import atexit
 
     # What this imports must not be imported at the end: Python would forget there
@@ -1645,7 +1639,6 @@ def _say_what_failed(record: _Record) -> None:
 
 
 def _write_summary(record: _Record) -> None:
-    """Write metrics/summary.json, from which readers take the metrics."""
     with _tolerating("metrics/summary.json"):
         summary = _summarize_metrics(record.path)
         if summary:
@@ -1713,7 +1706,6 @@ class _Record:
 
     @staticmethod
     def at(path: Path, attempt: int | None = None) -> _Record:
-        """Return the record of a run that exists already."""
         if attempt is None:
             attempt = _attempt(path)
         record = _Record(path, attempt, _results_root(path.parent))
@@ -1753,7 +1745,6 @@ class _Record:
 
     @property
     def folder(self) -> Path:
-        """The directory that holds this attempt's status.json."""
         return self.path / self.inside
 
     def write_bytes(self, name: str, data: bytes, durable: bool = False) -> None:
@@ -1857,7 +1848,6 @@ class _Record:
             place.append(name, row)
 
     def index_row(self) -> Facts:
-        """Return what all lines of a run in the index have in common."""
         return {
             "event": None,
             "timestamp_utc": None,
@@ -2032,7 +2022,6 @@ class _Ending:
 
     @staticmethod
     def of_error(error: BaseException | None) -> _Ending:
-        """Return how a block ended that was left by this exception, or by none."""
         if error is None or _is_closed_generator(error):
             return _Ending("success", "normal", 0)
         ending = _Ending("failed", "exception", 1)
@@ -2123,7 +2112,6 @@ def _system_code(code: object) -> int:
 
 
 def _exception(error: BaseException) -> Facts:
-    """Return type, message and traceback of an exception, shortened."""
     kind = type(error)
     name = kind.__qualname__
     if kind.__module__ not in ("builtins", "__main__"):
@@ -2216,7 +2204,6 @@ class _Launch:
         return meeting
 
     def join(self) -> tuple[Path, int]:
-        """Wait until rank 0 has created the run; return its path and attempt."""
         place = _MeetingPlace(self.base_dir, self.key)
         request = f"{self.rank}-{os.urandom(8).hex()}"
         reply = f"{request}.json"
@@ -2305,7 +2292,6 @@ class _Meeting:
         return min(1.0, max(RANK_POLL_SECONDS, waited / 20))
 
     def serve(self) -> None:
-        """Answer until all have come, or it can be assumed that none will."""
         with _tolerating("the other ranks"):
             for pause in iter(self.tick, _NEVER):
                 time.sleep(pause)
@@ -2346,7 +2332,15 @@ class _MeetingPlace:
     def _opened(self) -> Iterator[_Place]:
         """Open the folder, made if need be; raise PermissionError if it is not safe."""
         with contextlib.ExitStack() as stack:
-            place = self._enter(stack)
+            inside = f"{self.path.parent.name}/{self.key}"
+            for _ in range(100):  # the last of an earlier meeting may just remove it
+                with _ignoring(FileNotFoundError):
+                    opened = _Folder(self.base_dir).opened(inside, create=True)
+                    place = stack.enter_context(opened)
+                    break
+            else:
+                why = "it is removed all the time"
+                raise FileNotFoundError(errno.ENOENT, why, inside)
             if place.dir_fd is not None:
                 ranks = os.stat(os.pardir, dir_fd=place.dir_fd)
                 # A network disk may tell a wrong owner, then of base_dir as well.
@@ -2357,15 +2351,6 @@ class _MeetingPlace:
                 if stat.S_IMODE(ranks.st_mode) != 0o700:
                     os.chmod(os.pardir, 0o700, dir_fd=place.dir_fd)
             yield place
-
-    def _enter(self, stack: contextlib.ExitStack) -> _Place:
-        """Open the folder; again if the last of an earlier meeting just removed it."""
-        inside = f"{self.path.parent.name}/{self.key}"
-        for _ in range(100):
-            with _ignoring(FileNotFoundError):
-                opened = _Folder(self.base_dir).opened(inside, create=True)
-                return stack.enter_context(opened)
-        raise FileNotFoundError(errno.ENOENT, "it is removed all the time", inside)
 
 
 _entered: dict[tuple[int, Path, str | None], int] = {}  # how often this process has
@@ -2486,7 +2471,6 @@ def _name_failed_rank(record: _Record) -> Facts | None:
 
 
 def _with_failed_rank(record: _Record) -> Facts | None:
-    """Return status.json with the outcome of the rank that failed first."""
     status = record.read_json("status.json")
     failed: dict[str, Facts] = {}
     for path in sorted(record.folder.glob("logs/rank*.status.json")):
@@ -2539,25 +2523,6 @@ def _failed_at(outcome: Facts) -> tuple[bool, float]:
 # the heartbeat, forwards output, takes samples, and writes down how the process that
 # entered the run has died.
 
-if TYPE_CHECKING:
-
-    class _Request(TypedDict):
-        """What the recorder is told of a run: plain data."""
-
-        record: Facts
-        site: Facts
-        rank: int
-        process: Facts  # _process_identity() of the process that entered
-        begun: float  # monotonic() on entry
-        oom_kills: int  # until then
-        variables: Facts  # that would have changed how it starts
-        is_watched: bool  # whether it is given a pidfd
-        secrets: list[str]
-        settings: Facts  # what the program has changed
-        resources: bool  # whether to take samples
-        until_exit: bool  # the run ends with the process
-        meeting: Facts | None
-
 
 class _Recorder:
     """The experiment's end of the recorder: a socket, and no process of its own."""
@@ -2598,7 +2563,7 @@ class _Recorder:
         finally:
             os.close(theirs)
 
-    def begin(self, request: _Request, forwards: Sequence[_Forward]) -> None:
+    def begin(self, request: Facts, forwards: Sequence[_Forward]) -> None:
         """Tell the recorder of the run, once it has answered for the first time."""
         deadline = monotonic() + RECORDER_SECONDS
         descriptors = []
@@ -2645,7 +2610,8 @@ class _Recorder:
             _reap(self.pid, 0.5)  # it is our child if it was refused for that
 
     def ask(
-        self, do: str, seconds: float, descriptors: Sequence[int] = (), **facts: JSON
+        self, do: str, seconds: float | None = None, descriptors: Sequence[int] = (),
+        **facts: JSON,
     ) -> bool:
         """Send a question and wait for its answer; False if none comes in time.
 
@@ -2653,6 +2619,8 @@ class _Recorder:
         is forwarded; "retarget" sends a descriptor to which output is forwarded from
         now on; "add" adds `facts` to metadata.json; "end" ends the recorder.
         """
+        if seconds is None:
+            seconds = RECORDER_SECONDS
         deadline = monotonic() + seconds
         if os.getpid() != self.owner or not self.lock.acquire(timeout=seconds):
             return False  # a forked child does not talk to the recorder of its parent
@@ -2858,7 +2826,7 @@ def _recorder_main(connection: Any) -> None:
             return  # there is no run
         told += data
         rights += more
-    request: _Request = json.loads(told)
+    request: Facts = json.loads(told)
     os.environ.update(request["variables"])
     globals().update(request["settings"])
     _redactor.learn_values(request["secrets"])
@@ -2886,7 +2854,7 @@ class _RecorderProcess:
     meeting: _Meeting | None = None  # with ranks that have not come yet
 
     def __init__(
-        self, request: _Request, connection: Any, descriptors: list[int]
+        self, request: Facts, connection: Any, descriptors: list[int]
     ) -> None:
         self.request = request
         self.connection = connection  # a socket
@@ -3109,8 +3077,7 @@ class _RecorderProcess:
                 self._write_death(_Ending.of_command(_exit_code(wait_status)))
 
     def _has_failed(self) -> bool:
-        status = self.record.read_json("status.json")
-        return status.get("status") == "failed"
+        return self.record.read_json("status.json").get("status") == "failed"
 
 
 _NEVER = float("inf")
@@ -3410,9 +3377,8 @@ class _Stream:
         forward = self.forward
         recorder = self.capture.recorder
         if forward is not None and forward.target == self.saved.number:
-            seconds = RECORDER_SECONDS
-            at = self.capture.forwards.index(forward)
-            if not recorder or not recorder.ask("retarget", seconds, [target], at=at):
+            number = self.capture.forwards.index(forward)
+            if not recorder or not recorder.ask("retarget", None, [target], at=number):
                 self.is_logged = False
         os.dup2(target, self.saved.number, inheritable=False)
         self.saved.identity = ended.saved.identity
@@ -3421,7 +3387,6 @@ class _Stream:
 
 
 def _descriptor_of(stream: Any) -> int | None:
-    """Return the descriptor that a stream says it writes to, if it has one."""
     with _ignoring(Exception):  # none, closed, or the program's own kind
         number = stream.fileno()
         if isinstance(number, int):
@@ -3628,7 +3593,7 @@ def _flush_c_streams(streams: Sequence[_Stream]) -> None:
 class _Forward:
     """Copies what is appended to a log to where the output went before."""
 
-    stop_at: int | None = None  # the offset where forwarding ends
+    stop_at = _NEVER  # the offset where forwarding ends
     is_broken = False  # nothing is shown any more: the reader went away
 
     def __init__(self, log: int, target: int) -> None:
@@ -3659,15 +3624,13 @@ class _Forward:
         """
         silent_since = monotonic()
         while True:
-            size = FORWARD_BYTES
-            if self.stop_at is not None:
-                size = min(size, self.stop_at - self.position())
+            size = min(FORWARD_BYTES, self.stop_at - self.position())
             if size <= 0:
                 return
-            if self._forward(size):
+            if self._forward(int(size)):
                 silent_since = monotonic()
                 continue
-            if self.stop_at is not None:
+            if self.stop_at < _NEVER:
                 return  # the log has been cut
             pause = max(0.005, (monotonic() - silent_since) / 8)
             if pause < SILENT_SECONDS:
@@ -8925,7 +8888,6 @@ class _Program:
     def _spawn(
         self, argv: Sequence[str], cwd: str, env: Mapping[str, str], stdin: int | None
     ) -> None:
-        """Start the program, with a pipe for each of its two outputs."""
         path = _on_path(argv[0])
         if path is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), argv[0])
@@ -9021,10 +8983,9 @@ class _Program:
     def _has_ended(self) -> bool:
         """Tell whether the program has ended; what somebody else reaped did well."""
         if self.status is None:
-            try:
+            pid, wait_status = self.pid, 0
+            with _ignoring(ChildProcessError):
                 pid, wait_status = os.waitpid(self.pid, _posix.WNOHANG)
-            except ChildProcessError:
-                pid, wait_status = self.pid, 0
             if pid == self.pid:
                 self.status = _exit_code(wait_status)
         return self.status is not None
@@ -9226,7 +9187,6 @@ def _write_json(path: StrPath, value: JSON, durable: bool = False) -> None:
 
 
 def _redacted_json(value: JSON, indent: int | None = 2) -> bytes:
-    """Return plain data as redacted, strict JSON."""
     return _format_json(_redactor.data(value), indent).encode("ascii")
 
 
@@ -9246,7 +9206,10 @@ def _write_file(
                 os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        os.replace(temporary, path, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+        if dir_fd is None:
+            os.replace(temporary, path)
+        else:
+            os.replace(temporary, path, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
     except BaseException:
         with _ignoring(OSError):
             os.unlink(temporary, dir_fd=dir_fd)
@@ -9256,7 +9219,7 @@ def _write_file(
 @contextlib.contextmanager
 def _temporary_folder() -> Iterator[str]:
     """Make a folder for a moment, without tempfile, which takes long to load."""
-    named = [os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP")]
+    named = map(os.environ.get, ("TMPDIR", "TEMP", "TMP"))
     for place in filter(None, [*named, "/tmp", "/var/tmp", os.getcwd()]):  # nosec
         path = join(abspath(place), f"run_utils-{os.urandom(8).hex()}")
         with _ignoring(OSError):
@@ -9370,8 +9333,13 @@ class _Folder:
     @contextlib.contextmanager
     def opened(self, inside: str = "", create: bool = False) -> Iterator[_Place]:
         """Open the directory, or a folder `inside` it ("attempts/2"), but no link."""
+        path = self.path / inside
         if not _HAS_DIR_FD:
-            yield self._by_path(inside, create)
+            if create:
+                path.mkdir(parents=True, exist_ok=True)
+            if inside and path.is_symlink():
+                raise OSError(errno.ENOTDIR, "the folder is a link", str(path))
+            yield _Place(str(path), None)
             return
         flags = os.O_RDONLY | _posix.O_DIRECTORY | _CLOSE_ON_EXEC
         opened = [_above_stderr(os.open(self.path, flags))]
@@ -9390,14 +9358,6 @@ class _Folder:
             for descriptor in opened:
                 with _ignoring(OSError):
                     os.close(descriptor)
-
-    def _by_path(self, inside: str, create: bool) -> _Place:
-        path = self.path / inside
-        if create:
-            path.mkdir(parents=True, exist_ok=True)
-        if inside and path.is_symlink():
-            raise OSError(errno.ENOTDIR, "the folder is a link", str(path))
-        return _Place(str(path), None)
 
 
 class _Place:
@@ -9443,7 +9403,6 @@ class _Kept:
         self.identity = _identity(number)
 
     def is_ours(self) -> bool:
-        """Tell whether the number still stands for what we opened."""
         return self.identity is not None and _identity(self.number) == self.identity
 
     def close(self) -> None:
@@ -9613,7 +9572,6 @@ _warned: set[str] = set()
 
 
 def _warn(text: str, once: bool = False) -> None:
-    """Say one line on stderr; never fail."""
     if not once or text not in _warned:
         _warned.add(text)
         with _ignoring(Exception):
@@ -9623,15 +9581,13 @@ def _warn(text: str, once: bool = False) -> None:
 def _say(text: str) -> None:
     """Print one line on stderr, if it takes one; never fail."""
     stream = sys.stderr
-    if stream is None:  # print() would take stdout
-        return
-    with _ignoring(Exception):  # it is closed, full, or an object of the program
-        line = _printable(text)
+    with _ignoring(Exception):  # it is None, closed, full, or of the program's kind
+        line = f"{_printable(text)}\n"
         if _captures or _descriptor_of(stream) != 2:
-            print(line, file=stream)
+            stream.write(line)
             return
         stream.flush()
-        os.write(2, f"{line}\n".encode(stream.encoding, "backslashreplace"))
+        os.write(2, line.encode(stream.encoding, "backslashreplace"))
 
 
 def _utc(seconds: float | None = None) -> str:
@@ -9639,8 +9595,7 @@ def _utc(seconds: float | None = None) -> str:
 
 
 def _seconds(utc: object) -> float | None:
-    two = r"(\d\d)"
-    pattern = rf"(\d{{4}})-{two}-{two}[T ]{two}:{two}:{two}(\.\d{{1,9}})?"
+    pattern = r"(\d{4})-(\d\d)-(\d\d)[T ](\d\d):(\d\d):(\d\d)(\.\d{1,9})?"
     parts = re.match(pattern, str(utc))
     if parts is None:
         return None
@@ -13063,7 +13018,7 @@ def _cmd_run(args: Namespace) -> int:
 
 
 def _not_runnable(name: str) -> tuple[int, str]:
-    folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    folders = os.get_exec_path()
     if os.sep in name:
         folders = [""]
     if any(exists(join(folder, name)) for folder in folders):
@@ -13121,10 +13076,9 @@ def _command_options(words: Sequence[str]) -> Facts:
                 config[name].append(word)
     options: Facts = {}
     for name, texts in config.items():
-        values = [_option_value(text) for text in texts] or [True]
-        options[name] = values
-        if len(values) == 1:
-            options[name] = values[0]
+        options[name] = [_option_value(text) for text in texts] or [True]
+        if len(options[name]) == 1:
+            options[name] = options[name][0]
     return options
 
 
@@ -13202,7 +13156,11 @@ class _Command:
             if stream.place not in places:
                 if os.isatty(stream.descriptor):
                     reader, writer = _posix.openpty()
-                    _pass_as_it_is(writer, stream.descriptor)
+                    termios = __import__("termios")
+                    attributes = termios.tcgetattr(writer)
+                    attributes[1] &= ~termios.OPOST  # line ends are left to ours
+                    termios.tcsetattr(writer, termios.TCSANOW, attributes)
+                    _copy_size(stream.descriptor, writer)
                 else:
                     reader, writer = os.pipe()
                 places[stream.place] = writer
@@ -13224,7 +13182,9 @@ class _Command:
                         signal.signal(number, signal.SIG_DFL)
                 signal.signal(_signals.SIGCHLD, of_children)
                 if self.terminal is not None:
-                    self.terminal.become_controlling()
+                    _posix.setsid()
+                    controls = self.terminal.tty.TIOCSCTTY
+                    __import__("fcntl").ioctl(self.terminal.inner, controls, 0)
                 for descriptor, source in own.items():
                     os.dup2(source, descriptor)
                 _signals.pthread_sigmask(_signals.SIG_SETMASK, mask)
@@ -13288,7 +13248,9 @@ class _Command:
                 if 0 in ready and terminal.read(self.pid):
                     self._signal(_signals.SIGSTOP)
                 if takers:
-                    terminal.pass_on()
+                    with _ignoring(OSError):
+                        taken = os.write(terminal.master, terminal.typed)
+                        terminal.typed = terminal.typed[taken:]
             for channel in list(self.channels):
                 if channel.reader in ready and not channel.show():
                     self.channels.remove(channel)
@@ -13413,12 +13375,6 @@ class _Terminal:
         self.tty.tcsetattr(self.inner, self.tty.TCSANOW, self.saved)
         _copy_size(0, self.master)
 
-    def become_controlling(self) -> None:
-        """In the command: begin a session whose terminal is the inner one."""
-        fcntl = __import__("fcntl")
-        _posix.setsid()
-        fcntl.ioctl(self.inner, self.tty.TIOCSCTTY, 0)
-
     def follow(self) -> bool:
         """Tell whether what is typed is for us: while we are in the foreground."""
         with _ignoring(OSError, self.tty.error):
@@ -13453,10 +13409,6 @@ class _Terminal:
         self.typed += data
         return is_stopped
 
-    def pass_on(self) -> None:
-        with _ignoring(OSError):
-            self.typed = self.typed[os.write(self.master, self.typed) :]
-
     def _stop_byte(self, pid: int) -> bytes:
         """Return what is typed to stop the command; nothing if that is up to it."""
         with _ignoring(OSError, self.tty.error):
@@ -13469,15 +13421,6 @@ class _Terminal:
                     stop: bytes = attributes[6][self.tty.VSUSP]
                     return stop.strip(b"\0")
         return b""
-
-
-def _pass_as_it_is(terminal: int, outer: int) -> None:
-    """Let a terminal have our size and leave the line ends to ours."""
-    termios = __import__("termios")
-    attributes = termios.tcgetattr(terminal)
-    attributes[1] &= ~termios.OPOST
-    termios.tcsetattr(terminal, termios.TCSANOW, attributes)
-    _copy_size(outer, terminal)
 
 
 def _copy_size(outer: int, inner: int) -> None:
