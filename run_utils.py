@@ -7449,8 +7449,8 @@ class _Facts:
     def named_text(self, value: str, name: str, above: int) -> str:
         """Return what stands under a name, as a whole or without the secrets in it."""
         grade = _grade(name)
-        if grade == _NONE and above >= _RANDOM and _is_random(value, 6):
-            grade = _RANDOM  # {"secrets": {"mail": "x8Qp2r"}}
+        if grade < _RANDOM <= above and (_is_random(value, 6) or _is_chosen(value)):
+            grade = _SURE  # {"secrets": {"mail": "x8Qp2r"}}
         if _is_secret(grade, value):
             return self.secret(value, grade)
         if name == "command":
@@ -7474,8 +7474,11 @@ class _Facts:
 
     def word(self, word: str, flag: str) -> str:
         option = _re(r"[-+]{0,2}([A-Za-z0-9_][\w.@/-]{0,100})=").match(word)
-        if option:
+        is_whole = word[0:1].isalnum() and _is_secret(_grade(flag), word)
+        if option and not (is_whole and _re(_NO_WORD).search(option[1])):
             return option[0] + self.named_text(word[option.end() :], option[1], _NONE)
+        if word.startswith("-p") and _is_secret_in_code(_SURE, word[2:]):
+            return "-p" + self.secret(word[2:], _SURE)
         if _is_flag(word):
             return word
         if flag in _USER_FLAGS:
@@ -7727,11 +7730,13 @@ _NO_USERINFO = r"\d{1,5}(/.*)?|.*[][{}<>].*|\$\w+|%s"
 # is the secret, or all of it; a group `name` has its name, else it is a password.
 _FACT_RULES = (
     ("PRIVATE KEY", _KEY_BLOCK),
+    (" ", r"(?i)(?P<name>\btoken|api[ _-]?key)(?: provided| is)?:?[ ][\"']?"
+          r"(?=\D*\d)([\w.+/~-]{12,300}={0,2})(?<!\.)"),
     ("=", r"(?i)[?&;](?:sig|signature|code|x-[\w-]*-(?:signature|credential))"
      r"=([^&\s#'\"<>]{4,})"),
-    ("login ", r"\blogin\s{1,9}\S{1,80}\s{1,9}password\s{1,9}(\S{6,})"),
 )
 _PLACE_RULES = (  # in facts and in code
+    ("login ", r"\blogin\s{1,9}\S{1,80}\s{1,9}password\s{1,9}([^\s\"'\\]{6,})"),
     ("earer ", r"earer[ \t]+([\w.~+/=-]{16,512})"),
     ("asic ", r"asic[ \t]+([\w+/=-]{16,512})"),
     ("oken ", r"uthorization\W{1,6}f?\W?[tT]oken[ \t]+([\w.~+/=-]{16,512})"),
@@ -7786,7 +7791,7 @@ def _literals_in_code(text: str) -> Iterator[_Find]:
     is_no_word = _re(_NO_WORD).search
     for match in _re(r"[\"']([^\s\"'\\]{8,512})(?=\\?[\"'])").finditer(text):
         value = match[1]
-        if not is_no_word(value) or not _is_random(value, 8):
+        if not is_no_word(value) or not (_is_random(value, 8) or _is_chosen(value)):
             continue
         start = match.start()
         before = text[max(0, start - MAX_BEFORE) : start].lower()
@@ -7794,6 +7799,8 @@ def _literals_in_code(text: str) -> Iterator[_Find]:
             continue
         if text[start - 1 : start] == "\\":  # in a string of JSON
             start -= 1
+        elif text[start - 2 : start] in ('""', "''"):
+            start -= 2
         if _is_name_of_secret(value):
             continue
         grade = _grade_of_literal(text, start)
@@ -7810,17 +7817,20 @@ def _grade_of_literal(text: str, start: int) -> int:
     before = text[max(0, start - MAX_LINE) : start]
     patterns = [_ASSIGNED, _FLAGGED, _SECOND_ARGUMENT]
     if before.endswith((" or ", " else ", "|| ", "?? ")) or " ? " in before[-60:]:
-        patterns.insert(0, _OTHERWISE)
+        patterns = [_OTHERWISE, _ITEM_OTHERWISE, *patterns]
     for pattern in patterns:
         match = _re(pattern).search(before)
-        if match is None:
+        if match is None or (pattern == _OTHERWISE and _grade(match[1]) == _NONE):
             continue
         name = match[1]
         if pattern == _SECOND_ARGUMENT and "--" not in match[0]:
             if text[max(0, _opener_before(text, start))] != "(":
                 continue  # one of several words: ["password2", "new_password2"]
         grade = _grade(name)
-        if name.lower() in ("default", "value", "fallback"):
+        owner = before[: match.start()].rstrip("\"'")
+        if owner.endswith("["):  # secrets["mail"] = "..."
+            grade = max(grade, _grade(_last_name(owner[:-1])))
+        if name.lower() in ("default", "value", "fallback", "parametervalue"):
             # - name: DB_PASSWORD
             #   value: "..."
             names = ["", *_re(_PAIRED).findall(before[: match.start()])]
@@ -7844,11 +7854,11 @@ def _grade_around(text: str, place: int) -> int:
             before = before[: len(before) - len(name)]
             if re.search(r"\b(def|class|func|fn|function) +\Z", before):
                 break  # what stands here are parameters
-            grade = _grade(name)
-            if name.endswith("login"):
+            grade = _grade(re.sub(r"\.(append|add|push)\Z", "", name))
+            if name.endswith(("login", "BasicAuth")):
                 grade = _MIXED
         match = _re(_ASSIGNED).search(before) or _re(_LABEL).search(before)
-        if match:
+        if match and len(match[1]) > 2:
             grade = max(grade, _grade(match[1]))
         if grade >= _RANDOM:
             return grade
@@ -7875,20 +7885,27 @@ def _is_secret_in_code(grade: int, value: str) -> bool:
         return False
     if _re(_EXAMPLE).search(value) or _re(_TEMPLATE).search(value):
         return False
+    if _re(r"[a-z]+\d{0,4}(?:[_-][a-z]+\d{0,4})+").fullmatch(value):
+        return False  # pbkdf2_sha256
     if grade == _SURE:
-        return _is_random(value, 8) or _re(_CHOSEN).match(value) is not None
+        return _is_random(value, 8) or _is_chosen(value)
     if grade == _MIXED:
-        return _is_random(value, 10)
-    if grade < _TOKEN and _re(_HEX).fullmatch(value):
-        return False  # the key of a cache is a hash
-    if not _re(r"[\w.~+/=%:;,|@-]{25,}").fullmatch(value):
+        return _is_random(value, 10) or _is_chosen(value)
+    if grade < _TOKEN or (grade == _RANDOM and "-" in value):
+        if _re(_HEX).fullmatch(value):
+            return False  # the key of a cache is a hash, a place has a UUID
+    least = 25
+    if grade >= _TOKEN and _re(r"\d").search(value):
+        least = 16
+    if len(value) < least or not _re(r"[\w.~+/=%:;,|@-]+").fullmatch(value):
         return False  # too short, or the tables of a parser
-    return _is_like_token(value)
+    return _is_secret(min(grade, _TOKEN), value)
 
 
 def _is_name_of_secret(value: str) -> bool:
     """Tell names from what they name: params.get("v3AuthPass"), kFp8DynamicTokenSym."""
-    return value.isidentifier() and _grade(value) != _NONE
+    is_name = value.isidentifier() and _surprise(value) < 0.5
+    return is_name and _grade(value) != _NONE
 
 
 def _assigned_in_code(text: str) -> Iterator[_Find]:
@@ -7910,25 +7927,33 @@ _NO_WORD = r"\d|[a-z][A-Z]|[!@#$%^&*+=?;,]"
 # What stands directly before a literal: `name: str = "`, `"name": "`, `x["name"] = r"`.
 _ASSIGNED = (
     r"(?<![\w.-])([\w.-]{1,100})\\?[\"']?\]?\s{0,60}"
-    r"(?::\s?(?:[\"']\w+[\"']"
-    r"|[\w. |&']{1,60}(?:\[[\w.\[\], |]{0,60}\])?[\w. |]{0,20}))?\s{0,60}"
-    r"(?:[:!=+?]?=>?|:|<-)\s{0,60}[(\[{]?\s{0,60}[rbfuRBFU]{0,2}\Z"
+    r"(?::\s?(?:[\"'][\w |.\[\]]+[\"']"
+    r"|[\w. |&']{1,60}(?:\[[\w.\[\], |()=]{0,60}\])?[\w. |]{0,20})"
+    r"|\[\d*\]|string)?\s{0,60}"
+    r"(?:[:!=+?]?=>?|:|<-)\s{0,60}\\?\s{0,60}@?[(\[{]?\s{0,60}[rbfuRBFU]{0,2}\Z"
 )
 _FLAGGED = (  # --name "...", #define name "..."
     r"(?<![\w-])(?:--|(?:define|ENV|ARG)\s)\s{0,20}([\w-]{1,100})[ =\t]\s{0,20}\Z"
 )
 _OTHERWISE = (  # name = os.getenv("x") or "...", name = x if y else "..."
-    r"(?<![\w.-])([\w.-]{1,100})[ \t]{0,20}=[ \t][^\n]{1,100}"
+    r"(?<![\w.-])([\w.-]{1,100})[ \t]{0,20}=(?!=)[ \t]?[^\n]{1,100}"
     r"(?:\bor|\|\||\?\?|\belse|\?[^\n?]{1,60}:) \Z"
+)
+_ITEM_OTHERWISE = (  # os.getenv("name") or "..."
+    r"[\"']([\w.-]{1,100})[\"'][)\]][^\n\"']{0,60}(?:\bor|\|\||\?\?|\belse) \Z"
 )
 _SECOND_ARGUMENT = r"[\"'](?:--)?([\w.-]{1,100})\\?[\"']\s{0,40},\s{0,40}[rbfu]{0,2}\Z"
 _LABEL = r"[\"']([\w.-]{1,100})[\"']\s{0,20}\Z"  # variable "db_password" {
 _PAIRED = (
-    r"(?:\b(?:[nN]ame|[kK]ey)\\?[\"']?\s{0,20}[:=]\s{0,20}\\?[\"']?|[\"']--)"
+    r"(?:\b(?:Parameter)?(?:[nN]ame|[kK]ey)\\?[\"']?\s{0,20}[:=]\s{0,20}\\?[\"']?"
+    r"|[\"']--|\([\"'])"
     r"([\w.-]{1,100})"
 )
-# Eight characters with a letter, a digit and punctuation: Winter-2024!
-_CHOSEN = r"(?=.{8})(?=.*[A-Za-z])(?=.*\d)(?=.*[!@#$%^&*;,?+~])"
+# Eight characters with a letter, a digit and punctuation, but no date or user@host.
+_CHOSEN = (
+    r"(?!\d{4}-\d\d|[\w.+-]+@[A-Za-z./_-]+\Z)(?=.*[A-Za-z])(?=.*\d)"
+    r"(?=.*[!@#$%^&*;,?+~])[^\s()[\]{}<>|\\]{8,40}\Z"
+)
 _TEMPLATE = r"[{}<>]|%\(|%\w.*%\w|://|^arn:"
 _EXAMPLE = (
     r"(?i)example|\.\.\.|x{6}|\*{4}|1234567|abcdefg|your|dummy|fake|placeholder"
@@ -7951,10 +7976,15 @@ _CODE_RULES = (
     ("PASSWORD '", r"PASSWORD '([^'\n]{6,200})'"),  # SQL
     ("IDENTIFIED BY '", r"IDENTIFIED BY '([^'\n]{6,200})'"),
     ("sshpass ", r"sshpass +-p *[\"']?([^\s\"']{6,200})"),
+    (" -p ", r"lo(?:gin|ad) [^\n]{0,120}?-p +[\"']?([^\s\"']{6,200})"),
+    ("<<<", r"(?:login|token)[^\n]{0,60}<<< *[\"']?([^\s\"']{6,200})"),
+    ("-stdin", r"echo +[\"']?([^\s\"'|]{6,200})[\"']? *\|[^\n]{1,90}-stdin"),
 )
 
-_SCRIPTS = rb"(?i)\.(t?csh|cmake|plist|ps1|sh|bash|zsh)$|cmakelists\.txt$"
+_SCRIPTS = rb"(?i)\.(t?csh|cmake|plist|ps1|json|ya?ml|sh|bash|zsh)$|cmakelists\.txt$"
 _SCRIPT_RULES = (
+    ("name", r"value[\"']?: *[\"']?(?=[^\s\"']+[\"']?,?\s{1,60}[\"']?name[\"']?:"
+             r" *[\"']?(?P<name>[\w.-]+))([^\s\"']{8,500}?)(?=[\"']?,?\s)"),
     ("</key>", r"<key>(?P<name>[\w.-]{1,60})</key>\s{0,40}<string>([^<\s]{6,500})</"),
     ("setenv ", r"setenv[ \t]+(?P<name>\w+)[ \t]+[\"']?([^\s\"']{8,512})"),
     ("set(", r"set\((?P<name>\w+)[ \t]+[\"']?([^\s\"')]{8,512})"),  # CMake
@@ -7969,22 +7999,32 @@ _SCRIPT_RULES = (
 def _values_in_configuration(text: str) -> Iterator[_Find]:
     """Yield the values under the names of secrets, wherever a format puts them."""
     done = 0
-    for name, grade in _graded_names(text):
+    names = [*_graded_names(text)]
+    if "kind: Secret" in text:
+        data = _re(r"(?m)^(data|stringData)(?=:)").finditer(text)
+        names += [(name, _SURE) for name in data]
+        names.sort(key=lambda graded: graded[0].start())
+    for name, grade in names:
         if name.start() < done:
             continue  # it is part of a value
         patterns = [*_BLOCKS, *_VALUES]
         if text[name.start() - 1 : name.start()] == "[":
             patterns.insert(0, _SECTION)
+        elif name[0].startswith("--"):
+            patterns.append(_NEXT_ITEM)
         for pattern in patterns:
             match = _re(pattern).match(text, name.end())
             if match is None:
                 continue
             values = match[1]
+            each = _PLAIN_VALUE
             if pattern in _VALUES:
-                done = match.end(1)
+                each = _ONE_VALUE
+                if not values.startswith("${"):
+                    done = match.end(1)
             if pattern == _BLOCKS[0]:
                 values = _indented(values, text[: name.start()].rpartition("\n")[2])
-            for word in _re(_PLAIN_VALUE).finditer(values):
+            for word in _re(each).finditer(values):
                 value = word[1].rstrip(",;)]}")
                 if _is_secret_in_code(grade, value):
                     start = match.start(1) + word.start(1)
@@ -8015,27 +8055,32 @@ _CONFIGURATION = (
 )
 # What may follow the name; the group has the value or the values.
 _SECTION = r"\][ \t]*\r?\n((?:[^\n\[][^\n]{0,500}\n?){1,30})"  # of an ini file
+_NEXT_ITEM = r"[\"']?\s{1,60}- +(\S{1,500})"  # of the arguments in a list of YAML
 _BLOCKS = (
     # A list or a mapping of YAML, whose lines are indented.
     r"[\"']?:[ \t]*\r?\n((?:[ \t]+(?:- |[\w.-]{1,99}:)[^\n]{0,500}\n?){1,30}"
     r"|(?:- [^\n]{0,500}\n?){1,30})",
     # A list or a mapping on one line.
-    r"[\"']?[ \t]*[:=][ \t]*([\[{][^\n]{1,1000})",
+    r"[\"']?[ \t]*[:=][ \t]*([\[{]\s{0,60}[^\n]{1,1000})",
 )
 _VALUES = (
     # A value on the next line, with or without `>-` and `|`.
-    r"[\"']?:[ \t]*(?:[|>][-+]?)?[ \t]*\r?\n[ \t]+([^\s:]{1,500})[ \t]*(?:\r?\n|\Z)",
+    r"[\"']?:[ \t]*(?:[|>]\d?[-+]?)?[ \t]*(?:#[^\n]*)?\r?\n[ \t]+([^\s:]{1,500})"
+    r"[ \t]*(?:\r?\n|\Z)",
     # Kubernetes: the name is itself the value of `name:`.
-    r"[\"']?(?:[ \t]*\r?\n[ \t]*|, *)value:[ \t]*([^\s]{1,500})",
+    r"[\"']?(?:\s{1,60}(?:#[^\n]*\s{1,60})?|, *)value:[ \t]*(?:[|>][-+]?\s{1,60})?"
+    r"([^\s]{1,500})",
     # A value, which ends where the next `name=` begins.
-    r"[\"']?\]?[ \t]*(?:[:?+]?=|:)[ \t]*((?:(?![,;&][\w.-]{1,40}[=:])[^\s]){1,500})",
+    r"[\"']?\]?[ \t]*(?:[:?+]?=|:-?)[ \t]*(?:\\\r?\n[ \t]*|[!&]\w+[ \t]+)?"
+    r"((?:(?![,;&][\w.-]{1,40}[=:])[^\s]){1,500})",
     r"[ \t]+([^\s=:]{1,500})",  # ENV NAME value, password VALUE of .netrc
     r">([^<\s]{1,500})</",  # XML
 )
+_ONE_VALUE = r"[\"'\[{(]{0,3}([^\s\"'#\[{(][^\s\"']*)"
 # In the group: the first word of a line, after a dash or a name of its own.
 _PLAIN_VALUE = (
-    r"(?m)(?:^|(?<=[\s\[{,]))[ \t]*(?:- +)?(?:[\w.-]+[ \t]*[:=][ \t]*)?[\"'\[{(]{0,2}"
-    r"(?![\w.-]+:[ \t]*$)([^\s\"'#\[{(][^\s\"']*)"
+    r"(?m)(?:^|(?<=[\s\[{,]))[ \t]*(?:- +)?(?:[\w.-]+[ \t]*[:=](?!=)[ \t]*)?"
+    r"[\"'\[{(]{0,3}(?![\w.-]+:[ \t]*$)([^\s\"'#\[{(][^\s\"']*)"
 )
 
 
@@ -8084,7 +8129,7 @@ _ABOUT_WORDS = _word_set(
 )
 _HASH_WORDS = _word_set(
     """hash hashes sha md digest digests checksum checksums fingerprint fingerprints
-    thumbprint signature commit revision etag hashed"""
+    thumbprint sig signature commit revision etag hashed"""
 )
 _QUESTION_WORDS = _word_set("ask no prompt")  # --ask-password has no value
 # Words that are run together: PGPASSWORD, accesskey, SSHPASS, hftoken; no compass.
@@ -8175,7 +8220,13 @@ def _is_secret(grade: int, value: str) -> bool:
         return len(value) >= 6 and _is_mixed(value)
     if grade == _RANDOM:
         return _is_random(value, 8)
-    return _is_like_token(value)
+    is_uuid = grade == _TOKEN and len(value) == 36 and _is_random(value, 36)
+    return is_uuid or _is_like_token(value)
+
+
+def _is_chosen(value: str) -> bool:
+    """Return whether a value looks as what people choose: Winter-2024!"""
+    return _re(_CHOSEN).match(value) is not None
 
 
 def _is_mixed(value: str) -> bool:
@@ -8186,9 +8237,12 @@ def _is_mixed(value: str) -> bool:
 
 
 def _is_like_token(value: str) -> bool:
-    """Return whether a value has a long random piece, as tokens have."""
+    """Return whether a value has a long random piece, or random pieces alone."""
     pieces = _re(r"[-_.:~/]").split(value[:4096])
-    return _is_random(max(pieces, key=len), 16)
+    if _is_random(max(pieces, key=len), 16):
+        return True
+    long = [piece for piece in pieces if len(piece) > 4]
+    return len("".join(long)) >= 16 and all(_is_random(piece, 5) for piece in long)
 
 
 def _is_random(value: str, length: int) -> bool:
@@ -8197,7 +8251,7 @@ def _is_random(value: str, length: int) -> bool:
     >>> _is_random("kX9vQz2LmW", 8), _is_random("Qwen2-7B-Instruct", 8)
     (True, False)
     """
-    value = value[:256]
+    value = value[:256].rstrip("=")
     if len(value) < length or _re(r"\s").search(value):
         return False
     if _re(_HEX).fullmatch(value):
@@ -8208,8 +8262,12 @@ def _is_random(value: str, length: int) -> bool:
         return True
     # How many neighbours do not go together in words: of random letters and digits two
     # pairs in three, of hexadecimal digits one in two, of names in code one in ten.
-    surprise = sum(map(_pair_surprise, value, value[1:]))
-    return surprise >= 0.3 * (len(value) - 1)
+    return _surprise(value) >= 0.3
+
+
+def _surprise(value: str) -> float:
+    """Return which share of the neighbours in a value do not go together in words."""
+    return sum(map(_pair_surprise, value, value[1:])) / max(len(value) - 1, 1)
 
 
 # 128 bits or more, with letters and digits: a hash, a UUID, or a secret.
@@ -8254,7 +8312,8 @@ def _pair_surprise(first: str, second: str) -> float:
 _HARMLESS = (
     r"(?s)[-+]?[\d.,_]+([eE][-+]?\d+)?|0[xX][\da-fA-F]{1,16}|[*/-]+|[xX]+|"
     r"(?i:true|false|yes|no|on|off|none|null|nan|empty|redacted|changeme)|"
-    r"<[^<>]*>|\[[^\]]*\]|\$\w+|%\(?\w+\)?s?|\$?\{[^\"]*\}|(ssh-\w+|ecdsa-\S+) AAAA.*|"
+    r"<[^<>]*>|\[[^\]]*\]|\$\w+|%\(?\w+\)?s?|\$?\{[^\"]*\}|((ssh-\w+|ecdsa-\S+) )?"
+    r"AAAA[A-Z][23](Nz|Vj).*|"
     r"[\w-]+(\.[\w-]+)*\.(json|ya?ml|txt|pem|key|env|toml)"
 )
 _PATH = (

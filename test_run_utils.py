@@ -6828,6 +6828,17 @@ class SecretNames(unittest.TestCase):
                     self.assertEqual(redacted({name: value}), {name: MARKER})
                     self.assertEqual(redacted({name: [value]}), {name: [MARKER]})
 
+    def test_within_what_holds_secrets(self) -> None:
+        base64 = "owrcG/4UPNfP5CIHxk/z0w=="
+        for data in (
+            {"auth": {"token": base64}},
+            {"credentials": {"ann": "Harbor#" + "5938?"}},
+            {"secrets": {"mail": secret("12", 1)}},
+            {"token": "203db13e-70c7" + "-462b-9a3d-bf32640cb0be"},
+            {"token": "mf9_wWNAlh" + "IUj29IeY_8wKqAwhs83HdM"},
+        ):
+            self.assertRegex(str(redacted(data)), f"'{MARKER}'}}+$")
+
     def test_short_and_wordy_passwords(self) -> None:
         for value in ("hunter2", "letmein", "correct horse battery", "pa/ss", "-x9!a"):
             found = redacted({"db": {"password": value}})
@@ -7002,6 +7013,9 @@ class SecretShapes(unittest.TestCase):
             for text in (
                 f"Authorization: Bearer {value}",
                 f"Authorization: token {value}",
+                f"Incorrect API key provided: {value}.",
+                f"DEBUG: using token {value}",
+                f"Invalid token '{value}'",
                 f"X-Api-Key: {value}",
                 f"export ACME_API_KEY={value}",
                 f"env: API_TOKEN={value}, x=2",
@@ -7088,6 +7102,10 @@ class CommandLines(unittest.TestCase):
             (["--image", "me:tag-12"], ["--image", "me:tag-12"]),
             (["wandb", "login", "0a1b2c3d" * 5], ["wandb", "login", MARKER]),
             (["login", "--relogin", "0a1b2c3d" * 5], ["login", "--relogin", MARKER]),
+            (["--api-key", f"{key}A2=="], ["--api-key", MARKER]),
+            (["--password", "x8=" + "Qm2!zz4"], ["--password", MARKER]),
+            (["--secret", "id=hf"], ["--secret", "id=hf"]),
+            (["mysql", f"-p{key}", "-pthread"], ["mysql", f"-p{MARKER}", "-pthread"]),
         ):
             if expected is None:
                 changed = [
@@ -7283,6 +7301,10 @@ a.py|os.environ["WANDB_API_KEY"] = "@"
 a.py|openai.api_key = "@"
 a.py|self._auth_token = "@"
 # annotation
+a.py|hf_token: "str | None" = "@"
+a.py|password: typing.Annotated[str, Field(repr=False)] = "@"
+a.go|var apiKey string = "@"
+a.c|char password[] = "@";
 a.py|api_key: str = "@"
 a.py|    hf_token: Optional[str] = '@'
 a.py|db_password: str | None = "@"
@@ -7297,6 +7319,9 @@ a.kt|val apiKey: String = "@"
 a.rs|const API_KEY: &str = "@";
 a.rs|static TOKEN_SECRET: &'static str = "@";
 # otherwise
+a.py|Slack(token=os.environ.get("T") or "@")
+a.py|f(os.getenv("API_KEY") or "@")
+a.py|f(os.environ["API_KEY"] if x else "@")
 a.py|api_key = os.getenv("X") or "@"
 a.py|password = ask() if ask else "@"
 a.js|const apiKey = process.env.KEY || "@";
@@ -7322,6 +7347,7 @@ a.ps1|ConvertTo-SecureString "@" -AsPlainText -Force
 a.cs|var c = "Server=h;Database=d;User Id=me;Password=@;";
 a.py|connect("host=h user=me password=@ dbname=x")
 # aligned
+a.py|client_secret        =   """@"""
 a.py|api_key        = "@"
 a.py|api_key\t\t= "@"
 a.py|password                         =   "@"
@@ -7333,6 +7359,11 @@ a.yaml|api_key:          @
 a.json|"client_secret"    :    "@"
 a.py|self.secret_key          = "@"
 # two arguments
+a.py|env("DB_PASSWORD", default="@")
+a.py|decouple.config("SECRET_KEY", default="@")
+a.py|HTTPBasicAuth("me", "@")
+a.py|secrets["mail"] = "@"
+a.py|api_keys.append("@")
 a.py|key = os.getenv("NAME_API_KEY", "@")
 a.py|os.environ.get("HF_TOKEN", "@")
 a.py|os.environ.setdefault("WANDB_API_KEY", "@")
@@ -7357,6 +7388,7 @@ a.py|x.set_api_key("@")
 a.py|m = from_pretrained("a/b", use_auth_token="@")
 a.py|comet_ml.Experiment(api_key="@", project_name="p")
 # notebook
+a.ipynb|"!echo \"machine x login me password @\" >> ~/.netrc\\n"
 a.ipynb|   "source": [\n    "login(key=\"@\")\\n",\n    "x = 1\\n"
 a.ipynb|"os.environ[\"HF_TOKEN\"] = \"@\"\\n"
 a.ipynb|"api_key = '@'\\n"
@@ -7369,6 +7401,10 @@ a.ipynb|"    api_key: str = \"@\",\\n"
 a.ipynb|"os.getenv(\"DB_PASSWORD\", \"@\")\\n"
 a.ipynb|"!export HF_TOKEN=@ && python a.py\\n"
 # flags in texts
+a.sh|docker login -u me -p @ ghcr.io
+a.sh|gh auth login --with-token <<< @
+a.sh|echo "@" | docker login --password-stdin ghcr.io
+a.sh|API_TOKEN=${API_TOKEN:-@}
 a.sh|python train.py --api-key=@ --lr 1
 a.sh|python train.py --api-key @
 a.sh|python t.py \\\n  --hf_token "@" \\\n  --lr 1
@@ -7396,6 +7432,9 @@ Containerfile|ENV API_TOKEN=@
 docker-compose.yml|    environment:\n      - API_KEY=@
 docker-compose.yml|    environment:\n      POSTGRES_PASSWORD: @
 # yaml
+c.yaml|api_key: !str @
+c.yaml|api_key: &k @
+c.yaml|api_keys: [\n  @,\n]
 c.yaml|api_key: @
 c.yml|a:\n  password: @
 c.yaml|db: {user: me, password: @}
@@ -7407,6 +7446,8 @@ c.yaml|"api_key": @
 c.yaml|x:\n  aws_secret_access_key: @
 c.yml|- {name: x, api_token: @}
 # yaml next line
+c.yaml|api_key: # mine\n  @
+c.yaml|api_key: |2-\n  @
 c.yaml|api_key:\n  @
 c.yaml|password: >-\n  @
 c.yaml|a:\n  secret_key: |\n    @\n  b: 1
@@ -7418,6 +7459,13 @@ c.yaml|db:\n  password:\n    @\n  host: h
 c.yaml|- api_key:\n    @
 c.yaml|auth_token: |+\n    @
 # kubernetes
+d.yaml|- name: API_KEY\n  # mine\n  value: @
+d.yaml|- name: API_KEY\n  value: >-\n    @
+d.yaml|- value: @\n  name: DB_PASSWORD
+d.yaml|args:\n- --api-key\n- @
+d.yaml|kind: Secret\nstringData:\n  mail: @
+d.json|{"value": "@", "name": "API_KEY"}
+d.json|{"ParameterKey": "ApiKey", "ParameterValue": "@"}
 d.yaml|- name: DB_PASSWORD\n  value: @
 d.yaml|        - name: API_KEY\n          value: "@"
 d.yaml|- name: 'HF_TOKEN'\n  value: '@'
@@ -7565,6 +7613,17 @@ class SecretsInCode(unittest.TestCase):
         found = redactor().code(code.encode(), b"a.py").decode()
         self.assertEqual(found, f"# a{token} {MARKER}\n")
 
+    def test_passwords_that_a_person_chose(self) -> None:
+        for value in ("Winter-2024!", "Harbor@5152*", "tiger_207?", "Kx,;7/b&9"):
+            for code in (
+                f'db_password = "{value}"\n',
+                f'connect(user="u", password="{value}")\n',
+                f'set_password("mail", "me", "{value}")\n',
+                f'smtp_pass = "{value}"\n',
+            ):
+                found = redactor().code(code.encode(), b"a.py").decode()
+                self.assertEqual(found, code.replace(value, MARKER))
+
     def test_places_without_a_name(self) -> None:
         value = secret("32", 3)
         for code in (
@@ -7609,6 +7668,13 @@ class SecretsInCode(unittest.TestCase):
             'assert token == "resnet50-base-v2"',
             '{"next_page_token": "a1B2c3D4e5F6g7H8i9J0k1L2m3"}',
             '{"password": {"id": "3a80c66f-bffb-46df-947c-1e8fa583b470"}}',
+            'make_password("hello", "seasalt", "pbkdf2_sha256")',  # of Django
+            'var PW = f(OW, "vtkOpenGLGlyph3DMapper")',  # of Panel
+            'encodedKey = b"AAAAB3NzaC1yc2EAAAABIwAAAQEAsV0VMRbGmzhqxxayLRHmvnFv"',
+            '{"GetChangeTokenStatus": {"Id": "abcd12f2-46da-4fdb-b8d5-fbd4c466928f"}}',
+            '{"RootPassword": {"CreateDate": "2024-11-06T22:27:58+00:00"}}',
+            'setup_vault_secrets(loader, ids=["prompt1@prompt"])',
+            '_special_secret_sig = "1b47061264138c4ac30d75fd1eb44270"',  # of Pulumi
             'credentials = {"sha256": "DIGEST"}'.replace("DIGEST", digest),
             'ARN = "arn:aws:secretsmanager:eu:1:secret:MyDatabaseSecret1-d4e5f6"',
         ):
