@@ -7807,11 +7807,11 @@ class NoSecretReachesTheDisk(RunCase):
         super().setUp()
         self.canaries: list[str] = []
 
-    def canary(self) -> str:
+    def canary(self, prefix: str = "hf_") -> str:
         """Return a value, every other one without a provider's shape."""
         value = f"{uuid.uuid4().hex}Zz9"
         if len(self.canaries) % 2:
-            value = f"hf_{value}"
+            value = prefix + value
         self.canaries.append(value)
         return value
 
@@ -7855,10 +7855,10 @@ class NoSecretReachesTheDisk(RunCase):
             "    os.environ['LATE_API_KEY'] = late\n"
             "    log_metrics(run_dir, {'loss': 1.0, 'why': message})\n"
             "    mark_status(run_dir, 'partial', extra={'hint': message})\n"
-            "    raise RuntimeError(message + ' api_key=' + late)\n",
+            "    raise RuntimeError(' '.join([message, sys.argv[2], late]))\n",
             "utf-8",
         )
-        secret_of_env, late = self.canary(), self.canary()
+        secret_of_env, late = self.canary(prefix=""), self.canary(prefix="")
         message = f"no access with {plain} and {secret_of_env}"
         given = [config, f"note {secret_of_env}", message, late]
         env = {"WANDB_API_KEY": secret_of_env, "PLAIN": f"a {secret_of_env}"}
@@ -7866,8 +7866,8 @@ class NoSecretReachesTheDisk(RunCase):
         command = [
             PYTHON,
             "train.py",
-            "--token",
-            self.canary(),
+            "--hf_token",
+            self.canary(prefix=""),
             f"api_key={self.canary()}",
         ]
         done = subprocess.run(
