@@ -1631,6 +1631,13 @@ class NothingIsLeft(RunCase):
         first, second = (run_context("results/exp", "exp") for _ in range(2))
         first.__enter__(), second.__enter__()
         first.__exit__(None, None, None), second.__exit__(None, None, None)
+    def struck():
+        os.makedirs(".git", exist_ok=True)  # so that git is asked
+        def strike(*args): raise KeyboardInterrupt
+        learn, run_utils._learn_at_entry = run_utils._learn_at_entry, strike
+        try: block("struck on entry")
+        except KeyboardInterrupt: pass
+        finally: run_utils._learn_at_entry = learn
     def threads():
         others = [threading.Thread(target=block, args=(n,)) for n in range(COUNT)]
         for other in others: other.start()
@@ -1644,7 +1651,7 @@ class NothingIsLeft(RunCase):
         return (opened, children, own, mask, dict(os.environ), *map(len, inside),
                 threading.active_count(), len(os.listdir(os.environ["TMPDIR"])))
     for kind in (lambda: block("block"), by_hand, decorated, failing, generator,
-                 overlapping, threads):
+                 overlapping, threads, struck):
         kind()
         before = state()
         for _ in range(TIMES): kind()
