@@ -3761,7 +3761,7 @@ def _complete_metadata(metadata: Facts, site: _Site, record: _Record) -> None:
         "environment": lambda: _environment(site, metadata["git"].get("root")),
     }
     python: dict[str, Callable[[], JSON]] = {
-        "python": lambda: _python_of_command(site),
+        "python": lambda: _ask_python(site),
         "pip_freeze": packages.lines,
         "packages": lambda: packages.about or None,
         "env": lambda: dict(os.environ),  # of the recorder: it is that of its parent
@@ -3769,12 +3769,10 @@ def _complete_metadata(metadata: Facts, site: _Site, record: _Record) -> None:
     }
     threads = []
     for chain in (code, {"cuda": _cuda}):  # git first, which is waited for longest
-        thread = threading.Thread(target=_collect_chain, args=(metadata, chain))
         try:
             if site.pid == os.getpid():
                 raise RuntimeError("this is the process of the user")
-            thread.start()
-            threads.append(thread)
+            threads.append(_started_thread(_collect_chain, metadata, chain))
         except RuntimeError:  # or there is no room for one more thread
             _collect_chain(metadata, chain)
     _collect_chain(metadata, python)
@@ -3790,21 +3788,22 @@ def _collect_chain(metadata: Facts, chain: Mapping[str, Callable[[], JSON]]) -> 
 def _collect(metadata: Facts, name: str, ask: Callable[[], JSON]) -> None:
     """Put what `ask` finds out at its place, and how that went in `capture`."""
     started = monotonic()
-    report: Facts = {"ok": True, "seconds": None, "problem": None}
-    facts = None
+    facts = problem = None
+    more = {}
     try:
         facts = ask()
     except _Unknown as reason:
-        facts = reason.facts  # what is known all the same
-        report.update(ok=False, problem=str(reason))
+        facts = reason.facts
+        problem = str(reason)
         if reason.is_expected:
-            report["is_expected"] = True
+            more = {"is_expected": True}
     except Exception as error:  # a bug of ours costs one key, not the record
         is_main = threading.current_thread() is threading.main_thread()
         if is_main and _is_foreign(error):
             raise
-        report.update(ok=False, problem=f"{type(error).__name__}: {error}")
-    report["seconds"] = round(monotonic() - started, 3)
+        problem = f"{type(error).__name__}: {error}"
+    seconds = round(monotonic() - started, 3)
+    report = {"ok": problem is None, "seconds": seconds, "problem": problem, **more}
     with _collecting:
         _place(metadata, name, facts)
         metadata["capture"] = {**metadata["capture"], name: report}
@@ -3870,9 +3869,8 @@ class _Site:
 
     @staticmethod
     def from_json(facts: Facts) -> _Site:
-        site = _Site(facts["argv"])
-        for name in _Site.__annotations__:
-            setattr(site, name, facts[name])
+        site = _Site([])
+        vars(site).update(facts)
         return site
 
     def places(self) -> list[str]:
@@ -3881,11 +3879,10 @@ class _Site:
         The program that runs decides: not what it was given to read, and not where
         pytest or Jupyter are installed. At the end stands the working directory.
         """
-        folders = []
+        scripts = []
         if self.script is not None:
-            for path in (realpath(self.script), self.script):
-                if not _is_installed(path):
-                    folders.append(dirname(path))
+            scripts = [realpath(self.script), self.script]
+        folders = [dirname(path) for path in scripts if not _is_installed(path)]
         folders += [self.cwd or os.sep, os.sep]
         return list(dict.fromkeys(filter(isdir, folders)))
 
@@ -3942,9 +3939,7 @@ def _stem(path: str) -> str:
 
 def _typed_argv() -> list[str]:
     """Return the command line as it was typed: interpreter, flags, `-m pkg.mod`."""
-    typed = getattr(sys, "orig_argv", None)
-    if not typed:
-        typed = ["python", *getattr(sys, "argv", [])]
+    typed = getattr(sys, "orig_argv", None) or ["python", *getattr(sys, "argv", [])]
     return [sys.executable or "python", *typed[1:]]
 
 
@@ -3971,9 +3966,8 @@ def _loaded_sources(here: str) -> list[str]:
 
 def _is_installed(path: str) -> bool:
     """Tell whether a file belongs to an environment or the system, not to a project."""
-    if re.search(r"[/\\](site|dist)-packages[/\\]", path):
-        return True
-    if path.startswith(_STANDARD_LIBRARY):
+    is_package = re.search(r"[/\\](site|dist)-packages[/\\]", path)
+    if is_package or path.startswith(_STANDARD_LIBRARY):
         return True
     folder = dirname(path)
     if basename(folder) not in ("bin", "sbin", "shims", "Scripts"):
@@ -3987,8 +3981,7 @@ _STANDARD_LIBRARY = dirname(os.__file__) + os.sep
 
 def _is_prefix(folder: str) -> bool:
     """Tell whether a folder is an environment made by venv, uv or conda."""
-    markers = ("pyvenv.cfg", "conda-meta")
-    return any(exists(join(folder, name)) for name in markers)
+    return exists(f"{folder}/pyvenv.cfg") or exists(f"{folder}/conda-meta")
 
 
 def _describe_command(site: _Site) -> None:
@@ -4003,12 +3996,11 @@ def _describe_command(site: _Site) -> None:
     site.script = program
     site.name = _stem(program)
     if re.match(_INTERPRETER, basename(program)):
-        script, module = _operand(words, here)
-        site.script = script
+        site.script, module = _operand(words, here)
         if module:
             site.name = module.replace(".__main__", "").rpartition(".")[2]
-        elif script is not None:
-            site.name = _stem(script)
+        elif site.script is not None:
+            site.name = _stem(site.script)
     site.origin = "the command"
     first = _on_path(site.argv[0], here) or ""
     site.executable = _python_beside(first) or _python_beside(program)
@@ -4121,17 +4113,12 @@ def _python(site: _Site) -> Facts:
         "origin": site.origin,
         "implementation": None,
         "prefix": None,
-        "flags": {},
         "torch": _loaded("torch.__version__"),
         "numpy": _loaded("numpy.__version__"),
     }
     if site.origin == "this process":
-        facts["version"] = sys.version
+        facts.update(version=sys.version, prefix=sys.prefix)
         facts["implementation"] = sys.implementation.name
-        facts["prefix"] = sys.prefix
-        for name in ("dev_mode", "isolated", "no_site", "optimize", "safe_path"):
-            if getattr(sys.flags, name, None):
-                facts["flags"][name] = getattr(sys.flags, name)
     return facts
 
 
@@ -4192,18 +4179,20 @@ def _determinism() -> Facts:
         "torch_cudnn_benchmark": _loaded("torch.backends.cudnn.benchmark"),
         "torch_float32_matmul_precision": _loaded("torch.get_float32_matmul_precision"),
         "hash_randomization": bool(sys.flags.hash_randomization),
-        "PYTHONHASHSEED": os.environ.get("PYTHONHASHSEED"),
-        "CUBLAS_WORKSPACE_CONFIG": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
-        "PL_GLOBAL_SEED": os.environ.get("PL_GLOBAL_SEED"),  # of seed_everything()
+        **{name: os.environ.get(name) for name in _SEEDING_VARIABLES},
     }
+
+
+# The last is set by seed_everything() of Lightning.
+_SEEDING_VARIABLES = ("PYTHONHASHSEED", "CUBLAS_WORKSPACE_CONFIG", "PL_GLOBAL_SEED")
 
 
 def _late_determinism(before: Facts) -> Facts:
     """Return the seeds and flags that were set since `before`, for status.json."""
     if not before:
         return {}
-    now = {name: value for name, value in _determinism().items() if value is not None}
-    return _changed(before, now)
+    news = _changed(before, _determinism())
+    return {name: value for name, value in news.items() if value is not None}
 
 
 def _loaded(path: str) -> JSON:
@@ -4242,13 +4231,9 @@ _LAUNCHER_NAMES = (
 # The Python of the experiment and its packages.
 
 
-def _python_of_command(site: _Site) -> Facts | None:
+def _ask_python(site: _Site) -> Facts | None:
     if site.origin == "this process":
         return None
-    return _ask_python(site)
-
-
-def _ask_python(site: _Site) -> Facts:
     if site.executable is None:
         raise _Unknown("no Python was found on PATH")
     code = "import json, sys; print(json.dumps([sys.version, sys.prefix, sys.path]))"
@@ -4265,13 +4250,10 @@ def _python_environment() -> dict[str, str]:
     """Return the environment in which the experiment's Python is asked things."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("PIP_")}
     env["PIP_CONFIG_FILE"] = os.devnull
-    places = []
-    for place in env.pop("PYTHONPATH", "").split(os.pathsep):
-        pip = join(place, "pip")
-        if os.path.isabs(place) and not exists(pip):
-            places.append(place)
-    if places:
-        env["PYTHONPATH"] = os.pathsep.join(places)
+    places = env.pop("PYTHONPATH", "").split(os.pathsep)
+    kept = [p for p in places if os.path.isabs(p) and not exists(f"{p}/pip")]
+    if kept:
+        env["PYTHONPATH"] = os.pathsep.join(kept)
     return env
 
 
@@ -4311,21 +4293,19 @@ class _Packages:
             return None
         for earlier in self.record.earlier_metadata():
             about = _mapping(earlier, "packages")
-            report = _mapping(earlier, "capture", "pip_freeze")
-            lines = earlier.get("pip_freeze")
-            is_whole = report.get("ok") is True and isinstance(lines, list)
-            if is_whole and about.get("state") == self.state:
+            is_whole = isinstance(earlier.get("pip_freeze"), list)
+            is_ok = _at(earlier, "capture", "pip_freeze", "ok") is True
+            if is_whole and is_ok and about.get("state") == self.state:
                 taken_from = about["taken_from"] or earlier["run"]
                 self.about = {**about, "taken_from": taken_from}
-                return [str(line) for line in lines or ()]
+                return _texts(earlier, "pip_freeze")
         return None
 
 
 def _pip_freeze(executable: str) -> list[str]:
     pip = [*_safe_python(executable), "-m", "pip", "--disable-pip-version-check"]
     printed = _run([*pip, "freeze"], env=_python_environment(), timeout=PIP_SECONDS)
-    lines = printed.decode("utf-8", "surrogateescape").splitlines()
-    return [line.strip() for line in lines if line.strip()]
+    return [line.strip() for line in _lines_of(printed) if line.strip()]
 
 
 class _Installed:
@@ -4390,10 +4370,10 @@ def _installed(places: Iterable[str]) -> list[_Installed]:
     return found
 
 
-def _head_of_file(path: str) -> str:
+def _head_of_file(path: str, size: int = 65_536) -> str:
     """Return the beginning of a text file, nothing if it cannot be read."""
     with _ignoring(OSError), _opened(path, MAX_READ, follow=True) as file:
-        return (file.read(65_536) or b"").decode("utf-8", "replace")
+        return (file.read(size) or b"").decode("utf-8", "replace")
     return ""
 
 
@@ -4479,20 +4459,24 @@ NVIDIA_DRIVER = "/proc/driver/nvidia/version"
 def _cuda() -> Facts:
     """Return what the NVIDIA driver says; no CUDA context is ever made."""
     facts: Facts = {**dict.fromkeys(_CUDA_FACTS), "available": False}
-    # NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 ...
-    driver = _match_in_file(NVIDIA_DRIVER, r"Kernel Module +([\d.]+)")
     if _on_path("nvidia-smi") is None and not exists(NVIDIA_DRIVER):
         return facts  # no program and no driver: no GPU
+    # NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 ...
+    driver = _match_in_file(NVIDIA_DRIVER, r"Kernel Module +([\d.]+)")
+    facts.update(available=None, driver_version=driver)
     try:
-        devices = _gpus()
+        # 0, NVIDIA H100 80GB HBM3, 81559, GPU-8a1b2c3d-..., 550.54.15, Disabled
+        table = _nvidia_smi(_GPU_FACTS)
         header = _run(["nvidia-smi"]).decode("utf-8", "replace")
     except _Unknown as reason:
-        facts.update(available=None, driver_version=driver)
         raise _Unknown(str(reason), facts) from None
+    devices: list[Facts] = [dict(zip(_GPU_FACTS, row)) for row in table]
     facts.update(available=bool(devices), device_count=len(devices), devices=devices)
-    facts.update(driver_version=driver, mig_devices=[])
-    if devices:
-        facts["driver_version"] = devices[0]["driver_version"]
+    facts["mig_devices"] = []
+    for device in devices:
+        facts["driver_version"] = device["driver_version"]
+        if str(device["memory.total"]).isdigit():
+            device["memory.total"] = int(device["memory.total"])  # in MiB
     # | NVIDIA-SMI 550.54.15    Driver Version: 550.54.15    CUDA Version: 12.4     |
     version = re.search(r"CUDA (?:UMD )?Version: *([\d.]+)", header)
     if version is not None:
@@ -4502,28 +4486,6 @@ def _cuda() -> Facts:
         listed = _run(["nvidia-smi", "-L"]).decode("utf-8", "replace")
         facts["mig_devices"] = re.findall(r"^ +(MIG .*)", listed, re.M)
     return facts
-
-
-def _gpus() -> list[Facts]:
-    """Return the columns _GPU_FACTS of each GPU.
-
-    0, NVIDIA H100 80GB HBM3, 81559, GPU-8a1b2c3d-..., 550.54.15, Disabled
-    """
-    columns = list(_GPU_FACTS)
-    try:
-        table = _nvidia_smi(columns)
-    except _ProgramFailed as problem:
-        if b"not a valid field" not in problem.output:
-            raise
-        columns.remove("mig.mode.current")  # a driver older than MIG
-        table = _nvidia_smi(columns)
-    devices = []
-    for row in table:
-        device: Facts = {**dict.fromkeys(_GPU_FACTS), **dict(zip(columns, row))}
-        if str(device["memory.total"]).isdigit():
-            device["memory.total"] = int(device["memory.total"])  # in MiB
-        devices.append(device)
-    return devices
 
 
 def _nvidia_smi(
@@ -4537,19 +4499,12 @@ def _nvidia_smi(
         printed = problem.output
         if b"No devices" not in printed:
             raise
-    table: list[list[str | None]] = []
-    for line in _lines_of(printed):
-        row: list[str | None] = []
-        for value in line.split(", "):
-            known = None
-            if not value.startswith("["):
-                known = value.strip()
-            row.append(known)
-        if len(row) == len(columns):
-            table.append(row)
-    if not table and b"No devices" not in printed:
+    lines = [re.sub(r"\[.*?\]", "", line) for line in _lines_of(printed)]
+    table = [[value.strip() or None for value in line.split(",")] for line in lines]
+    rows = [row for row in table if len(row) == len(columns)]
+    if not rows and b"No devices" not in printed:
         raise _Unknown("nvidia-smi gave no table")
-    return table
+    return rows
 
 
 def _environment(site: _Site, root: str | None) -> Facts:
@@ -4558,50 +4513,40 @@ def _environment(site: _Site, root: str | None) -> Facts:
     # home = /usr/bin\nuv = 0.4.18\nversion_info = 3.12.1
     uv = _match_in_file(settings, r"^uv *= *(.+)$")
     conda: list[str] = []
-    channels: list[str] = []
     with _ignoring(OSError):
         conda = sorted(os.listdir(join(site.prefix, "conda-meta")))
-        history = _read_bytes(f"{site.prefix}/conda-meta/history", MAX_RECORD)
-        # +conda-forge/linux-64::numpy-1.26.4-py311h64a7726_0
-        found = re.findall(rb"(?m)^\+(\S+)/[^/:\s]+::", history)
-        channels = [os.fsdecode(name) for name in dict.fromkeys(found)]
-    locks = {}
-    for name in LOCK_FILES:
-        digest = _sha256(join(root or site.directory, name))
-        if digest is not None:
-            locks[name] = digest
-    manager = None
-    if uv is not None:
-        manager = "uv"
-    elif conda:
-        manager = "conda"
-    elif exists(settings):
-        manager = "venv"
+    history = _head_of_file(f"{site.prefix}/conda-meta/history", MAX_RECORD)
+    # +conda-forge/linux-64::numpy-1.26.4-py311h64a7726_0
+    channels = re.findall(r"(?m)^\+(\S+)/[^/:\s]+::", history)
+    folder = root or site.directory
+    locks = {name: _sha256(join(folder, name)) for name in LOCK_FILES}
+    managers = {"uv": uv, "conda": conda, "venv": exists(settings)}
     return {
-        "manager": manager,
+        "manager": _first_true(managers),
         "prefix": site.prefix or None,
         "uv_version": uv,
         "conda_environment": os.environ.get("CONDA_DEFAULT_ENV"),
         # name-version-build
         "conda_packages": [name[:-5] for name in conda if name.endswith(".json")],
-        "conda_channels": channels,
-        "lock_files": locks,
+        "conda_channels": list(dict.fromkeys(channels)),
+        "lock_files": {name: digest for name, digest in locks.items() if digest},
     }
+
+
+def _first_true(answers: Mapping[str, object]) -> str | None:
+    return next((name for name, answer in answers.items() if answer), None)
 
 
 def _container() -> Facts:
     """Return the kind of container this is, its image, and the limits of its cgroup."""
     env = os.environ
     apptainer = env.get("APPTAINER_CONTAINER") or env.get("SINGULARITY_CONTAINER")
-    kind = None
-    if apptainer:
-        kind = "apptainer"
-    elif exists("/run/.containerenv"):
-        kind = "podman"
-    elif env.get("KUBERNETES_SERVICE_HOST"):
-        kind = "kubernetes"
-    elif exists("/.dockerenv"):
-        kind = "docker"
+    kinds = {
+        "apptainer": apptainer,
+        "podman": exists("/run/.containerenv"),
+        "kubernetes": env.get("KUBERNETES_SERVICE_HOST"),
+        "docker": exists("/.dockerenv"),
+    }
     # image="docker.io/library/python:3.11"
     image = _match_in_file("/run/.containerenv", r'^image="(.*)"') or apptainer
     # Where it is told to those inside: SLURM's pyxis, GitLab, hubs of notebooks.
@@ -4614,7 +4559,7 @@ def _container() -> Facts:
     if quota.isdigit() and period.isdigit():
         cpus = int(quota) / int(period)
     return {
-        "kind": kind,
+        "kind": _first_true(kinds),
         "image": image,
         "cpu_limit": cpus,
         "memory_limit_bytes": _cgroup_limit("memory.max"),
@@ -6336,7 +6281,7 @@ class _Plan:
             return
         site = _Site.here([self.python, "-c", ""])
         now: Facts = {"capture": {}}
-        _collect(now, "python", lambda: _python_of_command(site))
+        _collect(now, "python", lambda: _ask_python(site))
         _collect(now, "pip_freeze", _Packages(site, _Unwritten(self.run)).lines)
         _collect(now, "cuda", _cuda)
         then, here = self._environment(self.metadata), self._environment(now)

@@ -4107,15 +4107,6 @@ class Cuda(ProvenanceCase):
         self.assertEqual(facts["devices"][0]["memory.total"], 81559)
         self.assertEqual(facts["mig_devices"], ["MIG 1g.10gb (UUID: M)"])
 
-    def test_a_driver_older_than_mig(self) -> None:
-        self.stub(
-            "nvidia-smi",
-            'case "$1" in --query*mig*) echo "mig is not a valid field"; exit 2;; '
-            '--query*) echo "0, K80, 11441, GPU-0, 418.1";; esac',
-        )
-        device = run_utils._cuda()["devices"][0]
-        self.assertEqual((device["name"], device["mig.mode.current"]), ("K80", None))
-
     def test_no_gpu(self) -> None:
         self.patch(mock.patch.object(run_utils, "NVIDIA_DRIVER", "/nonexistent"))
         os.environ["PATH"] = str(self.tmp / "bin")
