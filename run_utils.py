@@ -4839,11 +4839,10 @@ class _Head:
         self, directory: str, variables: Mapping[str, str] | None = None
     ) -> None:
         self.program: _Program | None = None
-        if _has_repository(directory):
-            with _ignoring(_Unknown):
-                self.program = _git_started(
-                    directory, *_HEAD_QUESTION, variables=variables
-                )
+        options: Any = {"variables": variables}
+        with _ignoring(_Unknown):
+            if _has_repository(directory):
+                self.program = _git_started(directory, *_HEAD_QUESTION, **options)
 
     def answer(self) -> str:
         if self.program is not None:
@@ -4894,7 +4893,7 @@ def _git_patch(record: _Record, tree: _Repository) -> Facts:
     in it are changes after entry, files that hold secrets by nature, and what passes a
     limit: these are listed. Nothing is written when nothing differs.
     """
-    patch = _Patch(_EarlierPatch(record))
+    patch = _Patch(next(record.earlier_runs(), None))
     try:
         tree.open()
         base = tree.base
@@ -4943,8 +4942,8 @@ def _package(name: str, tree: _Repository, record: _Record, seen: set[str]) -> F
         seen.add(tree.root)
         patch = _Patch()
         patch.add(tree)
+        file = f"git.{_safe_name(name)}.patch"
         try:
-            file = f"git.{_safe_name(name)}.patch"
             facts["patch"] = patch.keep(record, file, tree.root)
         except _Unknown as reason:
             facts["patch"] = reason.facts
@@ -5046,7 +5045,8 @@ class _Repository:
         self.short = ""
         self.is_shallow = False
         self.config: dict[str, str] = {}
-        self.switches: list[str] = []  # that turn filters off
+        self.filters: list[str] = []  # filter.lfs
+        self.switches: list[str] = []  # that turn them off
         self.hash_name = "sha1"
         self.keeps_modes = True
         # Of a repository inside another:
@@ -5081,13 +5081,14 @@ class _Repository:
         return facts
 
     def known_facts(self) -> Facts:
+        problem = None
         try:
-            return {**self.facts(), "problem": None}
+            facts = self.facts()
         except _Unknown as reason:
-            problem = None
+            facts = reason.facts
             if not reason.is_expected:
                 problem = str(reason)
-            return {**reason.facts, "problem": problem}
+        return {**facts, "problem": problem}
 
     def _describe(self, facts: Facts) -> None:
         """Fill in the facts, the quickest to find out first."""
@@ -5103,19 +5104,19 @@ class _Repository:
         facts["branch"] = self.status.branch
         if listing is not None:
             listing.join()
-        names: dict[str, list[str]] = {"changed": [], "untracked": [], "late": []}
-        for change in self.changes:
-            kind = "untracked"
+        changed, untracked, late = [], [], []
+        for name, change in self.changes.items():
             if change.is_late:
-                kind = "late"
+                late.append(_shown(name))
             elif change.is_tracked:
-                kind = "changed"
-            names[kind].append(_shown(change.name))
-        names["untracked"] += [_shown(name) for name in self.status.repositories]
-        facts["changed"] = names["changed"][:MAX_LISTED]
-        facts["untracked"] = names["untracked"][:MAX_LISTED]
-        facts["untracked_count"] = len(names["untracked"])
-        facts["changed_after_entry"] = names["late"][:MAX_LISTED]
+                changed.append(_shown(name))
+            else:
+                untracked.append(_shown(name))
+        untracked += map(_shown, self.status.repositories)
+        facts["changed"] = changed[:MAX_LISTED]
+        facts["untracked"] = untracked[:MAX_LISTED]
+        facts["untracked_count"] = len(untracked)
+        facts["changed_after_entry"] = late[:MAX_LISTED]
         inner = []
         for tree in self.inner:
             known = tree.known_facts()
@@ -5125,7 +5126,7 @@ class _Repository:
             inner.append({"path": path, "recorded": tree.recorded, **known})
         facts["submodules"] = inner
         has_moved = self.status.has_moved or any(each["is_dirty"] for each in inner)
-        facts["is_dirty"] = bool(names["changed"] or names["untracked"] or has_moved)
+        facts["is_dirty"] = bool(changed or untracked or has_moved)
         if self.head:
             facts["unpushed"] = len(self.history.unpushed)
             facts["unpushed_commits"] = self.history.unpushed[:MAX_LISTED]
@@ -5154,18 +5155,13 @@ class _Repository:
         if not _has_repository(self.directory):
             raise _NoRepository
         answer = self.answer or self._ask_for_head()
-        inside, _, rest = answer.partition("\n")
-        shallow, _, rest = rest.partition("\n")
-        root, head, short, _ = f"\n\n\n{rest}".rsplit("\n", 3)
-        root = root.lstrip("\n")
-        if inside == "false":
-            raise _NoRepository
-        if inside != "true" or not os.path.isabs(root):
+        found = re.fullmatch(r"true\n(\w+)\n(.+)\n(\w*)\n(\w*)\n", answer, re.S)
+        if found is None or not os.path.isabs(found[2]):
             raise _Unknown("git did not answer what it was asked")
         self.read_config()
-        _check_git_dir(self, root)
-        self.is_shallow = shallow == "true"
-        self.root, self.head, self.short = root, head, short
+        _check_git_dir(self, found[2])
+        self.is_shallow = found[1] == "true"
+        self.root, self.head, self.short = found.groups()[1:]
         self.is_git = True
 
     def _ask_for_head(self) -> str:
@@ -5184,15 +5180,13 @@ class _Repository:
                 self.config[name] = value
         self.hash_name = self.config.get("extensions.objectformat", "sha1")
         self.keeps_modes = self.config.get("core.filemode") != "false"
-        for name in self._filters():
+        keys = [key for key in self.config if key.startswith("filter.")]
+        self.filters = sorted({key.rpartition(".")[0] for key in keys})
+        for name in self.filters:
             if "=" in name:
                 raise _Unknown("a git filter has a name that cannot be switched off")
             for setting in ("clean=", "smudge=", "process=", "required=false"):
                 self.switches += ["-c", f"{name}.{setting}"]
-
-    def _filters(self) -> list[str]:
-        keys = [key for key in self.config if key.startswith("filter.")]
-        return sorted({key.rpartition(".")[0] for key in keys})
 
     @cached_property
     def _pathspec(self) -> list[str]:
@@ -5202,7 +5196,7 @@ class _Repository:
             inside = relpath(realpath(folder), root)
             if inside.split(os.sep)[0] not in (os.curdir, os.pardir):
                 pathspec.append(f":(exclude,top,literal){inside}")
-        for name in self._filters():
+        for name in self.filters:
             match = re.match(r"filter\.([a-z-]*(crypt|sops|vault)[a-z-]*)$", name)
             if match:
                 pathspec.append(f":(exclude,top,attr:filter={match[1]})")
@@ -5221,7 +5215,7 @@ class _Repository:
         return _Listed(self.git(*words, limit=5 * PROGRAM_BYTES))
 
     @cached_property
-    def changes(self) -> list[_Change]:
+    def changes(self) -> dict[bytes, _Change]:
         """The files that are not as HEAD has them, by name."""
         found = {}
         for name, old in self.status.files.items():
@@ -5238,7 +5232,7 @@ class _Repository:
                 change.read()
             if change.blob() != change.old and self._is_there(change):
                 found[name] = change
-        return [found[name] for name in sorted(found)]
+        return dict(sorted(found.items()))
 
     def _is_promise(self, change: _Change) -> bool:
         """Tell whether HEAD lacks a deleted file, of which `git add -N` told alone.
@@ -5278,12 +5272,11 @@ class _Repository:
         """The newest commit of this history that a remote has, and that remote."""
         if not self.head:
             return None
-        wanted = self.wanted
         with _ignoring(_Unknown):  # facts() says why
-            if wanted is not None and wanted != self.head:
-                remote = self._remote_of(wanted)
+            if self.wanted is not None:
+                remote = self._remote_of(self.wanted)
                 if remote is not None:
-                    return {"commit": wanted, **remote}
+                    return {"commit": self.wanted, **remote}
             commit = self.history.newest_pushed
             if commit is not None:
                 remote = self._remote_of(commit) or self._remotes[0]
@@ -5303,8 +5296,7 @@ class _Repository:
             words += ["--not", "--remotes"]
         if self._remotes and self.is_shallow:  # a remote has sent where it was cut
             path = os.fsdecode(self.git("rev-parse", "--git-path", "shallow").rstrip())
-            with _ignoring(OSError):
-                words += os.fsdecode(_read_bytes(join(self.root, path))).split()
+            words += os.fsdecode(_readable_bytes(join(self.root, path))).split()
         return _History(self.git("rev-list", *words), self.head)
 
     @cached_property
@@ -5349,15 +5341,11 @@ class _Repository:
 
     @cached_property
     def _whole_tree(self) -> list[_Change]:
-        changed = {change.name: change for change in self.changes}
         found = []
-        for name in sorted({*changed, *self.listed.files}):
-            is_tracked = name in self.listed.files
-            change = _Change(self, name, _NO_BLOB, is_tracked)
-            if is_tracked:
-                change.committed = self.listed.files[name]
-            if name in changed:
-                change.committed = changed[name].committed
+        changed = {name: each.committed for name, each in self.changes.items()}
+        for name, committed in sorted({**self.listed.files, **changed}.items()):
+            change = _Change(self, name, _NO_BLOB, name in self.listed.files)
+            change.committed = committed
             if self._is_there(change):
                 found.append(change)
         return found
@@ -5370,7 +5358,7 @@ class _Repository:
         if self.base is None:
             return self._whole_tree
         commit = self.base["commit"]
-        changes = {change.name: change for change in self.changes}
+        changes = {**self.changes}
         if commit != self.head:
             words = ("diff-tree", "-r", "--raw", "-z", "--no-renames", commit)
             # :100644 100755 <old id> <new id> M\0name\0
@@ -5393,9 +5381,7 @@ class _Repository:
         links = self.listed.links
         for name in sorted({*links, *(name[:-1] for name in self.status.repositories)}):
             place = join(realpath(self.root), os.fsdecode(name))
-            if realpath(place) != place:
-                continue
-            if not lexists(join(place, ".git")):
+            if realpath(place) != place or not lexists(join(place, ".git")):
                 continue
             if monotonic() > self.deadline:
                 raise _Unknown("no time left to look into all repositories inside")
@@ -5683,8 +5669,8 @@ def _is_own_source(path: str, site: _Site) -> bool:
 class _Patch:
     """A patch in the making: its text, and what it leaves out."""
 
-    def __init__(self, earlier: _EarlierPatch | None = None) -> None:
-        self.earlier = earlier or _EarlierPatch()
+    def __init__(self, earlier: Path | None = None) -> None:
+        self.earlier = _EarlierPatch(earlier)
         self.deadline = monotonic() + PATCH_SECONDS
         self.text = bytearray()
         self.room = 0, 0  # limits of bytes and files
@@ -5692,8 +5678,6 @@ class _Patch:
         self.files = 0
         self.redacted: list[str] = []
         self.left_out: list[Facts] = []
-        self.left_out_count = 0
-        self.left_out_bytes = 0
         self.problems: list[str] = []
 
     def add(self, tree: _Repository) -> None:
@@ -5775,9 +5759,9 @@ class _Patch:
             "files": self.files,
             "root": root,  # the folder that the names in it start from
             "redacted": self.redacted,
-            "left_out": self.left_out,
-            "left_out_count": self.left_out_count,
-            "left_out_bytes": self.left_out_bytes,
+            "left_out": self.left_out[:MAX_LISTED],
+            "left_out_count": len(self.left_out),
+            "left_out_bytes": sum(each["bytes"] for each in self.left_out),
         }
         if data:
             _write_or_link(record, name, data)
@@ -5835,16 +5819,11 @@ class _Patch:
 
     def _leave_out(self, change: _Change, reason: str) -> None:
         size = max(change.size, change.old_size)
-        self.left_out_count += 1
-        self.left_out_bytes += size
-        if len(self.left_out) >= MAX_LISTED:
-            return
         facts: Facts = {"path": _shown(change.title), "bytes": size, "reason": reason}
+        limits = ("no source", "too large", "the patch is full", "too many files")
         is_cheap = size <= HASH_BYTES and monotonic() < self.deadline
-        is_limit = reason in (
-            "no source", "too large", "the patch is full", "too many files",
-        )
-        if is_limit and is_cheap and change.mode.startswith(b"100"):
+        is_listed = len(self.left_out) < MAX_LISTED and reason in limits
+        if is_listed and is_cheap and change.mode.startswith(b"100"):
             facts["sha256"] = _sha256(os.fsdecode(change.path))
         self.left_out.append(facts)
 
@@ -5856,24 +5835,18 @@ class _EarlierPatch:
     the names that git gives them, and if nothing was redacted or left out.
     """
 
-    def __init__(self, record: _Record | None = None) -> None:
+    def __init__(self, run_dir: Path | None) -> None:
         self.parts: dict[bytes, bytes] = {}  # by their first lines
-        if record is not None:
-            for path in itertools.islice(record.earlier_runs(), 1):
-                self._read(path)
-
-    def _read(self, run_dir: Path) -> None:
+        if run_dir is None:
+            return
         metadata = _read_json(run_dir / "metadata.json")
         facts = _mapping(metadata, "git", "patch")
+        is_whole = facts.get("redacted") == facts.get("left_out") == []
         is_ours = _at(metadata, "run_utils", "version") == __version__
-        if not is_ours or facts.get("redacted") != [] or facts.get("left_out") != []:
-            return
-        data = b""
-        with _ignoring(OSError):
-            data = _read_bytes(run_dir / "git.patch")
-        if _hash_of(data) == facts.get("sha256"):
+        data = _readable_bytes(run_dir / "git.patch")
+        if is_ours and is_whole and _hash_of(data) == facts.get("sha256"):
             for part in re.split(rb"(?m)^(?=diff --git )", data)[1:]:
-                self.parts[part[: part.index(b"\n")]] = part
+                self.parts[part.partition(b"\n")[0]] = part
 
     def may_have(self, change: _Change) -> bool:
         """Tell whether there is a part that begins with the old content of a file."""
@@ -5905,13 +5878,13 @@ class _EarlierPatch:
 
 
 def _write_or_link(record: _Record, name: str, data: bytes) -> None:
+    earlier = None
     if len(data) > LINK_BYTES:
         earlier = next(record.earlier_runs(), None)
-        if earlier is not None:
-            with _ignoring(OSError):
-                if _read_bytes(earlier / name) == data:
-                    record.link(name, earlier / name)
-                    return
+    with _ignoring(OSError):
+        if earlier is not None and _read_bytes(earlier / name) == data:
+            record.link(name, earlier / name)
+            return
     record.write_bytes(name, data)
 
 
@@ -5983,22 +5956,19 @@ def _new_file(change: _Change) -> bytes:
 
 
 def _quoted(name: bytes) -> bytes:
-    r"""Return a name as git writes it: "a/tab\011here", if it is not a plain one."""
-    if not re.search(rb'[\x00-\x1f"\\\x7f-\xff]', name):
+    r"""Return a name as git reads it: "a/tab\011here", if it is not a plain one."""
+    escaped = re.sub(rb'[^ !#-[\]-~]', lambda match: b"\\%03o" % ord(match[0]), name)
+    if escaped == name:
         return name
-    plain = re.sub(rb'["\\]', lambda match: b"\\" + match[0], name)
-    return b'"%s"' % re.sub(
-        rb"[\x00-\x1f\x7f-\xff]", lambda match: b"\\%03o" % ord(match[0]), plain
-    )
+    return b'"%s"' % escaped
 
 
 def _git_run(
-    directory: str, *words: str, protocols: str = "none",
-    timeout: float | None = None, limit: int | None = None, stdin: int | None = None,
+    directory: str, *words: str, timeout: float | None = None, limit: int | None = None,
+    **how: Any,
 ) -> bytes:
     """Return what git prints; it asks, pages, fetches, locks and executes nothing."""
-    git = _git_started(directory, *words, protocols=protocols, stdin=stdin)
-    return git.result(timeout, limit)
+    return _git_started(directory, *words, **how).result(timeout, limit)
 
 
 def _git_started(
@@ -6006,15 +5976,13 @@ def _git_started(
     variables: Mapping[str, str] | None = None,
 ) -> _Program:
     """Start git in a folder; what it prints is to be asked for."""
-    kept = ("GIT_CEILING_DIRECTORIES", "GIT_DISCOVERY_ACROSS_FILESYSTEM")
-    env = dict(variables or os.environ)
-    for name in [name for name in env if name.startswith("GIT_")]:
-        if name not in kept:
-            del env[name]
+    foreign = re.compile("GIT_(?!CEILING_DIRECTORIES$|DISCOVERY_ACROSS_FILESYSTEM$)")
+    variables = variables or os.environ
+    env = {name: variables[name] for name in variables if not foreign.match(name)}
+    env.update(_GIT_ENVIRONMENT, GIT_ALLOW_PROTOCOL=protocols)
     argv = ["git", "-C", directory, "--no-pager"]
     for setting in _GIT_SETTINGS:
         argv += ["-c", setting]
-    env.update(_GIT_ENVIRONMENT, GIT_ALLOW_PROTOCOL=protocols)
     return _Program([*argv, *words], os.curdir, env, stdin)
 
 
