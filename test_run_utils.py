@@ -72,6 +72,10 @@ def _python_without_pip() -> str:
 
 def setUpModule() -> None:
     global PYTHON, CACHE
+    # A job of `&` ignores Ctrl-C, one of nohup SIGHUP; so would all that we start.
+    for number in (signal.SIGINT, signal.SIGHUP):
+        before = signal.signal(number, signal.default_int_handler)
+        unittest.addModuleCleanup(signal.signal, number, before)
     PYTHON = _python_without_pip()
     CACHE = os.path.join(os.path.dirname(PYTHON), "cache")
 
@@ -10604,7 +10608,6 @@ class RunOnATerminal(RunCommandCase):
 
         self.pid, self.master = pty.fork()
         if self.pid == 0:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job of `&` ignores it
             os.execve(words[0], words, self.environment())
         self.addCleanup(os.close, self.master)
 
