@@ -1720,9 +1720,7 @@ class _Record:
             "identity": self.run_folder.identity,
             "attempt": self.attempt,
             "results_root": str(self.results_root),
-            "commit": self.commit,
-            "script": self.script,
-            "pid": self.pid,
+            "more": {name: getattr(self, name) for name in ("commit", "script", "pid")},
         }
 
     @staticmethod
@@ -1730,9 +1728,7 @@ class _Record:
         root = Path(facts["results_root"])
         path = Path(facts["path"])
         record = _Record(path, facts["attempt"], root, facts["identity"])
-        record.commit = facts["commit"]
-        record.script = facts["script"]
-        record.pid = facts["pid"]
+        vars(record).update(facts["more"])
         return record
 
     @property
@@ -1791,7 +1787,9 @@ class _Record:
         for folder in subdirs:
             (self.path / folder).mkdir(parents=True, exist_ok=True)
         now = time.time()
-        heartbeat = HEARTBEAT_SECONDS if is_watched else None
+        heartbeat = None
+        if is_watched:
+            heartbeat = HEARTBEAT_SECONDS
         status: Facts = {
             "status": "running",
             "exit_reason": None,
@@ -2140,9 +2138,8 @@ def _last_output(run_dir: Path, rank_prefix: str = "") -> list[str]:
         data = _readable_bytes(path, tail=MAX_MESSAGE)
         # A private key goes over several lines, so it is searched for in all of them.
         text = _redactor.text(data.decode("utf-8", "replace"))
-        lines = text.splitlines()
-        if lines:
-            return lines[-LAST_OUTPUT_LINES:]
+        if text:
+            return text.splitlines()[-LAST_OUTPUT_LINES:]
     return []
 
 
@@ -2224,8 +2221,8 @@ class _Launch:
             place.remove(request, reply)
         who = f"rank {self.rank} of {self.world} waited {RANK_WAIT_SECONDS:g} s"
         what = f"rank 0 to create the run below {str(self.base_dir)!r}"
-        known = [(k, v) for k, v in self.shared.items() if isinstance(v, str)]
-        variables = " ".join(f"{key}={value}" for key, value in known)
+        known = [f"{k}={v}" for k, v in self.shared.items() if isinstance(v, str)]
+        variables = " ".join(known)
         todo = "let all ranks enter run_context, or give ranks='separate'"
         raise TimeoutError(f"{who} for {what} ({variables}); {todo}")
 
@@ -2411,12 +2408,8 @@ def _is_child(ids: Facts) -> bool:
     if run_dir is None or any(run.pid == os.getpid() for run in _active):
         return False
     then = _mapping(_read_json(join(run_dir, "metadata.json")), "launcher")
-    if "world_size" not in then:
-        return False
-    for key, value in ids.items():
-        if not key.startswith(("PMIX_", "OMPI_MCA_")) and then.get(key) != value:
-            return False
-    return True
+    own = [key for key in ids if not key.startswith(("PMIX_", "OMPI_MCA_"))]
+    return "world_size" in then and all(then.get(key) == ids[key] for key in own)
 
 
 def _launcher_process(mark: Sequence[str]) -> list[JSON] | None:
@@ -2472,11 +2465,9 @@ def _name_failed_rank(record: _Record) -> Facts | None:
 
 def _with_failed_rank(record: _Record) -> Facts | None:
     status = record.read_json("status.json")
-    failed: dict[str, Facts] = {}
-    for path in sorted(record.folder.glob("logs/rank*.status.json")):
-        facts = _read_json(path)
-        if facts:
-            failed[str(facts["rank"])] = facts
+    paths = sorted(record.folder.glob("logs/rank*.status.json"))
+    found = filter(None, map(_read_json, paths))
+    failed = {str(facts["rank"]): facts for facts in found}
     if status.get("status") in (None, "running") or not failed:
         return None
     own = _at(status, "ranks", "0")
@@ -3301,11 +3292,9 @@ class _Stream:
             return
         line = f"run_utils: {problem}\n".encode("utf-8", "replace")
         for _ in range(2):
-            written = 0
-            with _ignoring(OSError):
-                written = os.write(2, line)  # this thread may have locked sys.stderr
-            if written == len(line):
-                return
+            with _ignoring(OSError):  # this thread may have locked sys.stderr
+                if os.write(2, line) == len(line):
+                    return
             for stream in self.capture.streams:
                 if stream.descriptor == 2:  # its log is on the same disk
                     stream.is_logged = False
@@ -13186,13 +13175,12 @@ class _Command:
             self._signal(number)
 
     def _signal(self, number: int) -> None:
-        if self.code is not None:
-            return
-        with _ignoring(ProcessLookupError):
-            if self.terminal is not None:
-                _posix.killpg(self.pid, number)  # which is a group of its own
-            else:
-                os.kill(self.pid, number)
+        send = os.kill
+        if self.terminal is not None:
+            send = _posix.killpg  # it is a group of its own
+        if self.code is None:
+            with _ignoring(ProcessLookupError):
+                send(self.pid, number)
 
     def _serve(self, wake: int) -> None:
         """Show what the command prints and let it read what is typed, until it ends."""
