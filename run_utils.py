@@ -965,6 +965,7 @@ class _Recording:
                 self._go_without_recorder(error)
             _learn_at_entry(self.variables, site, config)
             joined = None
+            commit = None
             if self.launch.rank:
                 joined = self.launch.join()
             else:
@@ -2069,7 +2070,7 @@ class _Ending:
                 why = ", out of memory"
             return _Ending.of_signal(-code, why)
         ending = _Ending("failed", "killed", code)
-        ending.problem = "the process ended without leaving the run_context block"
+        ending.problem = "the process ended before its run did"
         if code is not None:
             ending.problem += f" (exit status {code})"
         return ending
@@ -2998,20 +2999,19 @@ class _RecorderProcess:
 
     def _record_death(self, wait_status: int | None) -> None:
         self.is_over = True
-        prefix = _rank_prefix(self.rank)
         name = "status.json"
         if self.rank:
-            name = f"logs/{prefix}{name}"
+            name = f"logs/{_rank_prefix(self.rank)}{name}"
         status = self.record.read_json(name)
         if not isinstance(status.get("exit_code"), int):
             is_starved = _oom_kills() > self.request["oom_kills"]
             ending = _Ending.of_death(wait_status, is_starved)
-            ending.last_output = _last_output(self.record.path, prefix)
-            self._write_death(ending)
+            self._write_death(ending, monotonic())
 
-    def _write_death(self, ending: _Ending) -> None:
-        seconds = round(monotonic() - self.request["begun"], 3)
-        more: Facts = {"duration_seconds": seconds}
+    def _write_death(self, ending: _Ending, ended: float) -> None:
+        prefix = _rank_prefix(self.rank)
+        ending.last_output = _last_output(self.record.path, prefix)
+        more: Facts = {"duration_seconds": round(ended - self.request["begun"], 3)}
         if not self.rank:
             self._write_ending({**ending.to_json(), **more})
             return
@@ -3026,6 +3026,7 @@ class _RecorderProcess:
 
     def _complete(self) -> None:
         """Forward the rest, let go of what is the program's, complete the record."""
+        ended = monotonic()
         for forward in self.forwards:
             forward.stop_at = os.fstat(forward.log).st_size
             forward.wake.set()
@@ -3038,7 +3039,7 @@ class _RecorderProcess:
             os.close(forward.target)
         self._answer(self.last_question)
         if self.request["until_exit"] and self.pidfd is not None:
-            self._wait_for_exit(self.pidfd)
+            self._wait_for_exit(self.pidfd, ended)
         if self.meeting is not None and not self._has_failed():
             if self.due[self._answer_ranks] < _NEVER:  # some rank has not come yet
                 self.meeting.serve()
@@ -3061,11 +3062,13 @@ class _RecorderProcess:
         if set(_redactor.secrets()).difference(self.request["secrets"]):
             self.record.redact_again()
 
-    def _wait_for_exit(self, pidfd: int) -> None:
+    def _wait_for_exit(self, pidfd: int, ended: float) -> None:
         if _is_ready(pidfd, _polls.POLLIN, monotonic() + 10):
             wait_status = _wait_status(self.site.pid, pidfd)
             if wait_status and not self._has_failed():
-                self._write_death(_Ending.of_command(_exit_code(wait_status)))
+                ending = _Ending.of_command(_exit_code(wait_status))
+                ending.ended = round(ending.ended - (monotonic() - ended), 3)
+                self._write_death(ending, ended)
 
     def _has_failed(self) -> bool:
         return self.record.read_json("status.json").get("status") == "failed"
@@ -4012,7 +4015,8 @@ _LAUNCHER = (
     "accelerate|deepspeed|env|mpiexec|mpirun|nice|nohup|srun|time|timeout|torchrun|uv"
 )
 _INTERPRETER = (
-    r"(python|pypy|(ba|da|fi|k|z)?sh|Rscript|julia|lua|node|octave|perl|php|ruby)"
+    "(python|pypy|bash|dash|fish|ksh|sh|zsh"
+    "|Rscript|julia|lua|node|octave|perl|php|ruby)"
     r"[\d.]*t?(\.exe)?$"
 )
 
@@ -8493,8 +8497,9 @@ def _field_names(kind: Any) -> list[str] | None:
         fields = sys.modules["dataclasses"].fields(kind)
     if fields is not None:
         return [field.name for field in fields]
-    if issubclass(kind, tuple) and hasattr(kind, "_fields"):
-        return list(kind._fields)
+    names = getattr(kind, "_fields", None)
+    if issubclass(kind, tuple) and names is not None:
+        return list(names)
     return None
 
 
@@ -8731,7 +8736,7 @@ def _parse_yaml(text: str) -> JSON:
     yaml = _pyyaml()
     base = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
-    class Loader(base):  # type: ignore
+    class Loader(base):  # type: ignore[misc, valid-type]
         merged = 0
 
         def flatten_mapping(self, node: Any) -> None:

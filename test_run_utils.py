@@ -1704,6 +1704,22 @@ class FlatScripts(RunCase):
                 self.wait_until(found, f"{wanted} of {self.json('status.json')}")
         self.assertEqual(self.json("metadata.json")["config"]["lr"], 1)
 
+    @unittest.skipUnless(LINUX, "how a process ended is told by Linux")
+    def test_what_sys_exit_says_is_why_it_failed(self) -> None:
+        (self.tmp / "bin").mkdir()
+        slow = self.tmp / "bin" / "nvidia-smi"
+        slow.write_text("#!/bin/sh\nsleep 3\n", "ascii")
+        slow.chmod(0o755)
+        path = f"{self.tmp}/bin{os.pathsep}{os.environ['PATH']}"
+        body = self.START + "print('hello')\nsys.exit('no data')"
+        self.script(body, env={"PATH": path})
+        wanted = "exit code 1: no data"
+        self.wait_until(
+            lambda: run_utils.load_run(self.run_dir())["reason"] == wanted, wanted
+        )
+        # What leaving waited for is no part of the run.
+        self.assertLess(self.json("status.json")["duration_seconds"], 2.5)
+
     def test_output_and_traceback_are_logged_and_the_next_run_ends_the_first(
         self,
     ) -> None:
@@ -2306,8 +2322,7 @@ class Deaths(RunCase):
                 done = self.in_context(f"print('last words', flush=True)\n{body}")
                 problem, code, left = f"killed by {name}", 0, "last words"
                 if name is None:
-                    problem = "the process ended without leaving the run_context block"
-                    problem += " (exit status 7)"
+                    problem = "the process ended before its run did (exit status 7)"
                 else:
                     code = 128 + signal.Signals[name]
                 self.assertEqual(done.returncode, 128 - code if code else 7)
@@ -11671,6 +11686,22 @@ class VendorWritesACopy(VendorCase):
         self.assertEqual(program[:11], lines[:11])
         expected = [b"from . import main", b"", b"raise SystemExit(main())"]
         self.assertEqual(program[11:], expected)
+
+    def test_hooks_that_grep_find_nothing(self) -> None:
+        """Those of pre-commit's pygrep-hooks heed none of the notices."""
+        refused = [
+            r"(?i)# noqa(?!: )",
+            r"# type:? *ignore(?!\[|\w)",
+            r"# type: (?!ignore([^a-zA-Z0-9]|$))",
+            r"\beval\(",
+            r"(?<!warnings)\.warn\(",
+            "\N{REPLACEMENT CHARACTER}",
+        ]
+        shutil.copy(CHECKOUT / "run_utils.py", self.checkout)
+        self.vendor(self.package)
+        text = (self.copy / "__init__.py").read_text("utf-8")
+        for pattern in refused:
+            self.assertIsNone(re.search(pattern, text), pattern)
 
     def test_blob_id_is_the_one_git_gives(self) -> None:
         if not shutil.which("git"):
