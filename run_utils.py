@@ -426,6 +426,10 @@ def mark_status(
     """
     path = Path(run_dir) / "status.json"
     facts: Facts = _read_json(path)
+    started = _number(facts.get("started"))
+    if status != "running" and started is not None and facts.get("ended") is None:
+        facts["ended"] = round(time.time(), 3)
+        facts["duration_seconds"] = round(facts["ended"] - started, 3)
     facts.update(status=status, exit_reason=exit_reason, timestamp_utc=_utc())
     facts.update(_plain(extra) or {})
     with _tolerating("status.json"):
@@ -1351,6 +1355,10 @@ def _record_until_exit(options: _Options) -> Path:
     # that a KeyboardInterrupt has ended the program.
     import traceback  # noqa: F401
 
+    # A worker of multiprocessing, which imports the script again, is in its run.
+    again = sys.modules.get("__mp_main__")
+    if again not in (None, sys.modules.get("__main__")) and "RUN_DIR" in os.environ:
+        return Path(os.environ["RUN_DIR"])
     _finish_flat_run()
     recording = _Recording(options)
     recording.until_exit = True

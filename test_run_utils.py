@@ -265,7 +265,7 @@ class TheReadme(RunCase):
     def test_every_line_of_python(self) -> None:
         Path("src/mypkg").mkdir(parents=True)
         Path("src/mypkg/__init__.py").touch()
-        vendor = self.blocks("sh")[1].replace("./vendor.sh", f"sh {HERE}/vendor.sh")
+        vendor = self.blocks("sh")[1].replace("path/to", f"sh {HERE}")
         self.shell(vendor)
         places = {"PYTHONPATH": f"{HERE}{os.pathsep}{self.tmp / 'src'}"}
         examples = self.blocks("python")
@@ -465,6 +465,7 @@ class ARunDirectory(RunCase):
         self.assertEqual((done.returncode, done.stderr), (0, ""))
         status = self.json("status.json")
         self.assertEqual((status["status"], status["best"]), ("success", 3))
+        self.assertGreaterEqual(status["duration_seconds"], 0)
         metadata = self.json("metadata.json")
         self.assertIsInstance(metadata["pip_freeze"], list)
         self.assertEqual(metadata["config"]["lr"], 0.1)
@@ -1719,6 +1720,26 @@ class FlatScripts(RunCase):
         )
         # What leaving waited for is no part of the run.
         self.assertLess(self.json("status.json")["duration_seconds"], 2.5)
+
+    def test_workers_that_import_the_script_are_in_its_run(self) -> None:
+        work = """
+            import multiprocessing
+
+            def work(number):
+                log_metrics(run_dir, {"number": number})
+                return run_dir
+
+            if __name__ == "__main__":
+                workers = multiprocessing.get_context("spawn").Process(
+                    target=work, args=(1,)
+                )
+                workers.start()
+                workers.join()
+        """
+        done = self.script(self.START + textwrap.dedent(work))
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        (run,) = run_utils.find_runs(self.tmp / "results")
+        self.assertEqual(run["metrics.number"], 1)
 
     def test_output_and_traceback_are_logged_and_the_next_run_ends_the_first(
         self,
@@ -11947,6 +11968,12 @@ class VendorUsage(VendorCase):
         self.assert_misused(sentence, "--force", "src/mypkg")
         self.assert_misused("one PACKAGE_DIR is wanted, not 2", "a", "b")
         self.assert_misused("unknown option '--ceck'", "--ceck", self.package)
+        self.vendor(self.package)
+        sentence = f"'{self.copy}' is a copy; give the folder it is in"
+        self.assert_misused(sentence, self.copy)
+        self.assert_misused(sentence, "--check", self.copy)
+        self.assertEqual(sorted(self.contents()), sorted(OURS))
+        shutil.rmtree(self.copy)
         self.assertEqual(list(self.package.iterdir()), [])
 
     def test_help(self) -> None:
