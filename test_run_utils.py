@@ -73,7 +73,7 @@ def _python_without_pip() -> str:
 def setUpModule() -> None:
     global PYTHON, CACHE
     # A job of `&` ignores Ctrl-C, one of nohup SIGHUP; so would all that we start.
-    for number in (signal.SIGINT, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         before = signal.signal(number, signal.default_int_handler)
         unittest.addModuleCleanup(signal.signal, number, before)
     PYTHON = _python_without_pip()
