@@ -10460,15 +10460,16 @@ def _reasons(run: Run) -> Iterator[str]:
     message = _text(exception.get("message") or "")
     code = _text(status.get("exit_code"))
     if exception and exception.get("type") != "SystemExit":
-        yield f"{_text(exception.get('type'))}: {message}"
+        yield _text(exception.get("type"))
+        yield message
     elif status.get("problem"):
         yield _text(status["problem"])
     elif status.get("exit_code"):
         yield f"exit code {code}"
-        output = map(str.strip, _texts(status, "last_output"))
-        if message in ("", code):
-            message = "".join(list(filter(None, output))[-1:])
-        yield message
+        for text in [message, *reversed(_texts(status, "last_output"))]:
+            if text.strip() not in ("", code) and not text.startswith("run_utils: "):
+                yield text.strip()
+                return
 
 
 # How SLURM ended a job, where that explains the end of a run.

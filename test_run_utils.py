@@ -9311,6 +9311,14 @@ class WhyItFailed(ReadingCase):
             ({"exception": stop, **last}, "exit code 3: disk full"),
             ({"exception": said, "exit_code": 1}, "exit code 1: no data"),
             (last, "exit code 3: disk full"),
+            (
+                {**last, "last_output": ["disk full", "run_utils: git is slow", ""]},
+                "exit code 3: disk full",
+            ),
+            (
+                {"exception": {"type": "AssertionError", "message": ""}},
+                "AssertionError",
+            ),
             ({"problem": "killed by SIGKILL, out of memory"},) * 2,
             ({}, None),
             ({"exception": "odd", "problem": ["x"], "last_output": 7}, '["x"]'),
