@@ -95,8 +95,9 @@ if TYPE_CHECKING:
     import subprocess  # nosec
     from argparse import ArgumentParser, Namespace
     from types import CodeType
-    from typing import Any, Union
+    from typing import Any, TypeVar, Union
 
+    Function = TypeVar("Function", bound=Callable[..., Any])
     StrPath = Union[str, os.PathLike[str]]
     JSON = Any  # plain data: dict, list, str, int, float, bool, None
     Facts = dict[str, JSON]  # a JSON object whose keys a file format fixes
@@ -940,8 +941,10 @@ class _Recording:
         self.has_ended = False  # how the block ended is written
         self.has_left = False  # everything has been let go of
 
-    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return _decorated(function, lambda: _Recording(self.options, self.argv))
+    def __call__(self, function: Function) -> Function:
+        call: Function
+        call = _decorated(function, lambda: _Recording(self.options, self.argv))
+        return call
 
     def __enter__(self) -> Path:
         if self.record is not None:
@@ -1294,9 +1297,7 @@ def _signals_held() -> Iterator[None]:
 _held: dict[int, list[Any]] = {}  # the masks to go back to, by thread of the system
 
 
-def _decorated(
-    function: Callable[..., Any], record: Callable[[], _Recording]
-) -> Callable[..., Any]:
+def _decorated(function: Callable[..., Any], record: Callable[[], _Recording]) -> Any:
     """Return `function` wrapped so that each call, or its iteration, is a run."""
     import inspect
 

@@ -35,7 +35,8 @@ TOOLS = [
     ["isort", "--quiet", "--profile", "google", "--force-sort-within-sections", COPY],
     ["flake8", "--max-complexity", "1", "--max-line-length", "40", COPY],
     ["pylint", "--score", "n", "--enable=all", COPY],
-    ["mypy", "--strict", "--no-error-summary", "--cache-dir", os.devnull, "src"],
+    ["mypy", "--strict", "--no-error-summary", "--cache-dir", os.devnull,
+     "--disallow-any-decorated", "src"],
     ["mypy", "--strict", "--no-error-summary", "--cache-dir", os.devnull,
      "--warn-unreachable", "--disallow-any-expr", COPY],
     *[["pyupgrade", f"--py3{minor}-plus", *PYTHON_FILES] for minor in range(9, 15)],
@@ -75,8 +76,14 @@ def train(steps: int) -> Path:
     return run_dir
 
 
+@run_context("results/host", "double")
+def double(number: int) -> int:
+    """Return twice a number."""
+    return 2 * number
+
+
 if __name__ == "__main__":
-    train(3)
+    train(double(2))
 '''
 COVERAGE = "[run]\nsource = src\nomit = */run_utils/*\n"
 
