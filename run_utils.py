@@ -6014,6 +6014,9 @@ def _cmd_reproduce(args: Namespace) -> int:
 
     Returns 0 if all is as it was, 1 if something differs, 2 if it cannot be done.
     """
+    tolerance = float(args.tolerance or 1e-6)
+    if not tolerance >= 0:
+        raise ValueError(f"--tolerance {args.tolerance}: give a number from 0 up")
     plan = _Plan(args.run)
     target = abspath(args.into or plan.default_target())
     _make_room(target)
@@ -6027,7 +6030,7 @@ def _cmd_reproduce(args: Namespace) -> int:
         plan.show(target)
     comparison: Facts = {}
     if args.exec and plan.level() < 2:
-        comparison = _run_again(plan, target, float(args.tolerance or 1e-6), args.json)
+        comparison = _run_again(plan, target, tolerance, args.json)
     if args.json:
         _print_json({**plan.to_json(target), "comparison": comparison})
     if not comparison:
@@ -6137,7 +6140,9 @@ class _Plan:
         What had its default gets a word of its own.
         """
         for setting in settings:
-            name, _, value = setting.partition("=")
+            name, equals, value = setting.partition("=")
+            if not equals:
+                raise ValueError(f"--set {setting}: give key=value")
             for number, word in enumerate(self.argv[1:], 1):
                 flag, equals, old = word.partition("=")
                 if _bare(flag) != _bare(name):
@@ -6304,6 +6309,9 @@ class _Plan:
             with _or_nothing(building):
                 self._rebuild(building, self.git, self.patch, self.root)
                 missing = self._missing_files(building)
+                place = self.command(building)[1]
+                if _is_below(place, building):  # git has no empty or ignored folders
+                    os.makedirs(place, exist_ok=True)
         except _Unknown as reason:
             self.add("code", 2, str(reason))
             return
@@ -6319,7 +6327,16 @@ class _Plan:
         commit = _word(self.git, "commit_short")
         text = commit or "the sources of a folder without git"
         if self.patch.get("file"):
-            text += f" with {self.patch['file']}"
+            start = self.git.get("commit_full")
+            if "base" in self.git:  # by hand one starts there, not at HEAD
+                start = _at(self.git, "base", "commit")
+            if not commit or start == self.git.get("commit_full"):
+                text += f" with {self.patch['file']}"
+            elif start:
+                short = str(start)[: len(commit)]
+                text = f"{short} with {self.patch['file']}, which is {commit}"
+            else:
+                text = f"{self.patch['file']} alone, which is {commit}"
         if not commit and not self.patch.get("file"):
             self.add("code", 1, "none was recorded", missing)
         elif missing:
@@ -6456,7 +6473,10 @@ class _Plan:
                 del words[0]
                 while words[:1] == ["-u"]:  # it says that by itself
                     del words[0]
-        return [*self.launcher, *words], _moved(self.cwd, self.root, target)
+        place = self.cwd
+        if self.root and f"{place}/".startswith(f"{self.root}/"):
+            place = target + place[len(self.root) :]  # never the old one
+        return [*self.launcher, *words], place
 
     def to_json(self, target: str | None) -> Facts:
         words, place = self.command(target or self.root)
@@ -6710,6 +6730,8 @@ def _level_reached(
     if "end" in bad:
         return "different: it ended in another way", False
     if "file" in kinds and not bad & {"file", "metric"}:
+        if any(isinstance(row["now"], int) for row in rows if row["kind"] == "file"):
+            return "not known: some files have the same size, and no hash", False
         text = "the same files, byte for byte"
         if "log" in bad:
             text += ", but another output"

@@ -5980,7 +5980,10 @@ class TheTreeAgain(ReproduceCase):
         self.assert_tree()
         self.assertEqual(self.state(self.repo), before)
         (code,) = self.texts(plan, "code")
-        self.assertRegex(code, r"^[0-9a-f]{7,} with git\.patch, byte for byte$")
+        base = json.loads((run / "metadata.json").read_text())["git"]["base"]["commit"]
+        head = self.git("rev-parse", "--short", "HEAD").strip()
+        text = f"{base[: len(head)]} with git.patch, which is {head}, byte for byte"
+        self.assertEqual(code, text)
         place = self.tree / "sub"
         self.assertEqual(plan["working_dir"], str(place))
         self.assertEqual(plan["command"], [PYTHON, "../train.py"])
@@ -6502,6 +6505,29 @@ class RunningItAgain(ReproduceCase):
             self.assertEqual(found, verdict, (then, again))
         self.assertEqual(run_utils._verdict("end", 1, 1.0000001, 1e-6), "different")
 
+    def test_a_folder_that_git_does_not_know(self) -> None:
+        """What ran in an ignored folder is not run in the old one."""
+        self.pushed_repo(files={".gitignore": b"build/\n"})
+        (self.repo / "build").mkdir()
+        run = self.record(cwd="build")
+        self.write("train.py", b"raise SystemExit('the code of the old tree')\n")
+        before = read_tree(self.repo)
+        plan = self.reproduce(run, "--exec")
+        self.assertEqual(plan["working_dir"], str(self.tree / "build"))
+        self.assertEqual(plan["comparison"]["level"], "the same files, byte for byte")
+        self.assertEqual(read_tree(self.repo), before)
+
+    def test_wrong_words_are_refused_before_the_tree_is_built(self) -> None:
+        self.pushed_repo()
+        run = self.record("--lr", "0.1")
+        for words in (["--tolerance", "much"], ["--tolerance", "nan"], ["--set", "lr"]):
+            done = self.command_line(
+                "reproduce", run, "--into", self.tmp / "again", *words
+            )
+            self.assertEqual(done.returncode, 2, words)
+            self.assertIn(words[1], done.stderr)
+            self.assertFalse((self.tmp / "again").exists(), words)
+
     def test_within_the_spread_of_the_seeds(self) -> None:
         body = self.TRAIN.replace('"seed": 1', '"seed": os.environ["SEED"]')
         body = body.replace("0.25", "float(os.environ['LOSS'])")
@@ -6519,6 +6545,9 @@ class RunningItAgain(ReproduceCase):
             row["now"] = 4
         level = run_utils._level_reached(Run(run), found["rows"], 1e-6)
         self.assertEqual(level, ("different", False))
+        size = {"kind": "file", "key": "artifacts/big", "then": 5, "now": 5}
+        level = run_utils._level_reached(Run(run), [{**size, "verdict": "same"}], 0)
+        self.assertEqual(level[1], False)  # there was no time to hash it
         new = {"kind": "metric", "key": "last(new)", "now": 1, "verdict": "new"}
         level = run_utils._level_reached(Run(run), [new], 1e-6)  # no run had it
         self.assertEqual(level, ("different", False))
