@@ -6033,11 +6033,11 @@ def _cmd_reproduce(args: Namespace) -> int:
         comparison = _run_again(plan, target, tolerance, args.json)
     if args.json:
         _print_json({**plan.to_json(target), "comparison": comparison})
-    if not comparison:
-        return plan.level()
-    if not args.json:
+    elif comparison:
         _show_comparison(comparison)
-    return int(not comparison["same"])
+    if comparison:
+        return int(not comparison["same"])
+    return plan.level()
 
 
 def _cmd_verify(args: Namespace) -> int:
@@ -6061,17 +6061,6 @@ def _make_room(tree: str) -> None:
         _remove_tree(tree)
     if lexists(tree):
         raise ValueError(f"{tree!r} exists; give another folder by --into")
-
-
-@contextlib.contextmanager
-def _or_nothing(tree: str) -> Iterator[None]:
-    """Remove a tree whose making fails or is interrupted."""
-    try:
-        yield
-    except BaseException:
-        with _ignoring(OSError):
-            _remove_tree(tree)
-        raise
 
 
 # Of the plan: what matters most comes first.
@@ -6298,30 +6287,28 @@ class _Plan:
         return basename(folder)
 
     def build(self, target: str, has_environment: bool = False) -> None:
-        """Make the tree as a whole, or leave nothing at `target`."""
+        """Make the tree as a whole, or leave nothing but what a kill leaves behind."""
         if self.level() == 2:
             return
-        building = f"{target}.building"
-        _make_room(building)
-        os.makedirs(f"{building}/.git")
-        _write_file(f"{building}/{_UNFINISHED}", b"")
+        os.makedirs(f"{target}/.git")
+        _write_file(f"{target}/{_UNFINISHED}", b"")
+        about = "code"
         try:
-            with _or_nothing(building):
-                self._rebuild(building, self.git, self.patch, self.root)
-                missing = self._missing_files(building)
-                place = self.command(building)[1]
-                if _is_below(place, building):  # git has no empty or ignored folders
-                    os.makedirs(place, exist_ok=True)
-        except _Unknown as reason:
-            self.add("code", 2, str(reason))
-            return
-        if not has_environment:
-            os.remove(f"{building}/{_UNFINISHED}")
-        os.rename(building, target)
-        self._add_code(missing)
-        if has_environment:
-            with _or_nothing(target):
+            self._rebuild(target, self.git, self.patch, self.root)
+            self._add_code(self._missing_files(target))
+            place = self.command(target)[1]
+            if _is_below(place, target):  # git has no empty or ignored folders
+                os.makedirs(place, exist_ok=True)
+            about = "environment"
+            if has_environment:
                 self._install(target)
+            os.remove(f"{target}/{_UNFINISHED}")
+        except BaseException as error:
+            with _ignoring(OSError):
+                _remove_tree(target)
+            if not isinstance(error, _Unknown):
+                raise
+            self.add(about, 2, str(error))
 
     def _add_code(self, missing: Sequence[str]) -> None:
         commit = _word(self.git, "commit_short")
@@ -6353,12 +6340,11 @@ class _Plan:
         waiting = _rows(git, "submodules")
         for inner in waiting:
             waiting += _rows(inner, "submodules")
-            path = join(place, _word(inner, "path"))
-            if not _is_below(path, place):
-                raise _Unknown(f"{inner.get('path')!r} leads out of the tree")
+            path = _word(inner, "path")
+            if not _is_below(join(place, path), place):
+                raise _Unknown(f"{path!r} leads out of the tree")
             if inner.get("base"):
-                former = join(root, _word(inner, "path"))
-                _fetch(path, _mapping(inner, "base"), former)
+                _fetch(join(place, path), _mapping(inner, "base"), join(root, path))
         if patch.get("file"):
             file = join(self.folder, basename(_word(patch, "file")))
             _new_git(place, *switches, "apply", "--whitespace=nowarn", file)
@@ -6373,9 +6359,9 @@ class _Plan:
         texts = []
         left_out = _rows(self.patch, "left_out")
         for entry in left_out:
-            path, known = _word(entry, "path"), entry.get("sha256")
+            path = _word(entry, "path")
             source, place = join(self.root, path), join(tree, path)
-            is_same = known is not None and _sha256(source) == known
+            is_same = "sha256" in entry and _sha256(source) == entry["sha256"]
             if is_same and _is_below(place, tree):
                 os.makedirs(dirname(place), exist_ok=True)
                 shutil.copy(source, place)
@@ -6404,7 +6390,6 @@ class _Plan:
             self._rebuild(place, package, patch, root)
         for command in commands:
             _run(command, timeout=INSTALL_SECONDS, cwd=target)
-        os.remove(f"{target}/{_UNFINISHED}")
         self.python = f"{target}/.venv/bin/python"
         self.steps = [step for step in self.steps if step["about"] != "environment"]
         self._check_environment([])
@@ -6560,15 +6545,12 @@ def _package_now(package: Facts) -> str | None:
     if not path or "sha256" not in patch or patch.get("redacted"):
         return None
     tree = _Repository(path, [])
-    commit = tree.known_facts()["commit_short"]
-    if commit != package.get("commit_short"):
-        return f"{name} {package.get('commit_short')}, here {commit}, in {path}"
+    then, commit = package.get("commit_short"), tree.known_facts()["commit_short"]
+    if commit != then:
+        return f"{name} {then}, here {commit}, in {path}"
     now = _Patch()
     now.add(tree)
-    digest = None
-    if now.text:
-        digest = _hash_of(bytes(now.text))
-    if digest != patch["sha256"]:
+    if _hash_of(bytes(now.text)) != (patch["sha256"] or _hash_of(b"")):
         return f"{name} has changed in {path}"
     return None
 
@@ -6615,13 +6597,12 @@ def _fetch(place: str, base: Facts, former: str) -> list[str]:
         _new_git(place, "remote", "add", "--", "origin", url)
     problem = "they are gone"
     everything = "+refs/heads/*:refs/remotes/origin/*"
-    for source in (former, url):
-        if not source or (source == former and not isdir(former)):
-            continue
-        for options in (["--depth=1", "--", source, commit], ["--", source, commit],
-                        ["--", source, everything]):
+    sources = [source for source in (former, url) if source != former or isdir(former)]
+    for source in filter(None, sources):
+        # Not every server gives a commit that is asked for by its name.
+        for words in (("--depth=1", "--", source, commit), ("--", source, everything)):
             try:
-                _new_git(place, "fetch", "-q", *options)
+                _new_git(place, "fetch", "-q", *words)
                 checkout = ("checkout", "-q", "--detach", commit, "--")
                 _new_git(place, *tree.switches, *checkout)
                 return tree.switches
@@ -6651,11 +6632,11 @@ def _run_again(plan: _Plan, target: str, tolerance: float, is_quiet: bool) -> Fa
         prefix = re.split(f"-{_STAMP}", plan.run.name)[0]
         ours = ["run", "--base-dir", base, "--prefix", prefix]
         words = [sys.executable, __file__, *ours, "--", *words]
-    output = None
+    options: Any = {}
     if is_quiet:  # its log has it
-        output = subprocess.DEVNULL
+        options["stdout"] = subprocess.DEVNULL
     sys.stdout.flush()
-    done = subprocess.run(words, cwd=place, env=env, stdout=output)  # nosec
+    done = subprocess.run(words, cwd=place, env=env, **options)  # nosec
     for root in (target, dirname(plan.run_dir)):
         for path in _walk_runs(root):
             again = Run(path, row=False)
@@ -6672,9 +6653,8 @@ def _compared(then: Run, now: Run, tolerance: float) -> Facts:
         old, new = before.get((kind, key)), after.get((kind, key))
         if kind == "log" and (None in (old, new) or old == new == nothing):
             continue  # the streams were not kept in the same way, or had nothing
-        verdict = _verdict(kind, old, new, tolerance)
-        row = {"kind": kind, "key": key, "then": old, "now": new, "verdict": verdict}
-        rows.append(row)
+        row = {"kind": kind, "key": key, "then": old, "now": new}
+        rows.append({**row, "verdict": _verdict(kind, old, new, tolerance)})
     level, is_same = _level_reached(then, rows, tolerance)
     return {"run": str(now.path), "rows": rows, "level": level, "same": is_same}
 
@@ -6691,13 +6671,12 @@ def _outcome(run: Run) -> dict[tuple[str, str], JSON]:
     for entry in _left_files(run.path):
         if entry["path"] != "metrics/metrics.jsonl":
             found["file", entry["path"]] = entry["sha256"] or entry["size"]
-    logs = f"{run.path}/logs"
-    stdout = _sha256(f"{logs}/stdout.log")
+    names = ("stdout", "stderr", "output")
+    stdout, stderr, output = (_sha256(f"{run.path}/logs/{n}.log") for n in names)
+    if stderr == _hash_of(b""):  # so stdout has all
+        output = stdout
     found["log", "stdout"] = stdout
-    found["log", "output"] = _sha256(f"{logs}/output.log")
-    with _ignoring(OSError):
-        if os.path.getsize(f"{logs}/stderr.log") == 0:  # so stdout has all
-            found["log", "output"] = stdout
+    found["log", "output"] = output
     return found
 
 

@@ -6007,8 +6007,6 @@ class TheTreeAgain(ReproduceCase):
         place = self.tmp / f"{run.name}-again"
         self.assertTrue((place / "train.py").exists(), done.stderr)
         self.assertIn(f"rm -rf {place}", done.stdout)
-        left = [p.name for p in self.tmp.iterdir() if p.name.endswith(".building")]
-        self.assertEqual(left, [])
 
     def test_the_remote_alone_a_copied_run_alone_and_neither(self) -> None:
         self.pushed_repo()
@@ -6087,7 +6085,6 @@ class TheTreeAgain(ReproduceCase):
             self.assertEqual((self.state(self.repo), self.state(run)), before)
             if status == 0:
                 break
-            self.assertFalse((self.tmp / "again").exists())
         self.assertGreater(number, 4)
         self.tree = self.tmp / "again"
         self.assert_tree()
