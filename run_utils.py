@@ -965,7 +965,7 @@ class _Recording:
         head = None
         try:
             if not self.launch.rank:
-                head = _Head(site.directory, self.variables)
+                head = _ask_for_head(site.directory, self.variables)
             try:
                 self.recorder = _Recorder(self.variables)
             except Exception as error:
@@ -1506,11 +1506,10 @@ def _learn_at_entry(variables: Facts, site: _Site, config: JSON) -> None:
     _redactor.learn(config)
 
 
-def _settle_code(site: _Site, likeliest: _Head | None = None) -> str | None:
+def _settle_code(site: _Site, likeliest: _Program | None = None) -> str | None:
     for directory in site.places():
-        head = likeliest or _Head(directory)
+        site.head = _told_head(likeliest or _ask_for_head(directory))
         likeliest = None
-        site.head = head.answer()
         if site.head:
             site.directory = directory
             break
@@ -4834,29 +4833,24 @@ _GIT_FACTS = (
 )
 
 
-class _Head:
-    """What git says of the commit in a folder: one question, for the name of a run."""
+def _ask_for_head(
+    directory: str, variables: Mapping[str, str] | None = None
+) -> _Program | None:
+    """Begin to ask git for the commit in a folder, which names a run."""
+    options: Any = {"variables": variables}
+    with _ignoring(_Unknown):
+        if _has_repository(directory):
+            return _git_started(directory, *_HEAD_QUESTION, **options)
+    return None
 
-    def __init__(
-        self, directory: str, variables: Mapping[str, str] | None = None
-    ) -> None:
-        self.program: _Program | None = None
-        options: Any = {"variables": variables}
-        with _ignoring(_Unknown):
-            if _has_repository(directory):
-                self.program = _git_started(directory, *_HEAD_QUESTION, **options)
 
-    def answer(self) -> str:
-        if self.program is not None:
-            with _ignoring(_Unknown):
-                printed = os.fsdecode(self.program.result(HEAD_SECONDS))
-                if _commit_in(printed) is not None:
-                    return printed
-        return ""
-
-    def close(self) -> None:
-        if self.program is not None:
-            self.program.close()
+def _told_head(git: _Program | None) -> str:
+    with _ignoring(_Unknown):
+        if git is not None:
+            printed = os.fsdecode(git.result(HEAD_SECONDS))
+            if _commit_in(printed) is not None:
+                return printed
+    return ""
 
 
 # true\nfalse\n/home/ann/tree\n<id of HEAD>\n<its short form>\n
@@ -4875,7 +4869,7 @@ def _commit_in(answer: str) -> str | None:
 
 
 def _git_head(directory: str) -> str | None:
-    return _commit_in(_Head(directory).answer())
+    return _commit_in(_told_head(_ask_for_head(directory)))
 
 
 def _git_collectors(site: _Site, record: _Record) -> dict[str, Callable[[], JSON]]:
@@ -5041,7 +5035,6 @@ class _Repository:
         self.deadline = monotonic() + PATCH_SECONDS
         self.is_git = False
         self.hung: _Unknown | None = None
-        self.has_threads = False  # to ask git two things at once
         self.answer = ""  # to _HEAD_QUESTION, if that has been asked on entry
         self.head = ""
         self.short = ""
@@ -5064,7 +5057,6 @@ class _Repository:
             sources = [site.script or "", *site.loaded]
             tree.sources = [path for path in sources if _is_own_source(path, site)]
             tree.answer = site.head
-            tree.has_threads = site.pid != os.getpid()  # a user's process gets none
         if site.entered is not None:
             ours, device, clock_of_disk = site.entered
             tree.entered = ours
@@ -5100,12 +5092,7 @@ class _Repository:
         facts["commit_full"] = self.head or None
         facts["commit_short"] = self.short or None
         facts["remote_origin_url"] = self.config.get("remote.origin.url")
-        listing = None
-        if self.has_threads:
-            listing = _started_thread(self._list)
         facts["branch"] = self.status.branch
-        if listing is not None:
-            listing.join()
         changed, untracked, late = [], [], []
         for name, change in self.changes.items():
             if change.is_late:
@@ -5133,11 +5120,6 @@ class _Repository:
             facts["unpushed"] = len(self.history.unpushed)
             facts["unpushed_commits"] = self.history.unpushed[:MAX_LISTED]
         facts["base"] = self.base
-
-    def _list(self) -> None:
-        """Have the index listed while git looks at the files."""
-        with _ignoring(Exception):  # it is raised again where it is needed
-            self.listed  # noqa: B018
 
     def git(self, *words: str, **how: Any) -> bytes:
         if self.hung is not None:
