@@ -4950,6 +4950,15 @@ def _package(name: str, tree: _Repository, record: _Record, seen: set[str]) -> F
 class _Change:
     """A file that is not as a commit has it, as the disk has it now."""
 
+    old_size = 0
+    old_data: bytes | None = None  # None: not to be had, or not to be shown
+    mode = b""  # as git writes it; empty where there is no file
+    size = 0
+    data = b""
+    finds: list[_Find] | None = None  # where its secrets stand, once known
+    part = b""  # what an earlier patch says of it and its old content
+    is_late = False  # it was written after entry
+
     def __init__(
         self, tree: _Repository, name: bytes, old: _Blob, is_tracked: bool = True
     ) -> None:
@@ -4958,16 +4967,9 @@ class _Change:
         self.path = join(os.fsencode(tree.root), name)
         self.hash_name = tree.hash_name
         self.old = old  # as the commit has it from which the patch starts
-        self.old_size = 0
-        self.old_data: bytes | None = None  # None: not to be had, or not to be shown
         self.committed = old  # as HEAD has it
         self.is_tracked = is_tracked
         self.rank = int(not is_tracked)  # low ones come first into a patch
-        self.mode = b""  # as git writes it; empty where there is no file
-        self.size = 0
-        self.data = b""
-        self.finds: list[_Find] | None = None  # where its secrets stand, once known
-        self.is_late = False  # it was written after entry
         self.look(tree)
 
     def look(self, tree: _Repository) -> None:
@@ -5012,9 +5014,8 @@ class _Change:
         return name.encode()
 
 
-class _NoRepository(_Unknown):
-    def __init__(self) -> None:
-        super().__init__("the code is in no git repository", is_expected=True)
+def _no_repository() -> _Unknown:
+    return _Unknown("the code is in no git repository", is_expected=True)
 
 
 class _Repository:
@@ -5137,7 +5138,7 @@ class _Repository:
         if self.is_git:
             return
         if not _has_repository(self.directory):
-            raise _NoRepository
+            raise _no_repository()
         answer = self.answer or self._ask_for_head()
         found = re.fullmatch(r"true\n(\w+)\n(.+)\n(\w*)\n(\w*)\n", answer, re.S)
         if found is None or not os.path.isabs(found[2]):
@@ -5238,18 +5239,15 @@ class _Repository:
         return self.folders[folder]
 
     def _is_there(self, change: _Change) -> bool:
-        return bool(change.mode) or change.name not in self.listed.sparse
+        return change.mode != b"" or change.name not in self.listed.sparse
 
     def _is_by_product(self, name: bytes) -> bool:
         """Tell whether an untracked file is byte code, in a run, or about runs."""
-        about_runs = rb"\.ranks/|index/runs_index\.jsonl$"
-        if re.search(rb"(^|/)(%s|__pycache__/[^/]+\.pyc$)" % about_runs, name):
-            return True
-        for match in re.finditer(rb"-\d{8}-\d{6}[^/]*/", name):
-            status = join(name[: match.end()], b"status.json")
-            if exists(join(os.fsencode(self.root), status)):
-                return True
-        return False
+        kinds = rb"\.ranks/|index/runs_index\.jsonl$|__pycache__/[^/]+\.pyc$"
+        root = os.fsencode(self.root)
+        stamps = re.finditer(rb"-\d{8}-\d{6}[^/]*/", name)
+        runs = [join(root, name[: stamp.end()], b"status.json") for stamp in stamps]
+        return any(map(exists, runs)) or bool(re.search(rb"(^|/)(%s)" % kinds, name))
 
     @cached_property
     def base(self) -> Facts | None:
@@ -5296,28 +5294,31 @@ class _Repository:
                 if url.startswith("."):
                     url = normpath(join(self.root, url))
                 remotes.append({"remote": match[1], "url": url})
-        followed = self.config.get(f"branch.{self.status.branch}.remote")
-        ranks = {"origin": 1, followed: 0}
+        ranks = {"origin": 1, self._followed: 0}
         remotes.sort(key=lambda each: ranks.get(each["remote"], 2))
         return remotes
 
     @property
+    def _followed(self) -> str | None:
+        """The remote that the branch has come from."""
+        return self.config.get(f"branch.{self.status.branch}.remote")
+
+    @property
     def _is_pushed(self) -> bool:
         """Whether the branch that this one follows has all its commits."""
-        followed = self.config.get(f"branch.{self.status.branch}.remote")
         names = [each["remote"] for each in self._remotes[:1]]
-        return self.status.is_behind and names == [followed]
+        return self.status.is_behind and names == [self._followed]
 
     def _remote_of(self, commit: str) -> Facts | None:
         """Return the remote that has a commit, if several do the likeliest one."""
         if commit == self.head and self._is_pushed:
             return self._remotes[0]
-        refs = []
+        refs = ""
         words = ("for-each-ref", "--format=%(refname)", "--contains", commit)
         with _ignoring(_ProgramFailed):  # a commit of a submodule that is not here
-            refs = os.fsdecode(self.git(*words, "refs/remotes")).split()
+            refs = os.fsdecode(self.git(*words, "refs/remotes"))
         for remote in self._remotes:
-            if any(ref.startswith(f"refs/remotes/{remote['remote']}/") for ref in refs):
+            if f"refs/remotes/{remote['remote']}/" in refs:
                 return remote
         if refs and self._remotes:
             return self._remotes[0]
@@ -5363,31 +5364,30 @@ class _Repository:
             return []
         found = []
         links = self.listed.links
-        for name in sorted({*links, *(name[:-1] for name in self.status.repositories)}):
-            place = join(realpath(self.root), os.fsdecode(name))
+        for path in sorted({*links, *(path[:-1] for path in self.status.repositories)}):
+            name = os.fsdecode(path)
+            place = join(realpath(self.root), name)
             if realpath(place) != place or not lexists(join(place, ".git")):
                 continue
             if monotonic() > self.deadline:
                 raise _Unknown("no time left to look into all repositories inside")
-            folder = join(self.root, os.fsdecode(name))
-            tree = _Repository(folder, self.excluded)
-            tree.prefix = self.prefix + name + b"/"
+            tree = _Repository(join(self.root, name), self.excluded)
+            tree.prefix = self.prefix + path + b"/"
             tree.entered = self.entered
             tree.deadline = self.deadline
-            if name in links:
-                tree.recorded = links[name].decode()
-                tree.wanted = self._link_in_base(os.fsdecode(name))
+            if path in links:
+                tree.recorded = links[path].decode()
+                tree.wanted = self._link_in_base(name)
             found.append(tree)
         return found
 
     def _link_in_base(self, name: str) -> str | None:
-        if self.base is not None:
-            with _ignoring(_Unknown):
+        with _ignoring(_Unknown):
+            if self.base is not None:
                 # 160000 commit <id>\tname\0
                 listed = self.git("ls-tree", "-z", self.base["commit"], "--", name)
-                match = re.match(rb"160000 commit (\w+)\t", listed)
-                if match:
-                    return match[1].decode()
+                for commit in re.findall(rb"^160000 commit (\w+)\t", listed):
+                    return os.fsdecode(commit)
         return None
 
     def load(self, changes: Iterable[_Change]) -> None:
@@ -5396,17 +5396,18 @@ class _Repository:
         ids |= {change.committed[1] for change in changes if change.is_late}
         if ids and any(key.endswith(".promisor") for key in self.config):
             ids -= self._missing()
+        sizes = {}
         try:
-            blobs = _blobs_in(self._of_each(ids, "--batch", limit=PATCH_FILE_BYTES))
-            sizes = {oid: len(data) for oid, data in blobs.items()}
+            printed = self._of_each(ids, "--batch", limit=PATCH_FILE_BYTES)
         except _ProgramFailed:  # some may be large: first their sizes alone
             # <id> blob 17\n
             listed = self._of_each(ids, "--batch-check")
             found = re.findall(rb"^(\w+) blob (\d+)$", listed, re.M)
             sizes = {oid: int(size) for oid, size in found}
             small = [oid for oid in sizes if sizes[oid] <= PATCH_FILE_BYTES]
-            limit = 5 * PATCH_BYTES
-            blobs = _blobs_in(self._of_each(small, "--batch", limit=limit))
+            printed = self._of_each(small, "--batch", limit=5 * PATCH_BYTES)
+        blobs = _blobs_in(printed)
+        sizes.update((oid, len(data)) for oid, data in blobs.items())
         for change in changes:
             change.old_size = sizes.get(change.old[1], 0)
             change.old_data = blobs.get(change.old[1])
@@ -5554,7 +5555,7 @@ def _has_repository(directory: str) -> bool:
 def _explained(failure: _ProgramFailed, directory: str) -> _Unknown:
     """Return what to tell the user when git does not read a repository."""
     if re.search(rb"repository \(or any|must be run in a work tree", failure.errors):
-        return _NoRepository()
+        return _no_repository()
     # git config --global --add safe.directory /data/code
     advice = re.search(rb"git config --global --add safe\.directory .+", failure.errors)
     if advice:
@@ -5603,12 +5604,12 @@ def _loose_files(tree: _Repository) -> list[_Change]:
     """
     top = realpath(tree.directory)
     loaded = [realpath(path) for path in tree.sources]
-    paths = dict.fromkeys(loaded)
+    paths = [*loaded]
     if tree.is_deep and not _is_shared_folder(top):
-        paths.update(dict.fromkeys(_texts_below(tree, top)))
+        paths += _texts_below(tree, top)
     tree.root = os.path.commonpath([top, *paths])
     changes = []
-    for path in paths:
+    for path in dict.fromkeys(paths):
         name = os.fsencode(relpath(path, tree.root))
         change = _Change(tree, name, _NO_BLOB, is_tracked=path in loaded)
         if change.rank and not re.search(SOURCE_FILES, path):
@@ -5629,17 +5630,15 @@ def _texts_below(tree: _Repository, top: str) -> Iterator[str]:
         if monotonic() > deadline or folder in excluded or is_other:
             folders.clear()
             continue
-        folders[:] = [
-            name for name in folders if name[:1] != "." and name not in skipped
-        ]
+        folders[:] = [n for n in folders if n[:1] != "." and n not in skipped]
         links = [n for n in folders if os.path.islink(join(folder, n))]
-        yield from [join(folder, name) for name in sorted([*files, *links])]
+        yield from [join(folder, name) for name in sorted(files + links)]
 
 
 def _is_shared_folder(folder: str) -> bool:
     home = realpath(os.path.expanduser("~"))
-    is_everybodys = bool(os.stat(folder).st_mode & stat.S_ISVTX)
-    return is_everybodys or folder in (home, dirname(home), os.sep)
+    is_home = folder in (home, dirname(home), os.sep)
+    return is_home or os.stat(folder).st_mode & stat.S_ISVTX != 0
 
 
 def _is_own_source(path: str, site: _Site) -> bool:
@@ -5654,7 +5653,9 @@ class _Patch:
     """A patch in the making: its text, and what it leaves out."""
 
     def __init__(self, earlier: Path | None = None) -> None:
-        self.earlier = _EarlierPatch(earlier)
+        self.parts: dict[bytes, bytes] = {}  # of an earlier one, by how they begin
+        if earlier is not None:
+            self._read_earlier(earlier)
         self.deadline = monotonic() + PATCH_SECONDS
         self.text = bytearray()
         self.room = 0, 0  # limits of bytes and files
@@ -5672,7 +5673,9 @@ class _Patch:
             changes = tree.changes_from_base
             self.room = PATCH_BYTES, PATCH_FILES
             if tree.is_git:
-                tree.load([c for c in changes if not self.earlier.may_have(c)])
+                for change in changes:
+                    change.part = self._earlier_part(change)
+                tree.load([change for change in changes if not change.part])
             else:
                 self.room = WHOLE_BYTES, WHOLE_FILES
             self._add_files(tree, changes)
@@ -5684,12 +5687,43 @@ class _Patch:
         for each in inner:
             self.add(each)
 
+    def _read_earlier(self, run_dir: Path) -> None:
+        """Read the patch of the newest run beside a new one, if all of the code is in.
+
+        What stands there of a file is taken over if it is about the same two contents,
+        by the names that git gives them.
+        """
+        metadata = _read_json(run_dir / "metadata.json")
+        facts = _mapping(metadata, "git", "patch")
+        is_whole = facts.get("redacted") == facts.get("left_out") == []
+        is_ours = _at(metadata, "run_utils", "version") == __version__
+        data = _readable_bytes(run_dir / "git.patch")
+        if is_ours and is_whole and _hash_of(data) == facts.get("sha256"):
+            for part in re.split(rb"(?m)^(?=diff --git )", data):
+                # diff --git a/name b/name\nindex <old id>..<new id> 100644\n
+                for start in re.findall(rb"\A.+\nindex \w+", part):
+                    self.parts[start] = part
+
+    def _earlier_part(self, change: _Change) -> bytes:
+        names = _quoted(b"a/" + change.title), _quoted(b"b/" + change.title)
+        start = b"diff --git %s %s\nindex %s" % (*names, change.old[1])
+        if change.is_late:
+            return b""
+        return self.parts.get(start, b"")
+
+    def _is_known(self, change: _Change) -> bool:
+        new = rb".+\nindex \w+\.\.%s %s\n" % (change.blob()[1], change.mode)
+        if not re.match(new, change.part):
+            return False
+        texts = [change.part, change.data]
+        return all(_redactor.code(text, change.title) == text for text in texts)
+
     def _add_files(self, tree: _Repository, changes: Sequence[_Change]) -> None:
         """Add the files that can be in it; what an earlier patch says is taken over."""
         kept = self._kept(tree, changes)
-        known = {change for change in kept if self.earlier.has(change)}
-        rest = [change for change in kept if change not in known]
-        tree.load([change for change in rest if self.earlier.may_have(change)])
+        rest = [change for change in kept if not self._is_known(change)]
+        known = {change.part for change in kept if change not in rest}
+        tree.load([change for change in rest if change.part])
         compared = []
         for change in sorted(rest, key=lambda each: each.title):
             if not self._redact(change):
@@ -5699,7 +5733,7 @@ class _Patch:
                 self.files += 1
             else:
                 compared.append(change)
-        self.text += self.earlier.parts_of(known)
+        self.text += b"".join(p for p in self.parts.values() if p in known)
         self.files += len(known)
         try:
             left = max(self.deadline - monotonic(), 1.0)
@@ -5810,55 +5844,6 @@ class _Patch:
         if is_listed and is_cheap and change.mode.startswith(b"100"):
             facts["sha256"] = _sha256(os.fsdecode(change.path))
         self.left_out.append(facts)
-
-
-class _EarlierPatch:
-    """The git.patch of the newest run beside a new one, which may have the same in it.
-
-    What stands there of a file is taken over if it is about the same two contents, by
-    the names that git gives them, and if nothing was redacted or left out.
-    """
-
-    def __init__(self, run_dir: Path | None) -> None:
-        self.parts: dict[bytes, bytes] = {}  # by their first lines
-        if run_dir is None:
-            return
-        metadata = _read_json(run_dir / "metadata.json")
-        facts = _mapping(metadata, "git", "patch")
-        is_whole = facts.get("redacted") == facts.get("left_out") == []
-        is_ours = _at(metadata, "run_utils", "version") == __version__
-        data = _readable_bytes(run_dir / "git.patch")
-        if is_ours and is_whole and _hash_of(data) == facts.get("sha256"):
-            for part in re.split(rb"(?m)^(?=diff --git )", data)[1:]:
-                self.parts[part.partition(b"\n")[0]] = part
-
-    def may_have(self, change: _Change) -> bool:
-        """Tell whether there is a part that begins with the old content of a file."""
-        return self._part(change, b"") != b""
-
-    def has(self, change: _Change) -> bool:
-        part = self._part(change, change.blob()[1] + b" " + change.mode + b"\n")
-        texts = [part, change.data]
-        return part != b"" and all(_redactor.code(t, change.title) == t for t in texts)
-
-    def parts_of(self, changes: Iterable[_Change]) -> bytes:
-        """Return the parts about these files, in the order they have here."""
-        wanted = {self._part(change, b"") for change in changes}
-        return b"".join(part for part in self.parts.values() if part in wanted)
-
-    def _part(self, change: _Change, new: bytes) -> bytes:
-        """Return the part about a file from its old content to a new one, or b"".
-
-        diff --git a/name b/name
-        index <old id>..<new id> 100644
-        """
-        names = _quoted(b"a/" + change.title), _quoted(b"b/" + change.title)
-        first_line = b"diff --git %s %s" % names
-        start = first_line + b"\nindex " + change.old[1] + b".." + new
-        part = self.parts.get(first_line, b"")
-        if part.startswith(start) and not change.is_late:
-            return part
-        return b""
 
 
 def _write_or_link(record: _Record, name: str, data: bytes) -> None:
