@@ -4124,7 +4124,6 @@ def _python(site: _Site) -> Facts:
 
 
 def _platform() -> Facts:
-    """Return the keys of the platform module, and processors and memory."""
     facts: Facts = {
         "platform": sys.platform,
         "system": None,
@@ -4217,7 +4216,6 @@ def _loaded(path: str) -> JSON:
 
 
 def _launcher(env: Mapping[str, str]) -> Facts:
-    """Return the ids that a scheduler or launcher gave this process."""
     is_known = re.compile(_LAUNCHER_NAMES).match
     return {name: env[name] for name in sorted(env) if is_known(name)}
 
@@ -4248,7 +4246,6 @@ def _ask_python(site: _Site) -> Facts | None:
 
 
 def _python_environment() -> dict[str, str]:
-    """Return the environment in which the experiment's Python is asked things."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("PIP_")}
     env["PIP_CONFIG_FILE"] = os.devnull
     places = env.pop("PYTHONPATH", "").split(os.pathsep)
@@ -4324,7 +4321,6 @@ class _Installed:
             self.read_origin()
 
     def read_origin(self) -> None:
-        """Find out whether the package came from a folder, a URL or an index."""
         if self.kind == ".egg-link":  # setup.py develop: its first line is the folder
             self.folder = _head_of_file(self.path).partition("\n")[0].strip()
             self.is_editable = True
@@ -4509,7 +4505,6 @@ def _nvidia_smi(
 
 
 def _environment(site: _Site, root: str | None) -> Facts:
-    """Return what made the experiment's environment, and the project's lock files."""
     settings = join(site.prefix, "pyvenv.cfg")
     # home = /usr/bin\nuv = 0.4.18\nversion_info = 3.12.1
     uv = _match_in_file(settings, r"^uv *= *(.+)$")
@@ -4539,7 +4534,6 @@ def _first_true(answers: Mapping[str, object]) -> str | None:
 
 
 def _container() -> Facts:
-    """Return the kind of container this is, its image, and the limits of its cgroup."""
     env = os.environ
     apptainer = env.get("APPTAINER_CONTAINER") or env.get("SINGULARITY_CONTAINER")
     kinds = {
@@ -4861,7 +4855,6 @@ _HEAD_QUESTION = (
 
 
 def _commit_in(answer: str) -> str | None:
-    """Return the short hash of the commit in an answer to _HEAD_QUESTION."""
     match = re.search(r"\n([0-9a-f]{4,64})\n\Z", answer)
     if match is None:
         return None
@@ -5195,7 +5188,6 @@ class _Repository:
 
     @cached_property
     def listed(self) -> _Listed:
-        """The files of the index, and the submodules."""
         words = ("ls-files", "-v", "-s", "-z", *self._pathspec)
         return _Listed(self.git(*words, limit=5 * PROGRAM_BYTES))
 
@@ -5547,13 +5539,11 @@ def _shown(name: bytes) -> str:
 
 
 def _has_repository(directory: str) -> bool:
-    """Tell whether there is a .git in a folder or above it."""
     places = _folders_above(abspath(directory))
     return any(lexists(f"{place}/.git") for place in places)
 
 
 def _explained(failure: _ProgramFailed, directory: str) -> _Unknown:
-    """Return what to tell the user when git does not read a repository."""
     if re.search(rb"repository \(or any|must be run in a work tree", failure.errors):
         return _no_repository()
     # git config --global --add safe.directory /data/code
@@ -5768,7 +5758,6 @@ class _Patch:
         return kept
 
     def keep(self, record: _Record, name: str, root: str) -> Facts:
-        """Write the patch, if there is one, and return what there is to say of it."""
         data = bytes(self.text)
         facts: Facts = {
             "file": None,
@@ -5858,7 +5847,6 @@ def _write_or_link(record: _Record, name: str, data: bytes) -> None:
 
 
 def _compared_by_git(changes: Sequence[_Change], seconds: float) -> bytes:
-    """Return what git writes into a patch for these files."""
     if not changes:
         return b""
     hidden = {}
@@ -5896,7 +5884,6 @@ def _compared_by_git(changes: Sequence[_Change], seconds: float) -> bytes:
 
 
 def _put(place: bytes, change: _Change, mode: bytes, data: bytes) -> None:
-    """Make a file or link of this mode below a folder; nothing where git has none."""
     path = place + change.title
     os.makedirs(dirname(path), exist_ok=True)
     if mode == b"120000" and b"\0" not in data:
@@ -5944,7 +5931,6 @@ def _git_started(
     directory: str, *words: str, protocols: str = "none", stdin: int | None = None,
     variables: Mapping[str, str] | None = None,
 ) -> _Program:
-    """Start git in a folder; what it prints is to be asked for."""
     foreign = re.compile("GIT_(?!CEILING_DIRECTORIES$|DISCOVERY_ACROSS_FILESYSTEM$)")
     variables = variables or os.environ
     env = {name: variables[name] for name in variables if not foreign.match(name)}
@@ -6158,7 +6144,6 @@ class _Plan:
         return []
 
     def _check_disk(self, place: str) -> None:
-        """Compare what is free with what the run has left."""
         import shutil
 
         sizes = [output.get("size") for output in _rows(self.metadata, "outputs")]
@@ -6171,7 +6156,6 @@ class _Plan:
             self.add("disk", 1, text, stops=True)
 
     def _check_inputs(self) -> None:
-        """Hold the files of other runs against what they were."""
         inputs = _read_inputs(self.run_dir)
         problems = []
         for entry in inputs:
@@ -6443,7 +6427,6 @@ class _Plan:
         }
 
     def show(self, target: str | None) -> None:
-        """Print the plan, the most important first, on one screen."""
         lines = []
         room = PLAN_DETAILS
         for step in self.steps:
@@ -6504,7 +6487,6 @@ def _weight(name: str, old: object, new: object) -> int:
 
 
 def _package_now(package: Facts) -> str | None:
-    """Return how the folder of a local package is not as it was."""
     name, path = package.get("name"), _word(package, "path")
     patch = _mapping(package, "patch")
     if path and not isdir(path):
