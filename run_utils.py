@@ -156,7 +156,6 @@ WHOLE_FILES = 2000  # and up to this number of files
 LINK_BYTES = 65_536  # a larger patch that did not change becomes a hard link
 WALK_SECONDS = 2.0  # what looking for source files may take where there is no git
 HASH_BYTES = 100_000_000  # a file left out of a patch is hashed up to this size
-MAX_LOCAL_PACKAGES = 20  # packages whose own repository is recorded
 MAX_LISTED = 200  # changed files named in metadata.json
 
 # The name of a run, what it used and what it left
@@ -4895,7 +4894,10 @@ def _git_patch(record: _Record, tree: _Repository) -> Facts:
             only = "only the script and what it had loaded is kept"
             patch.problems.append(f"{reason}; {only}")
     patch.add(tree)
-    return patch.keep(record, "git.patch", tree.root)
+    facts = patch.keep(record, "git.patch", tree.root)
+    if patch.problems:
+        raise _Unknown("; ".join(patch.problems), facts)
+    return facts
 
 
 def _local_packages(site: _Site, record: _Record, tree: _Repository) -> list[Facts]:
@@ -4908,8 +4910,7 @@ def _local_packages(site: _Site, record: _Record, tree: _Repository) -> list[Fac
     problems = []
     packages = []
     deadline = monotonic() + PATCH_SECONDS
-    sources = sorted(_local_sources(site).items())
-    for name, (folder, is_editable) in sources[:MAX_LOCAL_PACKAGES]:
+    for name, (folder, is_editable) in sorted(_local_sources(site).items()):
         if monotonic() > deadline:
             problems.append(f"no time left for {name} and those after it")
             break
@@ -4918,8 +4919,6 @@ def _local_packages(site: _Site, record: _Record, tree: _Repository) -> list[Fac
         packages.append(package)
         if package["problem"] is not None:
             problems.append(f"{name}: {package['problem']}")
-    if len(sources) > MAX_LOCAL_PACKAGES:
-        problems.append(f"{len(sources) - MAX_LOCAL_PACKAGES} more are not recorded")
     if problems:
         raise _Unknown("; ".join(problems), packages)
     return packages
@@ -4931,12 +4930,8 @@ def _package(name: str, tree: _Repository, record: _Record, seen: set[str]) -> F
         seen.add(tree.root)
         patch = _Patch()
         patch.add(tree)
-        file = f"git.{_safe_name(name)}.patch"
-        try:
-            facts["patch"] = patch.keep(record, file, tree.root)
-        except _Unknown as reason:
-            facts["patch"] = reason.facts
-            facts["problem"] = facts["problem"] or str(reason)
+        facts["patch"] = patch.keep(record, f"git.{_safe_name(name)}.patch", tree.root)
+        facts["problem"] = facts["problem"] or "; ".join(patch.problems) or None
     return facts
 
 
@@ -5003,8 +4998,7 @@ class _Change:
     def object_id(self, data: bytes) -> bytes:
         digest = _digest(self.hash_name, b"blob %d\0" % len(data))
         digest.update(data)
-        name: str = digest.hexdigest()
-        return name.encode()
+        return str(digest.hexdigest()).encode()
 
 
 def _no_repository() -> _Unknown:
@@ -5019,29 +5013,30 @@ class _Repository:
     inside share the deadline of the outermost.
     """
 
+    entered: int | None = None
+    is_deep = True  # without git, the sources below the folder count as well
+    is_git = False
+    hung: _Unknown | None = None
+    answer = ""  # to _HEAD_QUESTION, if that has been asked on entry
+    head = ""
+    short = ""
+    is_shallow = False
+    hash_name = "sha1"
+    keeps_modes = True
+    # Of a repository inside another:
+    prefix = b""  # where it lies below the outermost, with a slash
+    recorded: str | None = None  # its commit in the index of the outer one
+    wanted: str | None = None  # the same in the base of the outer one
+
     def __init__(self, directory: str, excluded: Sequence[str]) -> None:
         self.directory = directory
         self.root = realpath(directory)
         self.excluded = excluded
-        self.entered: int | None = None
         self.sources: list[str] = []  # files that were loaded, for code without git
-        self.is_deep = True  # without git, the sources below the folder count as well
         self.deadline = monotonic() + PATCH_SECONDS
-        self.is_git = False
-        self.hung: _Unknown | None = None
-        self.answer = ""  # to _HEAD_QUESTION, if that has been asked on entry
-        self.head = ""
-        self.short = ""
-        self.is_shallow = False
         self.config: dict[str, str] = {}
         self.filters: list[str] = []  # filter.lfs
         self.switches: list[str] = []  # that turn them off
-        self.hash_name = "sha1"
-        self.keeps_modes = True
-        # Of a repository inside another:
-        self.prefix = b""  # where it lies below the outermost, with a slash
-        self.recorded: str | None = None  # its commit in the index of the outer one
-        self.wanted: str | None = None
         self.folders: dict[bytes, bool] = {}  # whether they are reached without a link
 
     @staticmethod
@@ -5081,10 +5076,8 @@ class _Repository:
     def _describe(self, facts: Facts) -> None:
         """Fill in the facts, the quickest to find out first."""
         self.open()
-        facts["root"] = self.root
-        facts["is_shallow"] = self.is_shallow
-        facts["commit_full"] = self.head or None
-        facts["commit_short"] = self.short or None
+        facts.update(root=self.root, is_shallow=self.is_shallow)
+        facts.update(commit_full=self.head or None, commit_short=self.short or None)
         facts["remote_origin_url"] = self.config.get("remote.origin.url")
         facts["branch"] = self.status.branch
         changed, untracked, late = [], [], []
@@ -5695,10 +5688,10 @@ class _Patch:
                     self.parts[start] = part
 
     def _earlier_part(self, change: _Change) -> bytes:
+        if change.is_late or not self.parts:
+            return b""
         names = _quoted(b"a/" + change.title), _quoted(b"b/" + change.title)
         start = b"diff --git %s %s\nindex %s" % (*names, change.old[1])
-        if change.is_late:
-            return b""
         return self.parts.get(start, b"")
 
     def _is_known(self, change: _Change) -> bool:
@@ -5711,8 +5704,8 @@ class _Patch:
     def _add_files(self, tree: _Repository, changes: Sequence[_Change]) -> None:
         """Add the files that can be in it; what an earlier patch says is taken over."""
         kept = self._kept(tree, changes)
-        rest = [change for change in kept if not self._is_known(change)]
-        known = {change.part for change in kept if change not in rest}
+        known = {change.part for change in kept if self._is_known(change)}
+        rest = [change for change in kept if change.part not in known]
         tree.load([change for change in rest if change.part])
         compared = []
         for change in sorted(rest, key=lambda each: each.title):
@@ -5737,9 +5730,9 @@ class _Patch:
     def _kept(self, tree: _Repository, changes: Sequence[_Change]) -> list[_Change]:
         """Read the files that there is room for, small ones first; list the others."""
         kept: list[_Change] = []
-        changes = [change for change in changes if change.mode or change.old[0]]
-        changes.sort(key=lambda change: (change.rank, change.size))
-        for change in changes:
+        for change in sorted(changes, key=lambda each: (each.rank, each.size)):
+            if not change.mode and change.old == _NO_BLOB:
+                continue
             count = self.files + len(kept)
             problem = self._obstacle(change, count) or self._read(tree, change)
             if problem is None and change.mode:
@@ -5774,8 +5767,6 @@ class _Patch:
             _write_or_link(record, name, data)
             facts["file"] = name
             facts["sha256"] = _hash_of(data)
-        if self.problems:
-            raise _Unknown("; ".join(self.problems), facts)
         return facts
 
     def _read(self, tree: _Repository, change: _Change) -> str | None:
@@ -5861,10 +5852,8 @@ def _compared_by_git(changes: Sequence[_Change], seconds: float) -> bytes:
         _write_file(f"{scratch}/.git/config", (config + changes[0].hash_name).encode())
         _write_file(f"{scratch}/.git/info/attributes", attributes.encode())
         for change in changes:
-            old_data = b""
-            if change.old_data is not None:
-                old_data = change.old_data
-            elif change.old[1]:
+            old_data = change.old_data
+            if old_data is None:
                 old_data = b"\0" + change.old[1]
                 hidden[change.object_id(old_data)] = change.old[1]
             _put(os.fsencode(f"{scratch}/a/"), change, change.old[0], old_data)

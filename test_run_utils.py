@@ -5777,16 +5777,6 @@ class LocalPackages(CodeCase):
         captured = self.capture(sys_path=[str(self.tmp / "project")])
         self.assertEqual(captured.packages, [])
 
-    def test_more_than_there_is_room_for(self) -> None:
-        self.pushed_repo()
-        self.limit(MAX_LOCAL_PACKAGES=1)
-        for name in ("a", "b", "c"):
-            self.install(name, (self.tmp / "repo").as_uri())
-        captured = self.capture(sys_path=[str(self.tmp / "site-packages")])
-        problem = captured.problems["local_packages"]
-        self.assertEqual(problem, "2 more are not recorded")
-        self.assertEqual(len(captured.packages), 1)
-
 
 class WiredCase(CodeCase):
     """Repositories with all that git could be made to start set to a trip wire."""
