@@ -199,7 +199,7 @@ FOLLOW_SECONDS = 2.0  # how often `inspect --follow` looks again
 # More limits
 FETCH_SECONDS = 600.0  # what fetching the commit of a run may take
 INSTALL_SECONDS = 3600.0  # what one step of making an environment may take
-PLAN_DETAILS = 8  # about how many lines say what differs: a plan fits on a screen
+PLAN_DETAILS = 5  # lines on what differs in one respect: a plan fits on a screen
 WHEEL_INDEX = "https://download.pytorch.org/whl/"  # has the versions with +cu121, +cpu
 REPRODUCES = "RUN_UTILS_REPRODUCES"  # tells a new run which one it does again
 MAX_KEYS = 10_000  # keys of mappings that are remembered as clean
@@ -3813,15 +3813,16 @@ _collecting = threading.Lock()  # held while a key of metadata.json changes
 
 def _place(metadata: Facts, name: str, facts: JSON) -> None:
     """Put facts at their place, "git.patch" as `patch` in `git`; not None."""
+    if facts is None:
+        return
     name, _, inner = name.partition(".")
-    if inner and facts is not None:
+    if inner:
         facts = {inner: facts}
     known = metadata.get(name)
     if isinstance(known, dict) and isinstance(facts, dict):
         news = {k: v for k, v in facts.items() if v is not None or k not in known}
         facts = {**known, **news}
-    if facts is not None:
-        metadata[name] = facts
+    metadata[name] = facts
 
 
 class _Site:
@@ -3929,11 +3930,10 @@ def _script_name() -> str:
 
 
 def _stem(path: str) -> str:
-    folder, name = os.path.split(path)
-    stem = os.path.splitext(name)[0]
-    if stem == "__main__":
-        return basename(folder)
-    return stem
+    path = os.path.splitext(path)[0]
+    if basename(path) == "__main__":
+        path = dirname(path)
+    return basename(path)
 
 
 def _typed_argv() -> list[str]:
@@ -3950,17 +3950,14 @@ def _working_dir() -> str | None:
 
 def _loaded_sources(here: str) -> list[str]:
     """Return the loaded source files that are the program's own, not installed."""
-    found = []
+    files = []
     for module in list(sys.modules.values()):
-        file = None
         with _ignoring(AttributeError):
             # A lazy module that is asked in the usual way begins to be imported.
-            file = object.__getattribute__(module, "__dict__").get("__file__")
-        if isinstance(file, str) and file.endswith(".py"):
-            path = join(here, file)
-            if not _is_installed(path):
-                found.append(path)
-    return found[:PATCH_FILES]
+            files.append(object.__getattribute__(module, "__dict__").get("__file__"))
+    sources = [f for f in files if isinstance(f, str) and f.endswith(".py")]
+    paths = [join(here, file) for file in sources]
+    return [path for path in paths if not _is_installed(path)][:PATCH_FILES]
 
 
 def _is_installed(path: str) -> bool:
@@ -4308,19 +4305,19 @@ def _pip_freeze(executable: str) -> list[str]:
 class _Installed:
     """The metadata of a package in a folder of sys.path, a link to one, or a .pth."""
 
+    folder: str | None = None  # of the sources that it was installed from
+    is_editable = False
+    problem: str | None = None
+
     def __init__(self, place: str, name: str) -> None:
         self.path = join(place, name)
-        self.kind = os.path.splitext(name)[1]
-        self.folder: str | None = None  # of the sources that it was installed from
-        self.is_editable = False
         self.direct: Facts = {}  # direct_url.json of PEP 610
-        self.problem: str | None = None
         # Only where an installer writes is it believed where a package comes from.
         if basename(place) in ("site-packages", "dist-packages"):
             self.read_origin()
 
     def read_origin(self) -> None:
-        if self.kind == ".egg-link":  # setup.py develop: its first line is the folder
+        if self.path.endswith(".egg-link"):  # setup.py develop: its first line says it
             self.folder = _head_of_file(self.path).partition("\n")[0].strip()
             self.is_editable = True
         file = join(self.path, "direct_url.json")
@@ -4338,7 +4335,7 @@ class _Installed:
             from urllib.parse import unquote, urlsplit
 
             self.folder = unquote(urlsplit(url).path)
-            self.is_editable = bool(direct["dir_info"].get("editable"))
+            self.is_editable = bool(_at(direct, "dir_info", "editable"))
 
     def stamp(self) -> list[object]:
         """Return name and times, which tell a package from another of its version."""
@@ -4414,22 +4411,19 @@ def _requirements(installed: Iterable[_Installed]) -> tuple[list[str], list[str]
     for package in installed:
         name, version = package.names()
         key = re.sub("[-_.]+", "-", name).lower()
-        if name and key not in found:  # the first on sys.path is what is imported
-            found[key] = _requirement(name, version, package)
-            torn += filter(None, [package.problem])
+        if not name or key in found:  # the first on sys.path is what is imported
+            continue
+        torn += filter(None, [package.problem])
+        url = package.direct.get("url")
+        source = package.direct.get("vcs_info")
+        if isinstance(source, dict):
+            url = f"{source.get('vcs')}+{url}@{source.get('commit_id')}"
+        found[key] = f"{name}=={version}"
+        if package.is_editable:
+            found[key] = f"-e {package.folder}"
+        elif url is not None:
+            found[key] = f"{name} @ {url}"
     return [found[key] for key in sorted(found)], torn
-
-
-def _requirement(name: str, version: str, package: _Installed) -> str:
-    if package.is_editable:
-        return f"-e {package.folder}"
-    url = package.direct.get("url")
-    if url is None:
-        return f"{name}=={version}"
-    source = package.direct.get("vcs_info")
-    if isinstance(source, dict):
-        url = f"{source.get('vcs')}+{url}@{source.get('commit_id')}"
-    return f"{name} @ {url}"
 
 
 def _local_sources(site: _Site) -> dict[str, tuple[str, bool]]:
@@ -5104,8 +5098,9 @@ class _Repository:
         has_moved = self.status.has_moved or any(each["is_dirty"] for each in inner)
         facts["is_dirty"] = bool(changed or untracked or has_moved)
         if self.head:
-            facts["unpushed"] = len(self.history.unpushed)
-            facts["unpushed_commits"] = self.history.unpushed[:MAX_LISTED]
+            unpushed, _ = self.history
+            facts["unpushed"] = len(unpushed)
+            facts["unpushed_commits"] = unpushed[:MAX_LISTED]
         facts["base"] = self.base
 
     def git(self, *words: str, **how: Any) -> bytes:
@@ -5244,7 +5239,7 @@ class _Repository:
                 remote = self._remote_of(self.wanted)
                 if remote is not None:
                     return {"commit": self.wanted, **remote}
-            commit = self.history.newest_pushed
+            _, commit = self.history
             if commit is not None:
                 remote = self._remote_of(commit) or self._remotes[0]
                 return {"commit": commit, **remote}
@@ -5254,17 +5249,30 @@ class _Repository:
         return {"commit": self.head, "remote": None, "url": None}
 
     @cached_property
-    def history(self) -> _History:
-        """Which commits no remote has, and the newest that one has."""
+    def history(self) -> tuple[list[Facts], str | None]:
+        """The commits that no remote has, newest first, and the newest that one has."""
         if self._is_pushed:
-            return _History(b"", self.head)
+            return [], self.head
         words = ["--boundary", "--encoding=UTF-8", "--format=%m%H %ct %s", "HEAD"]
         if self._remotes:
             words += ["--not", "--remotes"]
         if self._remotes and self.is_shallow:  # a remote has sent where it was cut
             path = os.fsdecode(self.git("rev-parse", "--git-path", "shallow").rstrip())
             words += os.fsdecode(_readable_bytes(join(self.root, path))).split()
-        return _History(self.git("rev-list", *words), self.head)
+        # >8f31c0e... 1769869501 Fix the seed
+        # -1b2c3d4... 1769869000 The commit before, which a remote has
+        listed = self.git("rev-list", *words).decode("utf-8", "replace")
+        rows = re.findall(r"^([-<>])([0-9a-f]{40,64}) (\d+) (.*)$", listed, re.M)
+        if not rows:
+            return [], self.head
+        unpushed = []
+        pushed: dict[str | None, int] = {None: -1}
+        for mark, commit, seconds, subject in rows:
+            if mark == "-":
+                pushed[commit] = int(seconds)
+            else:
+                unpushed.append({"commit": commit, "subject": subject[:200]})
+        return unpushed, max(pushed, key=pushed.__getitem__)
 
     @cached_property
     def _remotes(self) -> list[Facts]:
@@ -5497,28 +5505,6 @@ class _Listed:
                 self.hidden.add(name)
             if mark in b"sS":
                 self.sparse.add(name)
-
-
-class _History:
-    """What `git rev-list --boundary --format='%m%H %ct %s'` lists.
-
-    >8f31c0e... 1769869501 Fix the seed
-    -1b2c3d4... 1769869000 The commit before, which a remote has
-    """
-
-    def __init__(self, listed: bytes, head: str) -> None:
-        self.unpushed: list[Facts] = []  # the newest first
-        self.newest_pushed: str | None = None
-        newest = -1
-        pattern = r"^([-<>])([0-9a-f]{40,64}) (\d+) (.*)$"
-        rows = re.findall(pattern, listed.decode("utf-8", "replace"), re.M)
-        for mark, commit, seconds, subject in rows:
-            if mark != "-":
-                self.unpushed.append({"commit": commit, "subject": subject[:200]})
-            elif int(seconds) > newest:
-                self.newest_pushed, newest = commit, int(seconds)
-        if not rows:
-            self.newest_pushed = head
 
 
 def _blob(mode: bytes, oid: bytes) -> _Blob:
@@ -6035,10 +6021,7 @@ class _Plan:
         self, about: str, level: int, text: str, details: Sequence[str] = (),
         stops: bool = False,
     ) -> None:
-        """Say that something is as it was (0), differs (1) or makes it impossible (2).
-
-        What `stops` has --exec refused.
-        """
+        """Say that something is as it was (0), differs (1) or is a bar to all (2)."""
         step = {"about": about, "level": level, "text": text}
         self.steps.append({**step, "details": list(details), "stops": stops})
         self.steps.sort(key=lambda step: _ORDER.index(step["about"]))
@@ -6174,10 +6157,9 @@ class _Plan:
             text = "redacted in the code; fill them in by hand"
             self.add("secrets", 1, text, names, stops=True)
         env = _mapping(self.metadata, "env")
-        secret = [name for name, value in env.items() if REDACTED in str(value)]
-        missing = ", ".join(name for name in secret if name not in os.environ)
+        missing = [n for n in env if REDACTED in str(env[n]) and n not in os.environ]
         if missing:
-            self.add("secrets", 0, f"the environment also had {missing}")
+            self.add("secrets", 0, f"the environment also had {', '.join(missing)}")
 
     def _check_environment(self, local_packages: Iterable[Facts]) -> None:
         """Compare Python, packages and GPUs with those that --exec would use."""
@@ -6252,19 +6234,19 @@ class _Plan:
 
     def _add_code(self, missing: Sequence[str]) -> None:
         commit = _word(self.git, "commit_short")
+        file = _word(self.patch, "file")
         text = commit or "the sources of a folder without git"
-        if self.patch.get("file"):
+        if file:
             start = self.git.get("commit_full")
             if "base" in self.git:  # by hand one starts there, not at HEAD
                 start = _at(self.git, "base", "commit")
             if not commit or start == self.git.get("commit_full"):
-                text += f" with {self.patch['file']}"
+                text += f" with {file}"
             elif start:
-                short = str(start)[: len(commit)]
-                text = f"{short} with {self.patch['file']}, which is {commit}"
+                text = f"{str(start)[: len(commit)]} with {file}, which is {commit}"
             else:
-                text = f"{self.patch['file']} alone, which is {commit}"
-        if not commit and not self.patch.get("file"):
+                text = f"{file} alone, which is {commit}"
+        if not commit and not file:
             self.add("code", 1, "none was recorded", missing)
         elif missing:
             self.add("code", 1, f"{text}, but not all", missing)
@@ -6311,8 +6293,8 @@ class _Plan:
         if more > 0:
             texts.append(f"{more} more that were left out")
         texts += [f"{name}: redacted" for name in _texts(self.patch, "redacted")]
-        for name in _texts(self.git, "changed_after_entry"):
-            texts.append(f"{name}: changed after entry, taken as committed")
+        late = _texts(self.git, "changed_after_entry")
+        texts += [f"{name}: changed after entry, taken as committed" for name in late]
         problem = _word(self.metadata, "capture", "git.patch", "problem")
         base = self.git.get("base")
         if problem and (base is None or _at(base, "url")):
@@ -6395,9 +6377,8 @@ class _Plan:
         if re.match(_PYTHON, basename(words[0])):
             words[0] = self.python or words[0]
             if self.launcher[:1] == ["torchrun"]:
-                del words[0]
-                while words[:1] == ["-u"]:  # it says that by itself
-                    del words[0]
+                # It says -u by itself.
+                words = list(itertools.dropwhile("-u".__eq__, words[1:]))
         place = self.cwd
         if self.root and f"{place}/".startswith(f"{self.root}/"):
             place = target + place[len(self.root) :]  # never the old one
@@ -6417,11 +6398,9 @@ class _Plan:
 
     def show(self, target: str | None) -> None:
         lines = []
-        room = PLAN_DETAILS
         for step in self.steps:
             word = ("same", "differs", "impossible")[step["level"]]
-            details = step["details"][: max(1, min(5, room))]
-            room -= len(details)
+            details = step["details"][:PLAN_DETAILS]
             rest = len(step["details"]) - len(details)
             if rest:
                 details.append(f"and {rest} more, see --json")
@@ -6503,19 +6482,20 @@ def _input_now(
     for place in found:
         if size is None or entry.get("mtime") == _utc(os.stat(place).st_mtime):
             return place, None
-    for place in found:
-        now = os.stat(place).st_size
-        if not now and size:
-            return place, "is empty"
-        if now != size:
-            return place, f"has {now} bytes, not {size}"
-        digest = _sha256(place, deadline)
-        outputs = _rows(_read_json(f"{_run_of(place)}/metadata.json"), "outputs")
-        known = {output.get("path"): output.get("sha256") for output in outputs}
-        if digest is not None and known.get(entry["path"]) == digest:
-            return place, None  # only its time is another
-        return place, "has changed"
-    return places[-1], "is gone"
+    if not found:
+        return places[-1], "is gone"
+    place = found[0]
+    now = os.stat(place).st_size
+    if not now and size:
+        return place, "is empty"
+    if now != size:
+        return place, f"has {now} bytes, not {size}"
+    digest = _sha256(place, deadline)
+    outputs = _rows(_read_json(f"{_run_of(place)}/metadata.json"), "outputs")
+    known = {output.get("path"): output.get("sha256") for output in outputs}
+    if digest is not None and known.get(entry["path"]) == digest:
+        return place, None  # only its time is another
+    return place, "has changed"
 
 
 def _fetch(place: str, base: Facts, former: str) -> list[str]:
