@@ -964,7 +964,7 @@ class _Recording:
         head = None
         try:
             if not self.launch.rank:
-                head = _ask_for_head(site.directory, self.variables)
+                head = _asked_for_head(site.directory, self.variables)
             try:
                 self.recorder = _Recorder(self.variables)
             except Exception as error:
@@ -1507,7 +1507,7 @@ def _learn_at_entry(variables: Facts, site: _Site, config: JSON) -> None:
 
 def _settle_code(site: _Site, likeliest: _Program | None = None) -> str | None:
     for directory in site.places():
-        site.head = _told_head(likeliest or _ask_for_head(directory))
+        site.head = _told_head(likeliest or _asked_for_head(directory))
         likeliest = None
         if site.head:
             site.directory = directory
@@ -3767,14 +3767,13 @@ def _complete_metadata(metadata: Facts, site: _Site, record: _Record) -> None:
         "container": _container,
     }
     threads = []
-    for chain in (code, {"cuda": _cuda}):  # git first, which is waited for longest
+    for chain in (code, python, {"cuda": _cuda}):  # git takes longest
         try:
             if site.pid == os.getpid():
                 raise RuntimeError("this is the process of the user")
             threads.append(_started_thread(_collect_chain, metadata, chain))
         except RuntimeError:  # or there is no room for one more thread
             _collect_chain(metadata, chain)
-    _collect_chain(metadata, python)
     for thread in threads:
         thread.join()
 
@@ -4056,10 +4055,8 @@ def _operand(words: Sequence[str], here: str) -> tuple[str | None, str]:
         if is_python and re.match("-[A-Za-z]*m$", word):
             module = next(rest, "")
             path = join(here, *module.split("."))
-            for file in (f"{path}.py", f"{path}/__main__.py"):
-                if isfile(file):
-                    return file, module
-            return None, module
+            files = (f"{path}.py", f"{path}/__main__.py")
+            return next(filter(isfile, files), None), module
         if word in ("-W", "-X", "-o", "-O", "-r"):
             next(rest, "")
         elif not word.startswith(("-", "+")):
@@ -4820,7 +4817,7 @@ _GIT_FACTS = (
 )
 
 
-def _ask_for_head(
+def _asked_for_head(
     directory: str, variables: Mapping[str, str] | None = None
 ) -> _Program | None:
     """Begin to ask git for the commit in a folder, which names a run."""
@@ -4855,7 +4852,7 @@ def _commit_in(answer: str) -> str | None:
 
 
 def _git_head(directory: str) -> str | None:
-    return _commit_in(_told_head(_ask_for_head(directory)))
+    return _commit_in(_told_head(_asked_for_head(directory)))
 
 
 def _git_collectors(site: _Site, record: _Record) -> dict[str, Callable[[], JSON]]:
@@ -5109,9 +5106,8 @@ class _Repository:
         try:
             return _git_run(self.root, *self.switches, *words, **how)
         except _ProgramFailed as failure:
-            has_died = failure.status is None or failure.status < 0
-            if has_died and "printed more" not in str(failure):
-                self.hung = failure
+            if "did not end" in str(failure):
+                self.hung = failure  # it is not waited for again
             raise
 
     def open(self) -> None:
@@ -5539,20 +5535,18 @@ def _check_git_dir(tree: _Repository, root: str) -> None:
     """Raise _Unknown unless work tree and .git name each other: it may be a trap."""
     dot_git = join(root, ".git")
     line = _first_line(dot_git) or ""
-    named = join(root, line.partition("gitdir: ")[2] or ".git")
-    folder = realpath(named)
-    back = _first_line(join(folder, "gitdir"))
+    folder = realpath(join(root, line.partition("gitdir: ")[2] or ".git"))
     common = _first_line(join(folder, "commondir"))
-    is_own = folder == join(realpath(root), ".git")
     if tree.prefix and root != tree.directory:
         is_own = False  # git went up to the outer repository
     elif common is not None:  # of `git worktree add`
-        common = realpath(join(folder, common))
-        is_known = dirname(folder) == join(common, "worktrees")
-        is_own = is_known and back == dot_git
+        is_known = dirname(folder) == realpath(join(folder, common, "worktrees"))
+        is_own = is_known and _first_line(join(folder, "gitdir")) == dot_git
     elif "core.worktree" in tree.config:  # of a submodule: git has looked there
         is_own = True
-    elif not tree.prefix and basename(folder) != ".git":
+    elif tree.prefix or basename(folder) == ".git":
+        is_own = folder == join(realpath(root), ".git")
+    else:
         is_own = True  # `git init --separate-git-dir` leaves no way back
     parts = [join(folder, name) for name in ("objects", "refs", "packed-refs")]
     if not is_own or any(map(os.path.islink, parts)):
