@@ -6275,9 +6275,9 @@ class _Plan:
         texts = []
         left_out = _rows(self.patch, "left_out")
         for entry in left_out:
-            path = _word(entry, "path")
+            path, known = _word(entry, "path"), entry.get("sha256")
             source, place = join(self.root, path), join(tree, path)
-            is_same = "sha256" in entry and _sha256(source) == entry["sha256"]
+            is_same = known is not None and _sha256(source) == known
             if is_same and _is_below(place, tree):
                 os.makedirs(dirname(place), exist_ok=True)
                 shutil.copy(source, place)
