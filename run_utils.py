@@ -213,7 +213,7 @@ REPORT_PLOTS = 24  # metrics that have a plot in a report
 REPORT_POINTS = 300  # points of a curve in a report
 REPORT_BYTES = 1_900_000  # of a report: curves take what room is left
 REPORT_CURVE_BYTES = 400_000  # but at least so much
-REPORT_POINT_BYTES = 15  # of one point of a curve, with its exact value
+REPORT_POINT_BYTES = 18  # of one point of a curve, with its exact value
 REPORT_TEXT_BYTES = 100_000  # of exceptions, outputs and so on in a report
 REPORT_EMBED_BYTES = 5_000_000  # of images inside a report
 REPORT_IMAGES = 200  # images that a report shows
@@ -1082,7 +1082,7 @@ class _Recording:
             "oom_kills": self.oom_kills,  # until then
             "variables": {},  # that would change how it starts; by _Recorder.begin
             "is_watched": False,  # whether it is given a pidfd; by _Recorder.begin
-            "secrets": _redactor.secrets(),
+            "secrets": sorted(_redactor.known),
             "settings": _changed_settings(),
             "resources": self.options.resources,
             "until_exit": self.until_exit,
@@ -3066,7 +3066,7 @@ class _RecorderProcess:
             self.metadata["capture"]["recorder"] = problem
         self._write_metadata()
         _write_summary(self.record)
-        if set(_redactor.secrets()).difference(self.request["secrets"]):
+        if _redactor.known.difference(self.request["secrets"]):
             self.record.redact_again()
 
     def _wait_for_exit(self, pidfd: int, ended: float) -> None:
@@ -4599,7 +4599,7 @@ class _Sampler:
     last: tuple[float, float] | None = None  # when, and processor time until
     samples = 0
     cpu_seconds = 0.0
-    cpu_peak = 0.0  # percent of one core
+    cpu_peak: float | None = None  # percent of one core
 
     def __init__(self, pid: int, record: _Record) -> None:
         self.pid = pid
@@ -4625,12 +4625,17 @@ class _Sampler:
         """Return peaks and means with their sources, for metadata.json."""
         self._take()
         peak = _in_cgroup("memory.peak", "memory.max_usage_in_bytes", r"^(\d+)$")
-        facts: Facts = {
+        seconds = mean = source = None
+        if self.samples and self.last is not None:
+            seconds = round(self.cpu_seconds, 2)
+            mean = round(100 * self.cpu_seconds / (self.last[0] - self.begun), 1)
+            source = "/proc, with ended children"
+        return {
             "samples": self.samples,
-            "cpu_seconds": None,
-            "cpu_percent_mean": None,
-            "cpu_percent_peak": None,
-            "cpu_source": None,
+            "cpu_seconds": seconds,
+            "cpu_percent_mean": mean,
+            "cpu_percent_peak": self.cpu_peak,
+            "cpu_source": source,
             "memory_bytes_mean": self.memory.mean(),
             "memory_bytes_peak": self.memory.peak,
             "memory_source": " or ".join(self.sources) or None,
@@ -4639,15 +4644,6 @@ class _Sampler:
             "gpu_source": self.gpus.source,
             "problem": self.problem or self.gpus.problem,
         }
-        if self.samples and self.last is not None:
-            mean = 100 * self.cpu_seconds / (self.last[0] - self.begun)
-            facts.update(
-                cpu_seconds=round(self.cpu_seconds, 2),
-                cpu_percent_mean=round(mean, 1),
-                cpu_percent_peak=self.cpu_peak,
-                cpu_source="/proc, with ended children",
-            )
-        return facts
 
     def _take(self) -> Facts | None:
         """Take a sample; return its row, unless it is the first or all have ended."""
@@ -4670,7 +4666,7 @@ class _Sampler:
         seconds = max(0.0, now[1] - before[1])
         percent = round(100 * seconds / (now[0] - before[0]), 1)
         self.cpu_seconds += seconds
-        self.cpu_peak = max(percent, self.cpu_peak)
+        self.cpu_peak = max(percent, self.cpu_peak or 0.0)
         row: Facts = {"time": round(time.time(), 3), "processes": len(found)}
         row["cpu_percent"] = percent
         memory, source = self._memory(found)
@@ -4768,14 +4764,13 @@ class _GpuMeter:
         started = monotonic()
         if self.source is None or self.problem is not None or started < self.due:
             return {}
+        columns = ["index", "utilization.gpu", "memory.used"]
         try:
-            columns = ["index", "utilization.gpu", "memory.used"]
             table = _nvidia_smi(columns, GPU_SECONDS)
         except _Unknown as reason:
             self.problem = str(reason)
             return {}
-        cost = monotonic() - started
-        self.due = started + cost / SAMPLE_SHARE
+        self.due = started + (monotonic() - started) / SAMPLE_SHARE
         row: Facts = {}
         for index, *values in table:
             device = self.values.setdefault(str(index), {})
@@ -6687,7 +6682,6 @@ def _inputs(
     own = realpath(run_dir)
     is_run = functools.lru_cache(None)(_is_run)  # each folder is looked at once
     deadline = monotonic() + INPUT_SECONDS
-    states: dict[str, str] = {}
     entries: dict[str, Facts] = {}
     words = (("argv", word) for word in argv[1:])
     texts = itertools.chain(_strings("", _arguments(config or {})), words)
@@ -6698,9 +6692,7 @@ def _inputs(
             producer = _run_of(path, is_run)
             if producer is None or realpath(producer) == own:
                 continue
-            if producer not in states:
-                states[producer] = Run(producer, row=False).state
-            entry = _input(key, path, producer, run_dir, states[producer])
+            entry = _input(key, path, producer, run_dir)
             entries.setdefault(f"{producer}/{entry['path']}", entry)
     return list(entries.values())
 
@@ -6722,8 +6714,8 @@ def _existing_paths(text: str, cwd: str) -> Iterator[str]:
     value = text.partition("=")[2]
     parts = dict.fromkeys([text, value, *text.split(","), *value.split(",")])
     for part in filter(None, parts):
-        path = os.path.expanduser(os.path.expandvars(_without_scheme(part)))
-        path = join(cwd, path)
+        path = os.path.expandvars(_without_scheme(part))
+        path = join(cwd, os.path.expanduser(path))
         if exists(path):
             yield abspath(path)
         elif _is_glob(path):
@@ -6747,9 +6739,7 @@ def _is_glob(path: str) -> bool:
     return len(re.findall(r"[*?[][^/]*", path)) in (1, 2)
 
 
-def _input(
-    key: str, path: str, producer: str, run_dir: StrPath, status: str
-) -> Facts:
+def _input(key: str, path: str, producer: str, run_dir: StrPath) -> Facts:
     """Return the entry of `inputs` in metadata.json for a file of another run."""
     inside = relpath(path, producer)
     if inside.startswith(os.pardir):  # a link into the run
@@ -6762,7 +6752,7 @@ def _input(
         "path": inside,
         "size": None,
         "mtime": None,
-        "status": status,
+        "status": Run(producer, row=False).state,
     }
     with _ignoring(OSError):
         info = os.stat(path)
@@ -6803,8 +6793,7 @@ def _record_use(artifact: Path, consumer: str | None, reason: str | None) -> Non
 
 
 def _add_input(run_dir: Path, path: str, producer: str, reason: str | None) -> None:
-    status = Run(producer, row=False).state
-    entry = _input("mark_artifact_used", path, producer, run_dir, status)
+    entry = _input("mark_artifact_used", path, producer, run_dir)
     if reason is not None:
         entry["reason"] = reason
     if _same_input(entry) in map(_same_input, _read_lines(run_dir / "inputs.jsonl")):
@@ -7038,9 +7027,6 @@ class _Redactor:
         if len(self.known) > before:
             self.pattern = None
             self.keys = {}
-
-    def secrets(self) -> list[str]:
-        return sorted(self.known)
 
     def data(self, value: JSON) -> JSON:
         return _Facts(self).value(value)
@@ -9789,6 +9775,8 @@ class _Filters:
         self.where: _Condition | None = None
         if options.get("where") is not None:
             self.where = _Condition(options["where"])
+        shown = ",".join(options.get("show") or ()).split(",")
+        self.shown = [_Key(text) for text in shown if text]
         self.sort: _Key | None = None
         self.reverse = False
         if options.get("sort") is not None:
@@ -9825,7 +9813,7 @@ class _Filters:
             keys.append(self.sort)
         if self.where is not None:
             keys += [term.key for term in self.where.terms]
-        return list({key.text: key for key in keys}.values())
+        return list({key.text: key for key in keys + self.shown}.values())
 
     def unknown_words(self, runs: list[Run]) -> Iterator[str]:
         """Yield a sentence for each key, status or tag that no run has."""
@@ -9875,6 +9863,7 @@ class _Selection:
         self, root: StrPath, filters: _Filters, over: str | None = None
     ) -> None:
         self.root = os.fspath(root)
+        self.shown = filters.shown
         self.asked = [key.text for key in filters.asked()]
         self.groups: list[_Group] = []
         walk = _Walk(self.root)
@@ -10963,9 +10952,9 @@ def _note_texts(run: Run) -> list[str]:
     return [_text(note["text"]) for note in run.notes if note.get("text")]
 
 
-def _run_row(run: Run, root: StrPath, shown: Iterable[str] = ()) -> Facts:
+def _run_row(run: Run, selection: _Selection) -> Facts:
     row: Facts = {
-        "path": relpath(run.path, root),
+        "path": relpath(run.path, selection.root),
         "outputs": len(run.outputs),
         "size": sum(run.outputs.values()),
         "inputs": run.inputs,
@@ -10974,8 +10963,8 @@ def _run_row(run: Run, root: StrPath, shown: Iterable[str] = ()) -> Facts:
         "notes": _note_texts(run),
         "problems": run.problems,
     }
-    for text in shown:
-        row.setdefault(text, _Key(text).value(run))
+    for key in selection.shown:
+        row.setdefault(key.text, key.value(run))
     return row
 
 
@@ -11617,6 +11606,13 @@ def _format_count(number: object, noun: str, about: str = "") -> str:
     return f"{_text(number)} {noun} {about}".rstrip()
 
 
+def _format_problems(runs: Iterable[Run]) -> list[str]:
+    problems = [problem for run in runs for problem in run.problems]
+    if not problems:
+        return []
+    return [f"{_format_count(len(problems), 'file')} cannot be read: {problems[0]}"]
+
+
 def _format_paths(paths: Sequence[str]) -> str:
     text = ", ".join(paths[:3])
     if len(paths) > 3:
@@ -12208,10 +12204,10 @@ def _plot_html(page: _Page, plot: _Plot) -> Iterator[str]:
     positive = [value for value in values if value > 0]
     logarithm = None
     name = page.text(plot.key, 80)
-    many, bits = "", 64
+    kind = "plot"
     if page.is_crowded:
-        many, bits = " many", 32
-    yield f'<figure class="plot{many}"><figcaption><h3>{name}</h3>'
+        kind = "plot many"
+    yield f'<figure class="{kind}"><figcaption><h3>{name}</h3>'
     if positive and max(positive) > 2 * min(positive):
         logarithm = _Axis(positive, True, 0.04)
         yield '<button type="button" aria-pressed="false" hidden>log</button>'
@@ -12234,26 +12230,23 @@ def _plot_html(page: _Page, plot: _Plot) -> Iterator[str]:
     yield "</svg></svg></figure>"
     page.curves.append({
         "x": across.ends, "y": axis.ends, "log": logarithm and logarithm.ends,
-        "bits": bits, "curves": [_exact(curve, bits) for curve in plot.curves],
+        "curves": list(map(_exact, plot.curves)),
     })
 
 
-def _exact(curve: _Curve, bits: int) -> JSON:
+def _exact(curve: _Curve) -> JSON:
     """Return number, differences of steps, values and spreads of a curve.
 
     Values are in base64, as little-endian floats: half the bytes.
     """
-    import array
+    import struct
 
     line, points, spreads = curve
     steps = [step for step, _ in points]
     rises = [b - a for a, b in zip([0.0, *steps], steps)]
     facts: list[JSON] = [line.number, rises]
-    for numbers in (map(_value_of, points), spreads):
-        packed = array.array({32: "f", 64: "d"}[bits], numbers)
-        if sys.byteorder == "big":
-            packed.byteswap()
-        facts.append(_base64(packed.tobytes()))
+    for numbers in (list(map(_value_of, points)), spreads):
+        facts.append(_base64(struct.pack(f"<{len(numbers)}d", *numbers)))
     return facts
 
 
@@ -12381,19 +12374,19 @@ def _images_html(page: _Page) -> Iterator[str]:
 
     Those that are not inside the page are links, until somebody opens the strip.
     """
-    strips: dict[str, list[tuple[Run, str]]] = {}
-    count = 0
+    images = []
     for run in page.drawn:
-        for name in run.outputs:
-            if re.fullmatch(_IMAGE, name):
-                count += 1
-                if count <= REPORT_IMAGES:
-                    pattern = re.sub(r"\d+(?=\D*$)", "*", name)
-                    strips.setdefault(pattern, []).append((run, name))
-    if count > REPORT_IMAGES:
-        page.left_out.append(f"Of {count} images the first {REPORT_IMAGES} are shown.")
-    if not strips:
+        names = filter(re.compile(_IMAGE).fullmatch, run.outputs)
+        images += [(run, name) for name in names]
+    if not images:
         return
+    if len(images) > REPORT_IMAGES:
+        told = f"Of {len(images)} images the first {REPORT_IMAGES} are shown."
+        page.left_out.append(told)
+    strips: dict[str, list[tuple[Run, str]]] = {}
+    for run, name in images[:REPORT_IMAGES]:
+        pattern = re.sub(r"\d+(?=\D*$)", "*", name)
+        strips.setdefault(pattern, []).append((run, name))
     yield "<section><h2>Images</h2>"
     room = REPORT_EMBED_BYTES
     for pattern in sorted(strips):
@@ -12469,13 +12462,10 @@ def _run_facts(page: _Page, run: Run) -> Iterator[Paragraph]:
 
 
 def _left_out_html(page: _Page) -> Iterator[str]:
-    problems = [problem for run in page.drawn for problem in run.problems]
-    if problems:
-        count = _format_count(len(problems), "file")
-        page.left_out.append(f"{count} could not be read: {problems[0]}")
-    if page.left_out:
+    left_out = page.left_out + _format_problems(page.drawn)
+    if left_out:
         yield "<section><h2>What this page leaves out</h2><ul>"
-        for sentence in page.left_out:
+        for sentence in left_out:
             yield f"<li>{page.text(sentence)}</li>"
         yield "</ul></section>"
 
@@ -12761,7 +12751,7 @@ function update() {
 
 function makePlot(figure, number) {
   const plot = { ...curves[number], isLog: false, figure, groups: {} };
-  plot.curves = plot.curves.map((curve) => decode(curve, plot.bits));
+  plot.curves = plot.curves.map(decode);
   plot.area = figure.querySelector(".area");
   for (const group of plot.area.children) plot.groups[group.dataset.line] = group;
   const svg = figure.querySelector("svg");
@@ -12779,10 +12769,9 @@ function makePlot(figure, number) {
 }
 
 // A curve has its line's number, steps, values, and the deviations of a mean.
-function decode([line, rises, values, spreads], bits) {
-  const kind = bits === 32 ? Float32Array : Float64Array;
-  const numbers = (text) =>
-    [...new kind(Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer)];
+function decode([line, rises, values, spreads]) {
+  const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+  const numbers = (text) => [...new Float64Array(bytes(text).buffer)];
   let step = 0;
   const steps = rises.map((rise) => (step += rise));
   return [line, steps, numbers(values), numbers(spreads)];
@@ -12853,12 +12842,12 @@ function describe(plot, [line, steps, values, spreads], at) {
   const label = details.querySelector(".label").textContent.trim();
   const metric = plot.figure.querySelector("h3").textContent;
   const name = details.querySelector(".name").textContent;
-  const isExact = plot.bits === 64 && spreads.length === 0;
-  const short = (number) => Number(number.toPrecision(isExact ? 17 : 7));
-  const spread = spreads.length ? " ± " + short(spreads[at]) : "";
-  const who = spreads.length ? label : name + "\\n" + label;
   const step = "step " + Number(steps[at].toPrecision(12));
-  return [who, metric + " " + short(values[at]) + spread, step].join("\\n");
+  if (!spreads.length) {
+    return [name, label, metric + " " + values[at], step].join("\\n");
+  }
+  const [mean, spread] = [values[at], spreads[at]].map((n) => +n.toPrecision(7));
+  return [label, metric + " " + mean + " ± " + spread, step].join("\\n");
 }
 """
 
@@ -13363,9 +13352,10 @@ def _signals_to(waker: int) -> Iterator[Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line with `argv` (default: sys.argv[1:]); return its status."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        argv = sys.argv[1:]
     try:
-        args = _parse(words)
+        args = _parse(list(argv))
         status = int(args.function(args))
         if args.function is not _cmd_run:  # whose stdout is the command's
             print(end="", flush=True)
@@ -13490,13 +13480,9 @@ def _follow(run_dir: Path) -> None:
         time.sleep(max(FOLLOW_SECONDS, 5 * took))
 
 
-def _selected(
-    args: Namespace, over: str | None = None, shown: Iterable[str] = ()
-) -> _Selection:
+def _selected(args: Namespace, over: str | None = None) -> _Selection:
     """Return the runs that the filters ask for; say which keys no run has."""
     selection = _Selection(_search_root(args.root), _Filters(vars(args)), over)
-    for key in shown:
-        selection.warnings += _unknown_key(_Key(key), selection.runs)
     for warning in selection.warnings:
         _say(_redactor.text(warning))
     return selection
@@ -13505,12 +13491,11 @@ def _selected(
 def _cmd_list(args: Namespace) -> int:
     if args.limit is None and args.format is None:
         args.limit = MAX_ROWS
-    shown = [key.strip() for text in args.show for key in text.split(",")]
-    selection = _selected(args, args.over, shown)
-    asked = [*selection.asked, *shown]
+    selection = _selected(args, args.over)
+    asked = selection.asked
     rows = [_group_row(group, asked) for group in selection.groups]
     if args.over is None and args.format in ("json", "csv"):
-        rows = [_run_row(run, selection.root, shown) for run in selection.runs]
+        rows = [_run_row(run, selection) for run in selection.runs]
     if args.format == "commands":
         for run in selection.runs:
             print(_command_of(run, _word(run.metadata, "working_dir")))
@@ -13521,13 +13506,13 @@ def _cmd_list(args: Namespace) -> int:
     elif args.over is not None:
         _print_columns(_group_columns(rows, selection.differing, asked), args.format)
     else:
-        _print_runs(selection, asked, args)
+        _print_runs(selection, args)
     if args.format is None:
         _say_what_is_unseen(selection, args)
     return 0
 
 
-def _print_runs(selection: _Selection, asked: list[str], args: Namespace) -> None:
+def _print_runs(selection: _Selection, args: Namespace) -> None:
     groups = {"": selection.runs}
     if args.by_script:
         groups = {}
@@ -13537,7 +13522,8 @@ def _print_runs(selection: _Selection, asked: list[str], args: Namespace) -> Non
         if script:
             _print(f"{script}: {_format_count(len(runs), 'run')}")
         columns = _run_columns(
-            runs, selection.root, selection.differing, asked, args.format == "md"
+            runs, selection.root, selection.differing, selection.asked,
+            whole=args.format == "md",
         )
         _print_columns(columns, args.format)
 
@@ -13551,9 +13537,8 @@ def _say_what_is_unseen(selection: _Selection, args: Namespace) -> None:
         if args.sort is not None:
             kind = "more"
         print(f"{selection.unseen} {kind} runs are not shown; -n 0 shows all")
-    problems = [problem for run in selection.runs for problem in run.problems]
-    if problems:
-        _say(f"{_format_count(len(problems), 'file')} cannot be read: {problems[0]}")
+    for line in _format_problems(selection.runs):
+        _say(line)
 
 
 def _cmd_diff(args: Namespace) -> int:
@@ -13586,8 +13571,7 @@ def _cmd_lineage(args: Namespace) -> int:
     _print(_run_and_status(start))
     for title, way in (("used", used), ("used by", users)):
         for depth, run, path in way:
-            line = f"{'  ' * depth}{_run_and_status(run)}: {path}"
-            print(f"{title:<8}{_printable(line)}")
+            _print(f"{title:<8}{'  ' * depth}{_run_and_status(run)}: {path}")
             title = ""
     return 0
 
@@ -13621,32 +13605,27 @@ def _cmd_note(args: Namespace) -> int:
 
 def _cmd_prune(args: Namespace) -> int:
     selection = _selected(args)
-    rows: list[Facts] = [
-        {
-            "run_dir": run.folder,
-            "status": run.state,
-            "size": sum(_file_sizes(run.folder).values()),
-            "refused": _why_it_stays(run),
-        }
-        for run in selection.runs
-    ]
-    if args.json:
-        _print_json(rows)
     is_meant = args.yes or args.purge
-    sizes = []
-    for run, row in zip(selection.runs, rows):
-        what = row["refused"]
-        if what is None:
-            what = "would go"
-            sizes.append(row["size"])
+    rows: list[Facts] = []
+    sizes = []  # of the runs that may go
+    for run in selection.runs:
+        size = sum(_file_sizes(run.folder).values())
+        refusal = _why_it_stays(run)
+        row = {"run_dir": run.folder, "status": run.state, "size": size}
+        rows.append({**row, "refused": refusal})
+        what = refusal or "would go"
+        if refusal is None:
+            sizes.append(size)
             if is_meant:
                 place = _prune(selection.root, run, args.purge)
                 what = f"is now {place or 'deleted'}"
         if not args.json:
             name = relpath(run.path, selection.root)
-            about = f"{run['status']}, {_format_seconds(_age(run))} old"
-            _print(f"{name} ({about}, {_format_size(row['size'])}): {what}")
-    if sizes and not (is_meant or args.json):
+            about = f"{run.state}, {_format_seconds(_age(run))} old"
+            _print(f"{name} ({about}, {_format_size(size)}): {what}")
+    if args.json:
+        _print_json(rows)
+    elif sizes and not is_meant:
         about = f"{_format_count(len(sizes), 'run')}, {_format_size(sum(sizes))}"
         print(f"{about}: --yes moves to {TRASH_FOLDER}, --purge deletes")
     return 0

@@ -6723,7 +6723,7 @@ class LineageOfATree(ReadingCase):
         path = there / "artifacts" / "m.pt"
         path.touch()
         metadata = json.loads((here / "metadata.json").read_text("utf-8"))
-        entry = run_utils._input("init", str(path), str(there), here, "success")
+        entry = run_utils._input("init", str(path), str(there), here)
         metadata["inputs"].append(entry)
         (here / "metadata.json").write_text(json.dumps(metadata, indent=2), "utf-8")
 
@@ -9575,7 +9575,7 @@ class Pruning(ReadingCase):
         os.utime(self.make_run("exp/lost", status=lost) / "status.json", (0, 0))
         producer = self.make_run("exp/producer")
         path, own = str(producer), self.tmp / "x"
-        entry = run_utils._input("i", path, path, own, "success")
+        entry = run_utils._input("i", path, path, own)
         self.make_run("exp/consumer", metadata={"inputs": [entry]})
         plan = self.plan()
         refusals = {name: run_utils._why_it_stays(plan[name]) for name in plan}
@@ -10091,12 +10091,11 @@ class ReportCase(RunCase):
 
         plots = json.loads(page.sources["curves"])
         for plot in plots:
-            kind = {32: "f", 64: "d"}[plot["bits"]]
             for curve in plot["curves"]:
                 curve[1] = list(itertools.accumulate(curve[1]))
                 for place in (2, 3):
                     data = base64.b64decode(curve[place])
-                    curve[place] = list(array.array(kind, data))
+                    curve[place] = list(array.array("d", data))
         return plots
 
 
@@ -10183,7 +10182,7 @@ class TheReport(ReportCase):
         run = self.make("run-a")
         (run / "metadata.json").write_text("{", "utf-8")
         page = self.report()
-        self.assertIn("1 file could not be read: ", page.text)
+        self.assertIn("1 file cannot be read: ", page.text)
 
     def test_only_the_best_are_drawn_and_the_page_says_so(self) -> None:
         for number in range(5):

@@ -179,7 +179,7 @@ async function hovers(page) {
   const box = await svg.boundingBox();
   const point = await page.evaluate(() => {
     const plot = curves[0]; // of the page's script
-    const curve = decode(plot.curves[0], plot.bits);
+    const curve = decode(plot.curves[0]);
     const at = curve[1].length - 3;
     const [step, value, spread] = [curve[1][at], curve[2][at], curve[3][at]];
     const x = 56 + (572 * (step - plot.x[0])) / (plot.x[1] - plot.x[0]);
