@@ -46,8 +46,8 @@ def find_problem(path: Path) -> str:
     name = str(path.relative_to(ROOT)).encode()
     redactor = run_utils._Redactor()
     redactor.learn_code(data, name)
-    if redactor.secrets():
-        return f"remembered as secret: {redactor.secrets()[:5]}"
+    if redactor.known:
+        return f"remembered as secret: {redactor.known[:5]}"
     clean = redactor.code(data, name)
     if clean != data:
         before = data.decode("utf-8", "replace").splitlines()
