@@ -682,7 +682,7 @@ class Run(dict):  # type: ignore[type-arg]
     def config(self) -> Facts:
         """The arguments, from metadata.json; of an ancestor's run from config.yaml."""
         config = _mapping(self.metadata, "config") or self.read_config()
-        return _mapping(_with_floats(config))
+        return _mapping(_converted(config, _as_float))
 
     @cached_property
     def flat_config(self) -> Facts:
@@ -6763,7 +6763,9 @@ def _input(key: str, path: str, producer: str, run_dir: StrPath) -> Facts:
 
 def _warn_of_inputs(inputs: Iterable[Facts]) -> None:
     for entry in inputs:
-        why = [word for word in ("failed", "lost") if word == entry["status"]]
+        why = []
+        if entry["status"] in ("failed", "lost"):
+            why.append(entry["status"])
         if "superseded" in _tags(_read_lines(f"{entry['run_dir']}/notes.jsonl")):
             why.append("superseded")
         if why:
@@ -8546,19 +8548,32 @@ def _format_json(value: object, indent: int | None = 2) -> str:
         text = json.dumps(value, allow_nan=False, indent=indent)
         if "\\ud" not in text:  # half of a surrogate pair, which jq refuses
             return text + "\n"
-    plain = _without_nan(_plain(value, whole=True))
+    plain = _converted(_plain(value, whole=True), _as_json_number)
     return json.dumps(plain, allow_nan=False, indent=indent) + "\n"
 
 
-def _without_nan(value: JSON) -> JSON:
-    """Return plain data with texts for the numbers that JSON lacks."""
+def _converted(value: JSON, convert: Callable[[JSON], JSON], depth: int = 0) -> JSON:
+    """Return plain data with each scalar converted."""
+    if depth > MAX_DEPTH:
+        return "<nested too deeply>"
     if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {k: _converted(item, convert, depth + 1) for k, item in value.items()}
     if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    if not isinstance(value, float) or value - value == 0:
-        return value
-    return json.dumps(value)  # NaN, Infinity, -Infinity
+        return [_converted(item, convert, depth + 1) for item in value]
+    return convert(value)
+
+
+def _as_json_number(value: JSON) -> JSON:
+    if isinstance(value, float) and value - value != 0:
+        return json.dumps(value)  # NaN, Infinity, -Infinity
+    return value
+
+
+def _as_float(value: JSON) -> JSON:
+    """Return the float that such a text of our JSON stands for."""
+    if isinstance(value, str) and value in ("NaN", "Infinity", "-Infinity"):
+        return float(value)
+    return value
 
 
 # YAML: written so that readers of YAML 1.1 and of 1.2 read the same back.
@@ -9521,13 +9536,13 @@ def _find_run(text: str) -> Path:
 
 
 def _not_found(text: str, walk: _Walk) -> str:
-    with _ignoring(OSError, ValueError):
-        try:
-            os.lstat(text)
-        except PermissionError as error:
-            return _unreadable(error, text)
-        return f"{text!r} is not in a run directory; give one, or a name"
-    return "; ".join([f"no run {text!r} below {walk.root!r}", *walk.problems[:1]])
+    try:
+        os.lstat(text)
+    except PermissionError as error:
+        return _unreadable(error, text)
+    except (OSError, ValueError):
+        return "; ".join([f"no run {text!r} below {walk.root!r}", *walk.problems[:1]])
+    return f"{text!r} is not in a run directory; give one, or a name"
 
 
 def _latest_own_run(root: Path, prefix: str) -> Path | None:
@@ -10009,8 +10024,7 @@ class _Key:
         """Return the value of a run: ours, else of its config, else of its metrics."""
         if self.function is not None:
             facts = _metric_facts(run, self.name)
-            if not facts and self.name.startswith("metrics."):
-                facts = _metric_facts(run, self.name[len("metrics.") :])
+            facts = facts or _metric_facts(run, self.name.removeprefix("metrics."))
             return _as_float(facts.get(self.function))
         if self.name in _KEYS:
             return _KEYS[self.name](run)
@@ -10420,16 +10434,16 @@ class _Spread:
     """Mean and sample standard deviation of the finite numbers among some values."""
 
     def __init__(self, values: Iterable[object]) -> None:
-        numbers = [float(str(value)) for value in values if _is_finite(value)]
+        numbers = _numbers(filter(_is_finite, values))
         self.count = len(numbers)
         self.mean: float | None = None
         self.deviation: float | None = None
-        if numbers:
-            self.mean = sum(numbers) / len(numbers)
-        if self.mean is not None and len(numbers) > 1:
+        if self.count:
+            self.mean = sum(numbers) / self.count
+        if self.mean is not None and self.count > 1:
             off = [number - self.mean for number in numbers]
             squares = sum(part * part for part in off)  # ** 2 raises beyond 1e154
-            self.deviation = (squares / (len(numbers) - 1)) ** 0.5
+            self.deviation = (squares / (self.count - 1)) ** 0.5
 
 
 class _Group:
@@ -10754,24 +10768,6 @@ def _numbers(values: Iterable[object]) -> list[float]:
 def _is_finite(value: object) -> bool:
     number = _number(value)
     return number is not None and number - number == 0
-
-
-def _as_float(value: JSON) -> JSON:
-    """Return the float that "NaN", "Infinity" and "-Infinity" stand for in our JSON."""
-    if isinstance(value, str) and value in ("NaN", "Infinity", "-Infinity"):
-        return float(value)
-    return value
-
-
-def _with_floats(value: JSON, depth: int = 0) -> JSON:
-    """Return plain data with floats for the texts that stand for NaN and infinities."""
-    if depth > MAX_DEPTH:
-        return "<nested too deeply>"
-    if isinstance(value, dict):
-        return {key: _with_floats(item, depth + 1) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_with_floats(item, depth + 1) for item in value]
-    return _as_float(value)
 
 
 def _tags(notes: Iterable[Facts]) -> list[str]:
@@ -12671,15 +12667,13 @@ if (table) {
 const curves = JSON.parse(find("#curves").textContent);
 all(".plot").forEach(makePlot);
 for (const strip of all(".images")) strip.ontoggle = loadImages;
-window.onbeforeprint = openDetails;
+window.onbeforeprint = () => {
+  for (const details of all("details")) details.open = true;
+};
 
 function light(line) {
   for (const item of all(".lit")) item.classList.remove("lit");
   for (const item of itemsOf[line] || []) item.classList.add("lit");
-}
-
-function openDetails() {
-  for (const details of all("details")) details.open = true;
 }
 
 function loadImages(event) {
@@ -13503,29 +13497,18 @@ def _cmd_list(args: Namespace) -> int:
         _print_json(rows)
     elif args.format == "csv":
         _print_csv(rows)
-    elif args.over is not None:
-        _print_columns(_group_columns(rows, selection.differing, asked), args.format)
     else:
-        _print_runs(selection, args)
+        if args.over is None:
+            columns = _run_columns(
+                selection.runs, selection.root, selection.differing, asked,
+                whole=args.format == "md",
+            )
+        else:
+            columns = _group_columns(rows, selection.differing, asked)
+        _print_columns(columns, args.format)
     if args.format is None:
         _say_what_is_unseen(selection, args)
     return 0
-
-
-def _print_runs(selection: _Selection, args: Namespace) -> None:
-    groups = {"": selection.runs}
-    if args.by_script:
-        groups = {}
-        for run in selection.runs:
-            groups.setdefault(run["script_name"], []).append(run)
-    for script, runs in sorted(groups.items()):
-        if script:
-            _print(f"{script}: {_format_count(len(runs), 'run')}")
-        columns = _run_columns(
-            runs, selection.root, selection.differing, selection.asked,
-            whole=args.format == "md",
-        )
-        _print_columns(columns, args.format)
 
 
 def _say_what_is_unseen(selection: _Selection, args: Namespace) -> None:
@@ -13751,7 +13734,6 @@ _COMMANDS = [  # name, help, function, and arguments as a usage line writes them
         _ROOT, *_FILTERS,
         ("--show KEY...", "a value to show, or several: lr,max(acc)"),
         ("--over KEY", "fold runs that differ only in this (seed): mean and spread"),
-        ("--by-script", "a table for each script"),
         ("--json | --csv | --md | --commands", ""),
     ]),
     ("diff", "show what differs between two runs, or one and now", _cmd_diff, [

@@ -11233,12 +11233,6 @@ class Listing(ReadingCase):
             self.assertEqual((code, out), (2, ""))
             self.assertTrue(err.endswith(f": {sentence}\n"), err)
 
-    def test_by_script(self) -> None:
-        other = {"argv": ["python", "-m", "pkg.evaluate"]}
-        self.make_run("exp/e", metadata=other)
-        out = self.ask("list", "--by-script")[1]
-        self.assertRegex(out, r"(?s)^pkg.evaluate: 1 run\nrun.*\ntrain: 3 runs\nrun")
-
 
 class Folding(ReadingCase):
     """`list --over seed` shows mean, deviation and number of runs that are alike."""
