@@ -7213,7 +7213,7 @@ class _Facts:
         harmless = self.harmless({*texts, *texts.values()}, within) - {"command"}
         clean = {}
         for key, value in values.items():
-            if key in harmless and key in texts and value in harmless:
+            if key in harmless and texts.get(key) in harmless:
                 clean[key] = value
             else:
                 clean[self.key(key)] = self.value(value, key, within)
@@ -9898,11 +9898,10 @@ class _Selection:
             self.runs, self.unseen = _first_of(found, filters, walk)
             found = _with_others(self.runs, everything)
         else:
-            found.sort(key=lambda run: (run.started, run.folder), reverse=True)
             keys = list(filter(None, map(str.strip, over.split(","))))
             for key in keys:
                 self.warnings += _unknown_key(_Key(key), everything)
-            groups = _fold_seeds(found, keys)
+            groups = _fold_seeds(walk.newest(found, None), keys)
             self.groups, self.unseen = _first_of(groups, filters, walk)
             self.runs = [run for group in self.groups for run in group.runs]
         _ask_sacct(self.runs)
@@ -10708,18 +10707,20 @@ def _changed(before: Mapping[str, JSON], now: Mapping[str, JSON]) -> Facts:
     return {key: value for key, value in now.items() if before.get(key) != value}
 
 
-def _mapping(facts: JSON, *keys: str) -> Facts:
+def _typed(kind: type[_Item], facts: JSON, keys: Sequence[str]) -> _Item:
+    """Return facts[key][...]; an empty value where nothing of this type is there."""
     value = _at(facts, *keys)
-    if isinstance(value, dict):
+    if isinstance(value, kind):
         return value
-    return {}
+    return kind()
+
+
+def _mapping(facts: JSON, *keys: str) -> Facts:
+    return _typed(dict, facts, keys)
 
 
 def _word(facts: JSON, *keys: str) -> str:
-    value = _at(facts, *keys)
-    if isinstance(value, str):
-        return value
-    return ""
+    return _typed(str, facts, keys)
 
 
 def _texts(facts: JSON, *keys: str) -> list[str]:
@@ -10731,10 +10732,7 @@ def _rows(facts: JSON, key: str) -> list[Facts]:
 
 
 def _items(facts: JSON, *keys: str) -> list[JSON]:
-    value = _at(facts, *keys)
-    if isinstance(value, list):
-        return value
-    return []
+    return _typed(list, facts, keys)
 
 
 def _text(value: object) -> str:
@@ -11477,27 +11475,12 @@ def _differences_from_now(run: Run) -> dict[str, str]:
     return changes
 
 
-def _diff_paragraphs(run: Run, found: Differences) -> Iterator[Paragraph]:
+def _diff_paragraphs(found: Differences) -> Iterator[Paragraph]:
     for section, pairs in found.items():
         lines = []
         for key, (then, now) in pairs.items():
             lines += _format_change(key, then, now)
-        if "commit_full" in pairs:
-            lines += _commits_between(run, *pairs["commit_full"])
         yield section, lines
-
-
-def _commits_between(run: Run, then: JSON, now: JSON) -> list[str]:
-    for commit in (then, now):
-        if re.fullmatch("[0-9a-f]{4,64}", str(commit)) is None:
-            return []
-    root = _word(run.metadata, "git", "root")
-    words = f"rev-list --left-right --oneline --max-count=10 {then}...{now} --"
-    try:
-        output = _git_run(root, *words.split())
-    except _Unknown:  # the repository, or a commit, is not there any more
-        return []
-    return [f"  {line}" for line in _lines_of(output)]
 
 
 def _format_change(key: str, then: JSON, now: JSON) -> list[str]:
@@ -13533,7 +13516,7 @@ def _cmd_diff(args: Namespace) -> int:
     if args.json:
         _print_json(found)
     else:
-        _print_paragraphs(_diff_paragraphs(then, found))
+        _print_paragraphs(_diff_paragraphs(found))
     return int(bool(found))
 
 
@@ -13621,9 +13604,8 @@ def _cmd_audit(args: Namespace) -> int:
     audit = _Audit(root)
     audit.search(_with_progress([*_walk_runs(root), f"{root}/index"], "searching"))
     if args.json:
-        facts = {"found": audit.found, "files": audit.searched}
-        facts.update(binary=audit.binary, not_searched=audit.unread)
-        _print_json(facts)
+        about = {"files": audit.searched, "binary": audit.binary}
+        _print_json({"found": audit.found, **about, "not_searched": audit.unread})
     else:
         for place in audit.found:
             where = f"line {place['line']}"
@@ -13698,12 +13680,8 @@ def _cmd_env(args: Namespace) -> int:
     return 0
 
 
-_RUN = (
-    "RUN", "a path, anything in a run or copied from it, a part of a name, or latest",
-)
-_ROOT = (
-    "[ROOT]", "a folder with runs (default: results, else the current folder)",
-)
+_RUN = ("RUN", "a path, a file in a run or a copy of it, a part of a name, or latest")
+_ROOT = ("[ROOT]", "a folder with runs (default: results, else the current folder)")
 _JSON = ("--json", "for programs")
 _FILTERS = [
     ("--where EXPR", "'lr<1e-3 and max(acc)>0.9'"),

@@ -47,7 +47,7 @@ def find_problem(path: Path) -> str:
     redactor = run_utils._Redactor()
     redactor.learn_code(data, name)
     if redactor.known:
-        return f"remembered as secret: {redactor.known[:5]}"
+        return f"remembered as secret: {sorted(redactor.known)[:5]}"
     clean = redactor.code(data, name)
     if clean != data:
         before = data.decode("utf-8", "replace").splitlines()
