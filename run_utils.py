@@ -7110,7 +7110,10 @@ def _worth_knowing(value: str) -> Iterator[str]:
 
 
 def _alternation(values: Sequence[str], depth: int = 3) -> str:
-    """Return a regular expression for any of the values, which come longest first."""
+    """Return a regular expression for any of the values, which come longest first.
+
+    It is a tree of their first letters: to try hundreds one by one would be slow.
+    """
     if depth == 0 or len(values) == 1:
         return "|".join(map(re.escape, values))
     groups: dict[str, list[str]] = {}
@@ -7210,7 +7213,8 @@ class _Facts:
             # {"name": "DB_PASSWORD", "value": "..."}
             within = max(within, _grade(values["name"]))
         texts = {k: v for k, v in values.items() if isinstance(v, str)}
-        harmless = self.harmless({*texts, *texts.values()}, within) - {"command"}
+        harmless = self.harmless({*texts, *texts.values()}, within)
+        harmless.discard("command")  # whose value is read as a shell reads it
         clean = {}
         for key, value in values.items():
             if key in harmless and texts.get(key) in harmless:
@@ -7449,7 +7453,7 @@ def _logins_of_urls(text: str) -> Iterator[_Find]:
                     yield (*match.span(1), _SURE)
             elif not _re(_NO_USERINFO).fullmatch(password):
                 yield (match.start(1), match.end(2), _NONE)
-                yield (*match.span(2), _SURE)
+                yield (*match.span(2), _SURE)  # which alone is remembered
 
 
 def _is_token(word: str) -> bool:
@@ -8188,7 +8192,8 @@ class _Audit:
 
     def search_file(self, path: str, data: bytes) -> None:
         name = self.name(path)
-        self.searched += name not in self.unread
+        if name not in self.unread:
+            self.searched += 1
         text, _ = _decoded(data)
         places = [start for start, _, _ in _audit_finds(text, os.fsencode(path))]
         places += _redactor.known_places(text)
@@ -8348,7 +8353,7 @@ class _Conversion:
     def within_limits(self, items: Any) -> Iterator[Any]:
         """Yield the items that there is room for."""
         count = len(items)
-        if count > MAX_ITEMS * self.scale + 1:
+        if count > MAX_ITEMS * self.scale + 1:  # of one more there would be a marker
             count = MAX_ITEMS * self.scale
         for item in list(itertools.islice(items, count)):
             if self.room > 0:
@@ -9871,7 +9876,8 @@ class _Selection:
     """The runs that were asked for, in their order, and what is to be said of them.
 
     With `over` they are folded into `groups` over keys such as "seed", which are sorted
-    by the mean of what they are sorted by, else by their newest run.
+    by the mean of what they are sorted by, else by their newest run. `unseen` is how
+    many more there are, beyond the limit.
     """
 
     def __init__(
@@ -9893,7 +9899,6 @@ class _Selection:
             run.forget()
         if everything:
             self.warnings += filters.unknown_words(everything)
-        # self.unseen is how many more there are, beyond the limit.
         if over is None:
             self.runs, self.unseen = _first_of(found, filters, walk)
             found = _with_others(self.runs, everything)
@@ -11010,6 +11015,7 @@ def _spread_text(row: Mapping[str, object], key: str) -> str:
 
 
 def _print_columns(columns: Sequence[_Column], form: str | None) -> None:
+    # What was asked for is shown, though it be empty.
     columns = [c for c in columns if not c.is_empty() or not (c.rank or c.beneath)]
     if form == "md":
         heading, *rows = zip(*(column.cells for column in columns))
@@ -13555,7 +13561,7 @@ def _cmd_note(args: Namespace) -> int:
         words, text = [text], ""
     runs = [_find_run(word) for word in words]
     if text and (args.tag or args.untag):
-        with _ignoring(ValueError):
+        with _ignoring(ValueError):  # with a tag all words may be runs
             runs.append(_find_run(text))
             text = ""
     if not (text or args.tag or args.untag):
