@@ -11373,7 +11373,6 @@ class Diffing(ReadingCase):
     def test_trouble_is_2(self) -> None:
         self.assertEqual(self.ask("diff", "nothing")[0], 2)
 
-    @unittest.skipUnless(GIT, "git is not installed")
 
 class Notes(ReadingCase):
     """Notes and tags are appended, by several people at once, and shown everywhere."""
