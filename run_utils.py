@@ -11670,7 +11670,7 @@ def _cmd_report(args: Namespace) -> int:
     page = _Page(args)
     data = _report(page).encode()
     _write_file(output, data)
-    count = _format_count(len(page.runs), "run") or "no runs"
+    count = _format_count(len(page.runs) or "no", "run")
     _print(f"{args.output}: {count}, {_format_size(len(data))}")
     return 0
 
@@ -11809,6 +11809,7 @@ def _goal(text: str | None) -> _Key | None:
     if text is None:
         return None
     goal = _Key(text)
+    goal.name = goal.name.removeprefix("metrics.")
     if goal.function in ("min", "max"):
         return goal
     how = f"write 'max({goal.name})' or 'min({goal.name})'"

@@ -10121,8 +10121,9 @@ class TheReport(ReportCase):
         self.assertIn("lr\n0, 1, 2, 3", page.text)
         self.assertNotIn("same", page.text)
         self.assertEqual(page.tags.count("tr"), 5)
-        last = self.report("--metric", "max(loss)", "--where", "lr>0", "-n", "9")
-        self.assertIn("9\nmax(loss) at step 0\nrun-1", last.text)
+        words = ("--metric", "max(metrics.loss)", "--where", "lr>0", "-n", "9")
+        last = self.report(*words)
+        self.assertIn("9\nmax(metrics.loss) at step 0\nrun-1", last.text)
         self.assertIn("\n3 runs: where lr>0, limit 9\n", last.text)
 
     def test_what_differs(self) -> None:
