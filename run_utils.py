@@ -10028,7 +10028,8 @@ class _Key:
         """Return the value of a run: ours, else of its config, else of its metrics."""
         if self.function is not None:
             facts = _metric_facts(run, self.name)
-            facts = facts or _metric_facts(run, self.name.removeprefix("metrics."))
+            if not facts and self.name.startswith("metrics."):
+                facts = _metric_facts(run, self.name.removeprefix("metrics."))
             return _as_float(facts.get(self.function))
         if self.name in _KEYS:
             return _KEYS[self.name](run)
