@@ -11482,12 +11482,27 @@ def _differences_from_now(run: Run) -> dict[str, str]:
     return changes
 
 
-def _diff_paragraphs(found: Differences) -> Iterator[Paragraph]:
+def _diff_paragraphs(run: Run, found: Differences) -> Iterator[Paragraph]:
     for section, pairs in found.items():
         lines = []
         for key, (then, now) in pairs.items():
             lines += _format_change(key, then, now)
+        if "commit_full" in pairs:
+            lines += _commits_between(run, *pairs["commit_full"])
         yield section, lines
+
+
+def _commits_between(run: Run, then: JSON, now: JSON) -> list[str]:
+    for commit in (then, now):
+        if re.fullmatch("[0-9a-f]{4,64}", str(commit)) is None:
+            return []
+    root = _word(run.metadata, "git", "root")
+    words = f"rev-list --left-right --oneline --max-count=10 {then}...{now} --"
+    try:
+        output = _git_run(root, *words.split())
+    except _Unknown:  # the repository, or a commit, is not there any more
+        return []
+    return [f"  {line}" for line in _lines_of(output)]
 
 
 def _format_change(key: str, then: JSON, now: JSON) -> list[str]:
@@ -13488,18 +13503,29 @@ def _cmd_list(args: Namespace) -> int:
         _print_json(rows)
     elif args.format == "csv":
         _print_csv(rows)
+    elif args.over is not None:
+        _print_columns(_group_columns(rows, selection.differing, asked), args.format)
     else:
-        if args.over is None:
-            columns = _run_columns(
-                selection.runs, selection.root, selection.differing, asked,
-                whole=args.format == "md",
-            )
-        else:
-            columns = _group_columns(rows, selection.differing, asked)
-        _print_columns(columns, args.format)
+        _print_runs(selection, args)
     if args.format is None:
         _say_what_is_unseen(selection, args)
     return 0
+
+
+def _print_runs(selection: _Selection, args: Namespace) -> None:
+    groups = {"": selection.runs}
+    if args.by_script:
+        groups = {}
+        for run in selection.runs:
+            groups.setdefault(run["script_name"], []).append(run)
+    for script, runs in sorted(groups.items()):
+        if script:
+            _print(f"{script}: {_format_count(len(runs), 'run')}")
+        columns = _run_columns(
+            runs, selection.root, selection.differing, selection.asked,
+            whole=args.format == "md",
+        )
+        _print_columns(columns, args.format)
 
 
 def _say_what_is_unseen(selection: _Selection, args: Namespace) -> None:
@@ -13524,7 +13550,7 @@ def _cmd_diff(args: Namespace) -> int:
     if args.json:
         _print_json(found)
     else:
-        _print_paragraphs(_diff_paragraphs(found))
+        _print_paragraphs(_diff_paragraphs(then, found))
     return int(bool(found))
 
 
@@ -13720,6 +13746,7 @@ _COMMANDS = [  # name, help, function, and arguments as a usage line writes them
         _ROOT, *_FILTERS,
         ("--show KEY...", "a value to show, or several: lr,max(acc)"),
         ("--over KEY", "fold runs that differ only in this (seed): mean and spread"),
+        ("--by-script", "a table for each script"),
         ("--json | --csv | --md | --commands", ""),
     ]),
     ("diff", "show what differs between two runs, or one and now", _cmd_diff, [

@@ -11234,6 +11234,12 @@ class Listing(ReadingCase):
             self.assertEqual((code, out), (2, ""))
             self.assertTrue(err.endswith(f": {sentence}\n"), err)
 
+    def test_by_script(self) -> None:
+        other = {"argv": ["python", "-m", "pkg.evaluate"]}
+        self.make_run("exp/e", metadata=other)
+        out = self.ask("list", "--by-script")[1]
+        self.assertRegex(out, r"(?s)^pkg.evaluate: 1 run\nrun.*\ntrain: 3 runs\nrun")
+
 
 class Folding(ReadingCase):
     """`list --over seed` shows mean, deviation and number of runs that are alike."""
@@ -11373,6 +11379,30 @@ class Diffing(ReadingCase):
 
     def test_trouble_is_2(self) -> None:
         self.assertEqual(self.ask("diff", "nothing")[0], 2)
+
+    @unittest.skipUnless(GIT, "git is not installed")
+    def test_the_commits_between(self) -> None:
+        git = ["git", "-c", "user.name=x", "-c", "user.email=x@example.org"]
+        commits = []
+        subprocess.run(["git", "init", "-q", "."], check=True)
+        for text in ("first", "second"):
+            subprocess.run([*git, "commit", "-qm", text, "--allow-empty"], check=True)
+            head = subprocess.run(["git", "rev-parse", "HEAD"], stdout=subprocess.PIPE)
+            commits.append(head.stdout.decode().strip())
+        program = self.tmp / "gpg"
+        program.write_text("#!/bin/sh\ntouch started\n", "utf-8")
+        program.chmod(0o755)
+        settings = {"gpg.program": str(program), "log.showSignature": "true"}
+        for name, value in settings.items():
+            subprocess.run(["git", "config", name, value], check=True)
+        for name, commit in zip("ab", commits):
+            facts = {"commit_full": commit, "commit_short": commit[:7]}
+            self.make_run(
+                f"exp/{name}", metadata={"git": {**facts, "root": str(self.tmp)}}
+            )
+        out = self.ask("diff", "results/exp/a", "results/exp/b")[1]
+        self.assertIn(f"            >{commits[1][:7]} second\n", out.replace("> ", ">"))
+        self.assertFalse(os.path.exists("started"))
 
 
 class Notes(ReadingCase):

@@ -50,7 +50,7 @@ main() {
     [ $# -eq 1 ] || misused "one PACKAGE_DIR is wanted, not $#"
     [ -d "$1" ] || misused "no such directory: '$1'; give the folder of your package, \
 or make a new one with mkdir -p"
-    ! grep -qs "$STAMP" "$1/__init__.py" || misused "'$1' is a copy; give the folder it is in"
+    ! grep -qs -- "$STAMP" "$1/__init__.py" || misused "'$1' is a copy; give the folder it is in"
 
     locate_source && locate_copy "$1"
     before=$(describe_copy) && problem=$(find_problem)
