@@ -4265,18 +4265,20 @@ class _Packages:
             return earlier
         self.about = {"source": "pip freeze", "taken_from": None, "state": self.state}
         python = self.site.executable
-        problem = ""
+        problems = []
         if python is None:
-            problem = _no_interpreter() or "no Python was found on PATH"
+            problems.append(_no_interpreter() or "no Python was found on PATH")
         elif any(isdir(f"{place}/pip") for place in self.site.package_places()):
             try:
                 return _pip_freeze(python)
             except _ProgramFailed as reason:
-                problem = str(reason)
+                problems.append(str(reason))
         self.about["source"] = "installed metadata"
-        lines, torn = _requirements(self.site.installed())
-        if problem or torn:
-            raise _Unknown("; ".join(filter(None, [problem, *torn])), lines or None)
+        packages = self.site.installed()
+        lines = _requirements(packages)
+        problems += [package.problem for package in packages if package.problem]
+        if problems:
+            raise _Unknown("; ".join(problems), lines or None)
         return lines
 
     def earlier_lines(self) -> list[str] | None:
@@ -4402,15 +4404,13 @@ def _checkout(folder: str) -> list[object] | None:
     return [commit, _stamp(join(folder, common, "config"))]
 
 
-def _requirements(installed: Iterable[_Installed]) -> tuple[list[str], list[str]]:
+def _requirements(installed: Iterable[_Installed]) -> list[str]:
     found: dict[str, str] = {}
-    torn: list[str] = []
     for package in installed:
         name, version = package.names()
         key = re.sub("[-_.]+", "-", name).lower()
         if not name or key in found:  # the first on sys.path is what is imported
             continue
-        torn += filter(None, [package.problem])
         url = package.direct.get("url")
         source = package.direct.get("vcs_info")
         if isinstance(source, dict):
@@ -4420,7 +4420,7 @@ def _requirements(installed: Iterable[_Installed]) -> tuple[list[str], list[str]
             found[key] = f"-e {package.folder}"
         elif url is not None:
             found[key] = f"{name} @ {url}"
-    return [found[key] for key in sorted(found)], torn
+    return [found[key] for key in sorted(found)]
 
 
 def _local_sources(site: _Site) -> dict[str, tuple[str, bool]]:
@@ -5204,8 +5204,7 @@ class _Repository:
         """Tell whether a folder of this tree is reached without a link."""
         if folder not in self.folders:
             root = os.fsencode(self.root)
-            inside = relpath(folder, root)
-            real = normpath(join(realpath(root), inside))
+            real = normpath(join(realpath(root), relpath(folder, root)))
             self.folders[folder] = realpath(folder) == real
         return self.folders[folder]
 
@@ -5818,17 +5817,20 @@ def _compared_by_git(changes: Sequence[_Change], seconds: float) -> bytes:
     hidden = {}
     words = "diff --no-index --binary --full-index --no-renames --no-color -U3"
     options = "--no-ext-diff --no-textconv --src-prefix= --dst-prefix= a b"
-    attributes = "* -text -filter -ident !eol !diff !working-tree-encoding\n"
     config = "[core]\nrepositoryformatversion = 1\n[extensions]\nobjectFormat = "
+    files = {
+        "HEAD": "ref: refs/heads/main\n",
+        "config": config + changes[0].hash_name,
+        "info/attributes": "* -text -filter -ident !eol !diff !working-tree-encoding\n",
+    }
     with _temporary_folder() as scratch:
         for folder in ("a", "b", ".git/info", ".git/objects", ".git/refs"):
             os.makedirs(f"{scratch}/{folder}")
-        _write_file(f"{scratch}/.git/HEAD", b"ref: refs/heads/main\n")
-        _write_file(f"{scratch}/.git/config", (config + changes[0].hash_name).encode())
-        _write_file(f"{scratch}/.git/info/attributes", attributes.encode())
+        for name, content in files.items():
+            _write_file(f"{scratch}/.git/{name}", content.encode())
         for change in changes:
-            old_data = change.old_data
-            if old_data is None:
+            old_data = change.old_data or b""
+            if change.old_data is None and change.old[1]:
                 old_data = b"\0" + change.old[1]
                 hidden[change.object_id(old_data)] = change.old[1]
             _put(os.fsencode(f"{scratch}/a/"), change, change.old[0], old_data)
