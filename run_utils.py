@@ -3965,10 +3965,9 @@ def _is_installed(path: str) -> bool:
     if is_package or path.startswith(_STANDARD_LIBRARY):
         return True
     folder = dirname(path)
-    if basename(folder) not in ("bin", "sbin", "shims", "Scripts"):
-        return False
     is_on_path = folder in os.environ.get("PATH", "").split(os.pathsep)
-    return is_on_path or _is_prefix(dirname(folder))
+    is_known = is_on_path or _is_prefix(dirname(folder))
+    return is_known and basename(folder) in ("bin", "sbin", "shims", "Scripts")
 
 
 _STANDARD_LIBRARY = dirname(os.__file__) + os.sep
@@ -4520,7 +4519,7 @@ def _environment(site: _Site, root: str | None) -> Facts:
 
 
 def _first_true(answers: Mapping[str, object]) -> str | None:
-    return next((name for name, answer in answers.items() if answer), None)
+    return next(filter(answers.__getitem__, answers), None)
 
 
 def _container() -> Facts:
@@ -4840,10 +4839,9 @@ _HEAD_QUESTION = (
 
 
 def _commit_in(answer: str) -> str | None:
-    match = re.search(r"\n([0-9a-f]{4,64})\n\Z", answer)
-    if match is None:
-        return None
-    return match[1]
+    for commit in re.findall(r"\n([0-9a-f]{4,64})\n\Z", answer):
+        return str(commit)
+    return None
 
 
 def _git_head(directory: str) -> str | None:
@@ -6294,14 +6292,13 @@ class _Plan:
 
     def _install(self, target: str) -> None:
         """Make the recorded environment inside the new tree, and nowhere else."""
-        commands = self.environment_commands(target)
         os.makedirs(f"{target}/.git/info")
         _write_file(f"{target}/.git/info/exclude", b"/.venv/\n")
         for place, package in self._local_packages(target):
             patch = _mapping(package, "patch")
             root = _word(patch, "root") or _word(package, "root")
             self._rebuild(place, package, patch, root)
-        for command in commands:
+        for command in self.environment_commands(target):
             _run(command, timeout=INSTALL_SECONDS, cwd=target)
         self.python = f"{target}/.venv/bin/python"
         self.steps = [step for step in self.steps if step["about"] != "environment"]
