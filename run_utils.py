@@ -5975,9 +5975,21 @@ _UNFINISHED = ".git/run_utils.half"  # in a tree that lacks files, or its enviro
 def _make_room(tree: str) -> None:
     """Refuse a folder that exists, unless it is a tree that was never finished."""
     if isfile(f"{tree}/{_UNFINISHED}"):
-        _remove_tree(tree)
+        _remove_half_built(tree)
     if lexists(tree):
         raise ValueError(f"{tree!r} exists; give another folder by --into")
+
+
+def _remove_half_built(tree: str) -> None:
+    """Remove a tree, its mark after all else: this may be interrupted too."""
+    git = f"{tree}/.git"
+    for folder, kept in ((tree, git), (git, f"{tree}/{_UNFINISHED}")):
+        for place in [join(folder, name) for name in os.listdir(folder)]:
+            if place != kept:
+                _remove_tree(place)
+    emptied = f"{tree}.{os.getpid()}"
+    os.rename(tree, emptied)
+    _remove_tree(emptied)
 
 
 # Of the plan: what matters most comes first.
@@ -6201,8 +6213,10 @@ class _Plan:
         """Make the tree as a whole, or leave nothing but what a kill leaves behind."""
         if self.level() == 2:
             return
-        os.makedirs(f"{target}/.git")
-        _write_file(f"{target}/{_UNFINISHED}", b"")
+        beginning = f"{target}.{os.getpid()}"  # it is never there without its mark
+        os.makedirs(f"{beginning}/.git")
+        _write_file(f"{beginning}/{_UNFINISHED}", b"")
+        os.rename(beginning, target)
         about = "code"
         try:
             self._rebuild(target, self.git, self.patch, self.root)
@@ -6216,7 +6230,7 @@ class _Plan:
             os.remove(f"{target}/{_UNFINISHED}")
         except BaseException as error:
             with _ignoring(OSError):
-                _remove_tree(target)
+                _remove_half_built(target)
             if not isinstance(error, _Unknown):
                 raise
             self.add(about, 2, str(error))
@@ -9128,11 +9142,13 @@ def _temporary_folder() -> Iterator[str]:
 
 
 def _remove_tree(path: str) -> None:
-    for folder, folders, names in os.walk(path, topdown=False):
-        places = [join(folder, name) for name in names + folders]
-        for place in filter(lexists, places):  # a file, or a link to a folder
-            os.unlink(place)
-        os.rmdir(folder)
+    """Remove a folder with all that is in it, or a file, or a link."""
+    if os.path.islink(path) or not isdir(path):
+        os.unlink(path)
+        return
+    for name in os.listdir(path):
+        _remove_tree(join(path, name))
+    os.rmdir(path)
 
 
 @contextlib.contextmanager

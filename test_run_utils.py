@@ -19,6 +19,7 @@ import datetime
 import decimal
 import enum
 import fractions
+import functools
 import glob
 import hashlib
 import html.parser
@@ -6078,6 +6079,39 @@ class TheTreeAgain(ReproduceCase):
         self.assertGreater(number, 4)
         self.tree = self.tmp / "again"
         self.assert_tree()
+
+    def test_a_half_built_tree_is_replaced_however_often_that_is_interrupted(
+        self,
+    ) -> None:
+        tree = self.tmp / "again"
+        names = ("unlink", "rmdir", "rename")
+        steps = 0
+        for number in range(1, 20):
+            (tree / ".git/objects").mkdir(parents=True)
+            (tree / ".git/run_utils.half").touch()
+            (tree / "x").symlink_to("..")
+            steps = 0
+
+            def step(original: Any, *args: Any) -> None:
+                nonlocal steps
+                steps += 1
+                if steps == number:  # noqa: B023
+                    raise KeyboardInterrupt
+                original(*args)
+
+            with contextlib.ExitStack() as patches:
+                for name in names:
+                    patched = functools.partial(step, getattr(os, name))
+                    patches.enter_context(mock.patch.object(os, name, patched))
+                with contextlib.suppress(KeyboardInterrupt):
+                    run_utils._make_room(str(tree))
+            for emptied in self.tmp.glob("again.*"):  # has the name of another process
+                run_utils._remove_tree(str(emptied))
+            run_utils._make_room(str(tree))
+            self.assertFalse(tree.exists())
+            if steps < number:
+                break
+        self.assertEqual(steps, 6)
 
     def test_ctrl_c_leaves_nothing(self) -> None:
         self.pushed_repo(files={"x": b"1\n"})
