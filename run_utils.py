@@ -4273,9 +4273,7 @@ class _Packages:
             except _ProgramFailed as reason:
                 problems.append(str(reason))
         self.about["source"] = "installed metadata"
-        packages = self.site.installed()
-        lines = _requirements(packages)
-        problems += [package.problem for package in packages if package.problem]
+        lines = _requirements(self.site.installed(), problems)
         if problems:
             raise _Unknown("; ".join(problems), lines or None)
         return lines
@@ -4403,13 +4401,14 @@ def _checkout(folder: str) -> list[object] | None:
     return [commit, _stamp(join(folder, common, "config"))]
 
 
-def _requirements(installed: Iterable[_Installed]) -> list[str]:
+def _requirements(installed: Iterable[_Installed], problems: list[str]) -> list[str]:
     found: dict[str, str] = {}
     for package in installed:
         name, version = package.names()
         key = re.sub("[-_.]+", "-", name).lower()
         if not name or key in found:  # the first on sys.path is what is imported
             continue
+        problems += filter(None, [package.problem])
         url = package.direct.get("url")
         source = package.direct.get("vcs_info")
         if isinstance(source, dict):
