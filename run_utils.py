@@ -3966,13 +3966,14 @@ def _is_installed(path: str) -> bool:
         return True
     folder = dirname(path)
     is_on_path = folder in os.environ.get("PATH", "").split(os.pathsep)
-    is_known = is_on_path or _is_prefix(dirname(folder))
-    return is_known and basename(folder) in ("bin", "sbin", "shims", "Scripts")
+    return is_on_path or _is_prefix(dirname(folder))
 
 
 _STANDARD_LIBRARY = dirname(os.__file__) + os.sep
 
 
+    if basename(folder) not in ("bin", "sbin", "shims", "Scripts"):
+        return False
 def _is_prefix(folder: str) -> bool:
     """Tell whether a folder is an environment made by venv, uv or conda."""
     return exists(f"{folder}/pyvenv.cfg") or exists(f"{folder}/conda-meta")
@@ -5192,10 +5193,15 @@ class _Repository:
 
         To git status it is an empty file of HEAD.
         """
-        if change.old[1] != change.object_id(b""):
-            return False
-        words = ("ls-tree", "--full-tree", "HEAD", "--", os.fsdecode(change.name))
-        return not self.head or not self.git(*words)
+        is_empty = change.old[1] == change.object_id(b"")
+        return is_empty and change.name not in self._names_in_head
+
+    @cached_property
+    def _names_in_head(self) -> set[bytes]:
+        if not self.head:
+            return set()
+        words = ("ls-tree", "-r", "-z", "--full-tree", "--name-only", "HEAD")
+        return set(self.git(*words, limit=5 * PROGRAM_BYTES).split(b"\0"))
 
     def is_real(self, folder: bytes) -> bool:
         """Tell whether a folder of this tree is reached without a link."""
@@ -5652,13 +5658,15 @@ class _Patch:
         is_whole = facts.get("redacted") == facts.get("left_out") == []
         is_ours = _at(metadata, "run_utils", "version") == __version__
         data = _readable_bytes(run_dir / "git.patch")
-        if is_ours and is_whole and _hash_of(data) == facts.get("sha256"):
+        if _hash_of(data) == facts.get("sha256"):
             for part in re.split(rb"(?m)^(?=diff --git )", data):
                 # diff --git a/name b/name\nindex <old id>..<new id> 100644\n
                 for start in re.findall(rb"\A.+\nindex \w+", part):
                     self.parts[start] = part
 
     def _earlier_part(self, change: _Change) -> bytes:
+        if not (is_ours and is_whole):
+            return
         if change.is_late or not self.parts:
             return b""
         names = _quoted(b"a/" + change.title), _quoted(b"b/" + change.title)
@@ -6704,8 +6712,11 @@ def _inputs(
             producer = _run_of(path, is_run)
             if producer is None or realpath(producer) == own:
                 continue
-            entry = _input(key, path, producer, run_dir)
+            if producer not in states:
+                states[producer] = Run(producer, row=False).state
+            entry = _input(key, path, producer, run_dir, states[producer])
             entries.setdefault(f"{producer}/{entry['path']}", entry)
+    states: dict[str, str] = {}
     return list(entries.values())
 
 
@@ -6751,7 +6762,9 @@ def _is_glob(path: str) -> bool:
     return len(re.findall(r"[*?[][^/]*", path)) in (1, 2)
 
 
-def _input(key: str, path: str, producer: str, run_dir: StrPath) -> Facts:
+def _input(
+    key: str, path: str, producer: str, run_dir: StrPath, status: str
+) -> Facts:
     """Return the entry of `inputs` in metadata.json for a file of another run."""
     inside = relpath(path, producer)
     if inside.startswith(os.pardir):  # a link into the run
@@ -6764,7 +6777,7 @@ def _input(key: str, path: str, producer: str, run_dir: StrPath) -> Facts:
         "path": inside,
         "size": None,
         "mtime": None,
-        "status": Run(producer, row=False).state,
+        "status": status,
     }
     with _ignoring(OSError):
         info = os.stat(path)
@@ -6807,7 +6820,8 @@ def _record_use(artifact: Path, consumer: str | None, reason: str | None) -> Non
 
 
 def _add_input(run_dir: Path, path: str, producer: str, reason: str | None) -> None:
-    entry = _input("mark_artifact_used", path, producer, run_dir)
+    status = Run(producer, row=False).state
+    entry = _input("mark_artifact_used", path, producer, run_dir, status)
     if reason is not None:
         entry["reason"] = reason
     if _same_input(entry) in map(_same_input, _read_lines(run_dir / "inputs.jsonl")):

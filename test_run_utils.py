@@ -6757,7 +6757,7 @@ class LineageOfATree(ReadingCase):
         path = there / "artifacts" / "m.pt"
         path.touch()
         metadata = json.loads((here / "metadata.json").read_text("utf-8"))
-        entry = run_utils._input("init", str(path), str(there), here)
+        entry = run_utils._input("init", str(path), str(there), here, "success")
         metadata["inputs"].append(entry)
         (here / "metadata.json").write_text(json.dumps(metadata, indent=2), "utf-8")
 
@@ -9609,7 +9609,7 @@ class Pruning(ReadingCase):
         os.utime(self.make_run("exp/lost", status=lost) / "status.json", (0, 0))
         producer = self.make_run("exp/producer")
         path, own = str(producer), self.tmp / "x"
-        entry = run_utils._input("i", path, path, own)
+        entry = run_utils._input("i", path, path, own, "success")
         self.make_run("exp/consumer", metadata={"inputs": [entry]})
         plan = self.plan()
         refusals = {name: run_utils._why_it_stays(plan[name]) for name in plan}
