@@ -965,10 +965,7 @@ class _Recording:
         try:
             if not self.launch.rank:
                 head = _asked_for_head(site.directory, self.variables)
-            try:
-                self.recorder = _Recorder(self.variables)
-            except Exception as error:
-                self._go_without_recorder(error)
+            self._spawn_recorder()
             _learn_at_entry(self.variables, site, config)
             joined = None
             commit = None
@@ -994,6 +991,12 @@ class _Recording:
             self.__exit__(type(error), error, error.__traceback__)
             raise
         return self.record.path
+
+    def _spawn_recorder(self) -> None:
+        try:
+            self.recorder = _Recorder(self.variables)
+        except Exception as error:
+            self._go_without_recorder(error)
 
     def _go_without_recorder(self, error: Exception) -> None:
         if _is_foreign(error):
@@ -1832,6 +1835,10 @@ class _Record:
         self.write_json("status.json", status, durable=True)
         return status
 
+    def touch(self) -> None:
+        """Renew the heartbeat, which is the time of status.json."""
+        os.utime(self.folder / "status.json")
+
     def redact_again(self) -> None:
         """Replace what was found secret after these files had been written."""
         paths = [self.folder / name for name in ("config.yaml", "status.json")]
@@ -2337,15 +2344,7 @@ class _MeetingPlace:
     def _opened(self) -> Iterator[_Place]:
         """Open the folder, made if need be; raise PermissionError if it is not safe."""
         with contextlib.ExitStack() as stack:
-            inside = f"{self.path.parent.name}/{self.key}"
-            for _ in range(100):  # the last of an earlier meeting may just remove it
-                with _ignoring(FileNotFoundError):
-                    opened = _Folder(self.base_dir).opened(inside, create=True)
-                    place = stack.enter_context(opened)
-                    break
-            else:
-                why = "it is removed all the time"
-                raise FileNotFoundError(errno.ENOENT, why, inside)
+            place = self._enter(stack)
             if place.dir_fd is not None:
                 ranks = os.stat(os.pardir, dir_fd=place.dir_fd)
                 # A network disk may tell a wrong owner, then of base_dir as well.
@@ -2356,6 +2355,15 @@ class _MeetingPlace:
                 if stat.S_IMODE(ranks.st_mode) != 0o700:
                     os.chmod(os.pardir, 0o700, dir_fd=place.dir_fd)
             yield place
+
+    def _enter(self, stack: contextlib.ExitStack) -> _Place:
+        """Open the folder; again if the last of an earlier meeting just removed it."""
+        inside = f"{self.path.parent.name}/{self.key}"
+        for _ in range(100):
+            with _ignoring(FileNotFoundError):
+                opened = _Folder(self.base_dir).opened(inside, create=True)
+                return stack.enter_context(opened)
+        raise FileNotFoundError(errno.ENOENT, "it is removed all the time", inside)
 
 
 _entered: dict[tuple[int, Path, str | None], int] = {}  # how often this process has
@@ -2970,7 +2978,7 @@ class _RecorderProcess:
     def _touch(self) -> float:
         if self.rank:
             return _NEVER
-        os.utime(self.record.folder / "status.json")  # this is the heartbeat
+        self.record.touch()
         return HEARTBEAT_SECONDS
 
     def _look_at_logs(self) -> float:
@@ -3965,6 +3973,8 @@ def _is_installed(path: str) -> bool:
     if is_package or path.startswith(_STANDARD_LIBRARY):
         return True
     folder = dirname(path)
+    if basename(folder) not in ("bin", "sbin", "shims", "Scripts"):
+        return False
     is_on_path = folder in os.environ.get("PATH", "").split(os.pathsep)
     return is_on_path or _is_prefix(dirname(folder))
 
@@ -3972,8 +3982,6 @@ def _is_installed(path: str) -> bool:
 _STANDARD_LIBRARY = dirname(os.__file__) + os.sep
 
 
-    if basename(folder) not in ("bin", "sbin", "shims", "Scripts"):
-        return False
 def _is_prefix(folder: str) -> bool:
     """Tell whether a folder is an environment made by venv, uv or conda."""
     return exists(f"{folder}/pyvenv.cfg") or exists(f"{folder}/conda-meta")
@@ -5657,6 +5665,8 @@ class _Patch:
         facts = _mapping(metadata, "git", "patch")
         is_whole = facts.get("redacted") == facts.get("left_out") == []
         is_ours = _at(metadata, "run_utils", "version") == __version__
+        if not (is_ours and is_whole):
+            return
         data = _readable_bytes(run_dir / "git.patch")
         if _hash_of(data) == facts.get("sha256"):
             for part in re.split(rb"(?m)^(?=diff --git )", data):
@@ -5665,8 +5675,6 @@ class _Patch:
                     self.parts[start] = part
 
     def _earlier_part(self, change: _Change) -> bytes:
-        if not (is_ours and is_whole):
-            return
         if change.is_late or not self.parts:
             return b""
         names = _quoted(b"a/" + change.title), _quoted(b"b/" + change.title)
@@ -6388,9 +6396,7 @@ class _Plan:
             if self.launcher[:1] == ["torchrun"]:
                 # It says -u by itself.
                 words = list(itertools.dropwhile("-u".__eq__, words[1:]))
-        place = self.cwd
-        if self.root and f"{place}/".startswith(f"{self.root}/"):
-            place = target + place[len(self.root) :]  # never the old one
+        place = _in_new_tree(self.cwd, self.root, target)  # never the old folder
         return [*self.launcher, *words], place
 
     def to_json(self, target: str | None) -> Facts:
@@ -6441,12 +6447,18 @@ def _bare(flag: str) -> str:
 
 
 def _moved(word: str, root: str, target: str) -> str:
+    """Return a word of the command that means what the new tree has, not the old."""
     start, equals, value = word.rpartition("=")
-    if root and f"{value}/".startswith(f"{root}/"):
-        moved = target + value[len(root) :]
-        if lexists(moved):
-            return start + equals + moved
+    moved = _in_new_tree(value, root, target)
+    if lexists(moved):
+        return start + equals + moved
     return word
+
+
+def _in_new_tree(path: str, root: str, target: str) -> str:
+    if root and f"{path}/".startswith(f"{root}/"):
+        return target + path[len(root) :]
+    return path
 
 
 def _python_version(metadata: Facts) -> str:
@@ -6702,6 +6714,7 @@ def _inputs(
     own = realpath(run_dir)
     is_run = functools.lru_cache(None)(_is_run)  # each folder is looked at once
     deadline = monotonic() + INPUT_SECONDS
+    states: dict[str, str] = {}
     entries: dict[str, Facts] = {}
     words = (("argv", word) for word in argv[1:])
     texts = itertools.chain(_strings("", _arguments(config or {})), words)
@@ -6716,7 +6729,6 @@ def _inputs(
                 states[producer] = Run(producer, row=False).state
             entry = _input(key, path, producer, run_dir, states[producer])
             entries.setdefault(f"{producer}/{entry['path']}", entry)
-    states: dict[str, str] = {}
     return list(entries.values())
 
 
@@ -13062,11 +13074,7 @@ class _Command:
             if stream.place not in places:
                 if os.isatty(stream.descriptor):
                     reader, writer = _posix.openpty()
-                    termios = __import__("termios")
-                    attributes = termios.tcgetattr(writer)
-                    attributes[1] &= ~termios.OPOST  # line ends are left to ours
-                    termios.tcsetattr(writer, termios.TCSANOW, attributes)
-                    _copy_size(stream.descriptor, writer)
+                    _pass_as_it_is(writer, stream.descriptor)
                 else:
                     reader, writer = os.pipe()
                 places[stream.place] = writer
@@ -13088,9 +13096,7 @@ class _Command:
                         signal.signal(number, signal.SIG_DFL)
                 signal.signal(_signals.SIGCHLD, of_children)
                 if self.terminal is not None:
-                    _posix.setsid()
-                    controls = self.terminal.tty.TIOCSCTTY
-                    __import__("fcntl").ioctl(self.terminal.inner, controls, 0)
+                    self.terminal.become_controlling()
                 for descriptor, source in own.items():
                     os.dup2(source, descriptor)
                 _signals.pthread_sigmask(_signals.SIG_SETMASK, mask)
@@ -13153,9 +13159,7 @@ class _Command:
                 if 0 in ready and terminal.read(self.pid):
                     self._signal(_signals.SIGSTOP)
                 if takers:
-                    with _ignoring(OSError):
-                        taken = os.write(terminal.master, terminal.typed)
-                        terminal.typed = terminal.typed[taken:]
+                    terminal.pass_on()
             for channel in list(self.channels):
                 if channel.reader in ready and not channel.show():
                     self.channels.remove(channel)
@@ -13280,6 +13284,12 @@ class _Terminal:
         self.tty.tcsetattr(self.inner, self.tty.TCSANOW, self.saved)
         _copy_size(0, self.master)
 
+    def become_controlling(self) -> None:
+        """In the command: begin a session whose terminal is the inner one."""
+        fcntl = __import__("fcntl")
+        _posix.setsid()
+        fcntl.ioctl(self.inner, self.tty.TIOCSCTTY, 0)
+
     def follow(self) -> bool:
         """Tell whether what is typed is for us: while we are in the foreground."""
         with _ignoring(OSError, self.tty.error):
@@ -13314,6 +13324,10 @@ class _Terminal:
         self.typed += data
         return is_stopped
 
+    def pass_on(self) -> None:
+        with _ignoring(OSError):
+            self.typed = self.typed[os.write(self.master, self.typed) :]
+
     def _stop_byte(self, pid: int) -> bytes:
         """Return what is typed to stop the command; nothing if that is up to it."""
         with _ignoring(OSError, self.tty.error):
@@ -13326,6 +13340,15 @@ class _Terminal:
                     stop: bytes = attributes[6][self.tty.VSUSP]
                     return stop.strip(b"\0")
         return b""
+
+
+def _pass_as_it_is(terminal: int, outer: int) -> None:
+    """Let a terminal have our size and leave the line ends to ours."""
+    termios = __import__("termios")
+    attributes = termios.tcgetattr(terminal)
+    attributes[1] &= ~termios.OPOST
+    termios.tcsetattr(terminal, termios.TCSANOW, attributes)
+    _copy_size(outer, terminal)
 
 
 def _copy_size(outer: int, inner: int) -> None:
@@ -13633,27 +13656,32 @@ def _cmd_note(args: Namespace) -> int:
 
 def _cmd_prune(args: Namespace) -> int:
     selection = _selected(args)
+    rows: list[Facts] = [
+        {
+            "run_dir": run.folder,
+            "status": run.state,
+            "size": sum(_file_sizes(run.folder).values()),
+            "refused": _why_it_stays(run),
+        }
+        for run in selection.runs
+    ]
+    if args.json:
+        _print_json(rows)
     is_meant = args.yes or args.purge
-    rows: list[Facts] = []
-    sizes = []  # of the runs that may go
-    for run in selection.runs:
-        size = sum(_file_sizes(run.folder).values())
-        refusal = _why_it_stays(run)
-        row = {"run_dir": run.folder, "status": run.state, "size": size}
-        rows.append({**row, "refused": refusal})
-        what = refusal or "would go"
-        if refusal is None:
-            sizes.append(size)
+    sizes = []
+    for run, row in zip(selection.runs, rows):
+        what = row["refused"]
+        if what is None:
+            what = "would go"
+            sizes.append(row["size"])
             if is_meant:
                 place = _prune(selection.root, run, args.purge)
                 what = f"is now {place or 'deleted'}"
         if not args.json:
             name = relpath(run.path, selection.root)
             about = f"{run.state}, {_format_seconds(_age(run))} old"
-            _print(f"{name} ({about}, {_format_size(size)}): {what}")
-    if args.json:
-        _print_json(rows)
-    elif sizes and not is_meant:
+            _print(f"{name} ({about}, {_format_size(row['size'])}): {what}")
+    if sizes and not (is_meant or args.json):
         about = f"{_format_count(len(sizes), 'run')}, {_format_size(sum(sizes))}"
         print(f"{about}: --yes moves to {TRASH_FOLDER}, --purge deletes")
     return 0
