@@ -1530,9 +1530,6 @@ def _create_record(
     elif options.resume is not None:
         path = _resumable(options.base_dir, options.resume, options.run_prefix)
     if path is not None:
-        if _is_run(path) and Run(path, row=False).state == "running":
-            text = f"run {str(path)!r} is still running"
-            raise ValueError(f"{text}; it cannot be resumed")
         record = _Record.reopen(path, options.base_dir, options.subdirs, is_watched)
     else:
         if prefix is None:
@@ -1705,14 +1702,19 @@ class _Record:
     def reopen(
         path: Path, base_dir: Path, subdirs: Sequence[str], is_watched: bool = False
     ) -> _Record:
-        """Use exactly this directory; a record that is there moves to attempts/<n>/."""
+        """Use exactly this directory; a record that is there moves to attempts/<n>/.
+
+        Of several who want it at once one gets it, the others a ValueError.
+        """
+        if _is_running(path):
+            raise _still_running(path)
         with _explaining(path):
             path.mkdir(parents=True, exist_ok=True)
             root = _results_root(base_dir)
             root.mkdir(parents=True, exist_ok=True)
             _archive_attempt(path)
             record = _Record(path, _attempt(path), root)
-            record.begin(subdirs, is_watched)
+            record.begin(subdirs, is_watched, is_first=False)
             return record
 
     @staticmethod
@@ -1793,7 +1795,9 @@ class _Record:
         with self.run_folder.opened("logs", create=True) as place:
             return place.open(f"{name}.log", flags)
 
-    def begin(self, subdirs: Sequence[str], is_watched: bool) -> None:
+    def begin(
+        self, subdirs: Sequence[str], is_watched: bool, is_first: bool = True
+    ) -> None:
         """Make the folders, and status.json, which a recorder may be going to touch."""
         for folder in subdirs:
             (self.path / folder).mkdir(parents=True, exist_ok=True)
@@ -1818,7 +1822,22 @@ class _Record:
             "attempt": self.attempt,
             "run": self.path.name,
         }
-        _retried(lambda: self.write_json("status.json", status))
+        if is_first or not self._create_status(_redacted_json(status)):
+            _retried(lambda: self.write_json("status.json", status))
+
+    def _create_status(self, data: bytes) -> bool:
+        """Make status.json unless somebody else just did; False if the disk cannot."""
+        name = f".status.json.{os.urandom(4).hex()}.tmp"
+        with self.run_folder.opened() as place, _ignoring(OSError):
+            place.write(name, data)
+            try:
+                place.link(name, "status.json")
+                return True
+            except FileExistsError:
+                raise _still_running(self.path) from None
+            finally:
+                place.unlink(name)
+        return False
 
     def is_unwatched(self) -> None:
         status = self.read_json("status.json")
@@ -1959,20 +1978,60 @@ def _explaining(path: Path) -> Iterator[None]:
 
 def _archive_attempt(path: Path) -> None:
     """Move the record that is in a run to attempts/<n>/, if there is one."""
-    names = [found.name for name in _ARCHIVED for found in path.glob(name)]
+    names = _archived_names(path)
     if not names:
         return
     if (path / "attempts").is_symlink():
         raise OSError(errno.ELOOP, "attempts is a link", str(path / "attempts"))
-    archive = path / "attempts" / str(_attempt(path))
-    archive.mkdir(parents=True)
-    for name in sorted(names):
+    taken = path / "attempts" / f".{os.urandom(4).hex()}"
+    taken.mkdir(parents=True)
+    try:
+        if "status.json" in names:
+            names.remove("status.json")
+            _take_status(path, taken)
+        archive = path / "attempts" / str(_attempt(path))
+        taken.rename(archive)
+    except BaseException:
+        with _ignoring(OSError):
+            taken.rmdir()
+        raise
+    for name in names:
         os.replace(path / name, archive / name)
     ranks = sorted(path.glob("logs/rank*.status.json"))
     if ranks:
         (archive / "logs").mkdir()
     for rank in ranks:
         os.replace(rank, archive / "logs" / rank.name)
+
+
+def _archived_names(path: Path) -> list[str]:
+    """Return the files of a record, of which somebody may be moving the others now."""
+    names: list[str] = []
+    for _ in range(50):
+        names = sorted(found.name for name in _ARCHIVED for found in path.glob(name))
+        if not names or "status.json" in names:
+            break
+        time.sleep(0.01)
+    return names
+
+
+def _take_status(path: Path, place: Path) -> None:
+    """Move status.json away, which one of several can; put back that of a live run."""
+    try:
+        os.rename(path / "status.json", place / "status.json")
+    except FileNotFoundError:
+        raise _still_running(path) from None
+    if _is_running(place):
+        os.rename(place / "status.json", path / "status.json")
+        raise _still_running(path)
+
+
+def _is_running(folder: Path) -> bool:
+    return Run(folder, row=False).state == "running"
+
+
+def _still_running(path: Path) -> ValueError:
+    return ValueError(f"run {str(path)!r} is still running; it cannot be resumed")
 
 
 def _attempt(path: Path) -> int:
@@ -9316,6 +9375,13 @@ class _Place:
 
     def open(self, name: str, flags: int) -> int:
         return _open(join(self.path, name), flags, self.dir_fd)
+
+    def link(self, name: str, new_name: str) -> None:
+        old, new = join(self.path, name), join(self.path, new_name)
+        os.link(old, new, src_dir_fd=self.dir_fd, dst_dir_fd=self.dir_fd)
+
+    def unlink(self, name: str) -> None:
+        os.unlink(join(self.path, name), dir_fd=self.dir_fd)
 
     def open_for_lines(self, name: str) -> int:
         """Open a JSONL file for appending; end the torn line of an earlier writer."""

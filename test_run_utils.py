@@ -1344,6 +1344,48 @@ class Resuming(RunCase):
         """
         self.assertEqual(self.in_context(body).stdout.split(), ["True", "True"])
 
+    def test_of_several_who_want_one_directory_at_once_one_gets_it(self) -> None:
+        path = self.write_script("""
+        sys.stdin.readline()
+        try:
+            with run_context("e", run_dir="out", capture_output=False):
+                print("in", flush=True)
+                sys.stdin.readline()
+        except ValueError as error:
+            print(error, flush=True)
+            sys.stdin.readline()
+        """)
+        refusal = (
+            f"run {str(self.tmp / 'out')!r} is still running; it cannot be resumed"
+        )
+        for attempt in range(1, 4):
+            programs = [self.piped(path) for _ in range(4)]
+            for program in programs:
+                program.stdin.write("begin\n")
+                program.stdin.flush()
+            said = [program.stdout.readline().strip() for program in programs]
+            for program in programs:  # now that all have tried
+                program.communicate("end\n")
+            self.assertEqual(sorted(said), ["in"] + 3 * [refusal])
+            facts = json.loads(Path("out/status.json").read_text("ascii"))
+            self.assertEqual((facts["status"], facts["attempt"]), ("success", attempt))
+            earlier = sorted(os.listdir("out/attempts")) if attempt > 1 else []
+            self.assertEqual(earlier, [str(n) for n in range(1, attempt)])
+
+    def piped(self, path: Path) -> Any:
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        words = [PYTHON, str(path)]
+        return subprocess.Popen(words, env=self.environment(), text=True, **pipes)
+
+    def test_a_disk_without_links_can_be_resumed_on(self) -> None:
+        with mock.patch("os.link", side_effect=OSError(1, "not here")):
+            for _ in range(2):
+                with run_utils.run_context("e", run_dir="out", capture_output=False):
+                    pass
+        run = Run("out")
+        self.assertEqual((run["status"], run["attempts"]), ("success", 2))
+        self.assertEqual([n for n in os.listdir("out") if n.endswith(".tmp")], [])
+
     def test_auto_goes_on_in_the_run_of_the_same_job(self) -> None:
         body = """
         with run_context("results/exp", "exp", resume="auto") as run_dir:
