@@ -79,6 +79,7 @@ from os.path import (
     basename,
     dirname,
     exists,
+    isabs,
     isdir,
     isfile,
     join,
@@ -161,6 +162,7 @@ MAX_LISTED = 200  # changed files named in metadata.json
 # The name of a run, what it used and what it left
 MAX_SAME_NAME = 1000  # runs of one name: name, name-2, name-3, ...
 MAX_PREFIX_BYTES = 180  # of the run's name, which must stay within 255
+OPEN_METRICS = 50  # files of metrics that stay open between two rows
 MAX_INPUTS = 1000  # words of config and argv that are looked at for files of other runs
 INPUT_SECONDS = 2.0  # what looking for them may take
 OUTPUT_FILES = 1000  # files left by a run that metadata.json lists
@@ -517,7 +519,7 @@ def _row_encoder() -> Callable[[object, int], Iterable[str]]:
     return lambda row, _level: encoder.encode(row)
 
 
-_metrics_files: dict[StrPath, _Kept] = {}  # by the run's path, and by other spellings
+_metrics_files: dict[StrPath, _Kept] = {}  # by the run's path, and by another spelling
 
 
 def _append_metrics(run_dir: StrPath, line: bytes) -> None:
@@ -541,11 +543,14 @@ def _open_metrics(run_dir: StrPath) -> _Kept:
     with _signals_held():
         kept = _metrics_files.get(path)
         if kept is None or not kept.is_ours():
+            while len(_metrics_files) >= 2 * OPEN_METRICS:
+                _close_metrics(next(iter(_metrics_files)))
             os.makedirs(path, exist_ok=True)
             with _Folder(Path(path)).opened("metrics", create=True) as place:
                 kept = _Kept(place.open_for_lines("metrics.jsonl"))
         _metrics_files[path] = kept
-        _metrics_files[run_dir] = kept
+        if isabs(run_dir):  # else another one after a chdir
+            _metrics_files[run_dir] = kept
     return kept
 
 
@@ -4301,7 +4306,7 @@ def _ask_python(site: _Site) -> Facts | None:
         version, site.prefix, places = json.loads(printed.splitlines()[-1])
     except (ValueError, IndexError):
         raise _Unknown("the command's Python does not say what it is") from None
-    site.sys_path = [place for place in places if os.path.isabs(place)]
+    site.sys_path = [place for place in places if isabs(place)]
     return {"version": version, "prefix": site.prefix}
 
 
@@ -4309,7 +4314,7 @@ def _python_environment() -> dict[str, str]:
     env = {k: v for k, v in os.environ.items() if not k.startswith("PIP_")}
     env["PIP_CONFIG_FILE"] = os.devnull
     places = env.pop("PYTHONPATH", "").split(os.pathsep)
-    kept = [p for p in places if os.path.isabs(p) and not exists(f"{p}/pip")]
+    kept = [p for p in places if isabs(p) and not exists(f"{p}/pip")]
     if kept:
         env["PYTHONPATH"] = os.pathsep.join(kept)
     return env
@@ -5178,7 +5183,7 @@ class _Repository:
             raise _no_repository()
         answer = self.answer or self._ask_for_head()
         found = re.fullmatch(r"true\n(\w+)\n(.+)\n(\w*)\n(\w*)\n", answer, re.S)
-        if found is None or not os.path.isabs(found[2]):
+        if found is None or not isabs(found[2]):
             raise _Unknown("git did not answer what it was asked")
         self.read_config()
         _check_git_dir(self, found[2])
@@ -6933,7 +6938,7 @@ def _recorded_inputs(run_dir: StrPath) -> list[Facts]:
     if inputs is not None or not run.config:
         return _rows(run.metadata, "inputs")
     cwd = _word(run.metadata, "working_dir")
-    if not os.path.isabs(cwd):
+    if not isabs(cwd):
         cwd = os.sep
     return _inputs(run.config, _texts(run.metadata, "argv"), run.path, cwd)
 

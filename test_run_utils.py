@@ -703,6 +703,30 @@ class Metrics(RunCase):
         lines = (self.tmp / "metrics" / "metrics.jsonl").read_text("utf-8").splitlines()
         self.assertEqual(json.loads(lines[1])["loss"], 1)
 
+    def test_a_relative_path_means_the_folder_that_we_are_in(self) -> None:
+        for name in ("a", "b"):
+            (self.tmp / name).mkdir()
+            os.chdir(self.tmp / name)
+            run_utils.log_metrics(".", {"loss": 1})
+            run_utils.log_metrics(Path(), {"loss": 2})
+        os.chdir(self.tmp)
+        for name in ("a", "b"):
+            rows = run_utils._read_lines(f"{name}/metrics/metrics.jsonl")
+            self.assertEqual([row["loss"] for row in rows], [1, 2])
+
+    def test_many_runs_that_nobody_ends_leave_few_files_open(self) -> None:
+        done = self.script("""
+        run_dirs = [start_run("results/exp", "exp") for _ in range(60)]
+        for number in range(2):
+            for run_dir in run_dirs:
+                log_metrics(run_dir, {"x": number})
+        print(len(os.listdir("/dev/fd")) < 60)
+        for run_dir in run_dirs:
+            rows = open(run_dir / "metrics/metrics.jsonl").read().count("\\n")
+            assert rows == 2, rows
+        """)
+        self.assertEqual((done.stdout, done.stderr), ("True\n", ""))
+
     def test_forked_children_log_whole_lines_too(self) -> None:
         body = """
         log_metrics(run_dir, {"who": -1})
