@@ -10003,7 +10003,7 @@ class _Selection:
         everything = [Run(path, row=False) for path in walk.runs]
         lineage = _Lineage(walk.results_root)
         found = []  # those that are asked for, in no order
-        for run in everything:
+        for run in _with_progress(everything, "looking at runs"):
             run.lineage = lineage
             if filters.take(run, self.root):
                 found.append(run)
@@ -10021,7 +10021,7 @@ class _Selection:
             self.groups, self.unseen = _first_of(groups, filters, walk)
             self.runs = [run for group in self.groups for run in group.runs]
         _ask_sacct(self.runs)
-        for run in self.runs:
+        for run in _with_progress(self.runs, "reading runs"):
             run.fill()
         for group in self.groups:
             self.warnings += group.warnings()
@@ -10585,7 +10585,7 @@ class _Group:
         first, *others = self.runs
         facts = _comparable_run(first)
         found: dict[str, list[str]] = {"code": [], "packages": []}
-        for run in others:
+        for run in _with_progress(others, "comparing runs"):
             different = _differences(facts, _comparable_run(run))
             for kind in found.keys() & different.keys():
                 found[kind].append(run.name)

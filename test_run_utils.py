@@ -10096,7 +10096,7 @@ class LongDifferences(unittest.TestCase):
         self.assertEqual(change("x", "a" * 900, "b"), [f"x: {'a' * 500} -> b"])
 
 
-class HowFarItIs(unittest.TestCase):
+class HowFarItIs(ReadingCase):
     """What takes longer than two seconds says so on a terminal, and nowhere else."""
 
     def lines(self, is_terminal: bool, seconds: float) -> str:
@@ -10111,6 +10111,18 @@ class HowFarItIs(unittest.TestCase):
     def test_a_line_that_disappears(self) -> None:
         line = "reading runs: 1 of 3"
         self.assertEqual(self.lines(True, -1), f"\r{line}\r{' ' * len(line)}\r")
+
+    def test_a_long_list_says_so_too(self) -> None:
+        for name in ("a", "b"):
+            self.make_run(f"e/{name}", config={"seed": name})
+        output = io.StringIO()
+        output.isatty = lambda: True  # type: ignore[method-assign]
+        with mock.patch.object(run_utils, "PROGRESS_SECONDS", -1):
+            with contextlib.redirect_stderr(output), contextlib.redirect_stdout(None):
+                run_utils.main(["list", "results", "--over", "seed"])
+        for what in ("looking at runs: 1 of 2", "reading runs: 1 of 2"):
+            self.assertIn(what, output.getvalue())
+        self.assertIn("comparing runs: 1 of 1", output.getvalue())
 
     def test_nothing_where_it_is_quick_or_nobody_looks(self) -> None:
         self.assertEqual(self.lines(True, 60), "")
