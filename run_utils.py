@@ -1353,7 +1353,9 @@ def _decorated(function: Callable[..., Any], record: Callable[[], _Recording]) -
     return call
 
 
-_flat_runs: list[_Recording] = []  # of start_run(until_exit=True), at most one
+# Of start_run(until_exit=True), at most one. They are not kept here, since Spyder and
+# IPython's autoreload import this module anew.
+_flat_runs: list[_Recording] = vars(sys).setdefault("_run_utils_flat_runs", [])
 
 
 def _record_until_exit(options: _Options) -> Path:

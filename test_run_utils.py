@@ -1808,6 +1808,17 @@ class FlatScripts(RunCase):
         (run,) = run_utils.find_runs(self.tmp / "results")
         self.assertEqual(run["metrics.number"], 1)
 
+    def test_the_next_run_ends_the_first_though_the_module_was_imported_anew(
+        self,
+    ) -> None:
+        again = "del sys.modules['run_utils']\nfrom run_utils import start_run\n"
+        body = self.START + "print('one')\n" + again
+        self.script(body + self.START.replace('"exp",', '"two",') + "print('two')")
+        for run_dir, line in zip(self.run_dirs(), ("one\n", "two\n")):
+            log = (run_dir / "logs/stdout.log").read_text("utf-8")
+            status = json.loads((run_dir / "status.json").read_text("ascii"))
+            self.assertEqual((log, status["status"]), (line, "success"))
+
     def test_output_and_traceback_are_logged_and_the_next_run_ends_the_first(
         self,
     ) -> None:
