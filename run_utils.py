@@ -2236,12 +2236,15 @@ class _Launch:
     def __init__(
         self, env: Mapping[str, str], base_dir: Path, run_prefix: str | None, ranks: str
     ) -> None:
-        found = _rank(env) or (0, 1, {}, None)
+        found = _rank(env) or _rank_of_lightning(env) or (0, 1, {}, None)
         self.rank, self.world, self.shared, self.launcher = found
         self.base_dir = base_dir
         self.facts: Facts = {}  # for metadata.json
+        self.entered: tuple[Path, int] | None = None  # by our parent: run and attempt
+        if self.rank and ranks == "together":
+            self.entered = _run_of_parent()
         slurm = {name: env[name] for name in _SLURM_JOB if name in env}
-        if not slurm and not self.shared:
+        if self.entered is not None or not (slurm or self.shared):
             return
         # The first run_context of one rank meets the first of the others, and so on.
         own = (os.getpid(), base_dir, run_prefix)
@@ -2254,7 +2257,7 @@ class _Launch:
         if slurm:
             job = [slurm, env.get("SLURM_STEP_ID")]
         self.facts = {"job": _short_hash([job, which]), "restarts": restarts}
-        if self.world > 1:
+        if 1 < self.world < _MANY:
             self.facts.update(rank=self.rank, world_size=self.world)
         self.key = _short_hash([self.shared, restarts, which])
         if ranks == "separate":
@@ -2282,6 +2285,8 @@ class _Launch:
         return meeting
 
     def join(self) -> tuple[Path, int]:
+        if self.entered is not None:
+            return self.entered
         place = _MeetingPlace(self.base_dir, self.key)
         request = f"{self.rank}-{os.urandom(8).hex()}"
         reply = f"{request}.json"
@@ -2300,7 +2305,7 @@ class _Launch:
                 time.sleep(RANK_POLL_SECONDS)
         finally:
             place.remove(request, reply)
-        who = f"rank {self.rank} of {self.world} waited {RANK_WAIT_SECONDS:g} s"
+        who = f"rank {self.rank} waited {RANK_WAIT_SECONDS:g} s"
         what = f"rank 0 to create the run below {str(self.base_dir)!r}"
         known = [f"{k}={v}" for k, v in self.shared.items() if isinstance(v, str)]
         variables = " ".join(known)
@@ -2358,9 +2363,9 @@ class _Meeting:
         now = monotonic()
         is_over = launcher is not None and not _is_alive(*launcher[:2])
         is_gone = not isdir(self.facts["answer"]["run_dir"])
-        if not self.answer_all() or now > self.until or is_over or is_gone:
+        if is_over or is_gone or now > self.until or not self.answer_all():
             for name in self.answered:
-                self.place.remove(name, f"{name}.json")
+                self.place.remove(name, f"{name}.json", f"{name}.joined")
             for folder in (self.place.path, self.place.path.parent):
                 with _ignoring(OSError):  # another launch uses it
                     folder.rmdir()
@@ -2477,6 +2482,29 @@ def _rank(
     return rank, world, ids, launcher
 
 
+def _rank_of_lightning(
+    env: Mapping[str, str],
+) -> tuple[int, int, Facts, list[JSON] | None] | None:
+    """Return the same of Lightning, whose rank 0 starts the others in mid-script.
+
+    They begin the script anew. How many there are is only told while they train.
+    """
+    names = {"LOCAL_RANK", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"}
+    rank = _whole(env.get("LOCAL_RANK"))
+    if rank is None or "RANK" in env or not names <= env.keys():
+        return None
+    first: list[JSON] | None = _known_process(os.getpid())
+    if rank:
+        first = _launcher_process([f"LOCAL_RANK={rank}"])
+        if first is None or first[0] != os.getppid():
+            return None  # one of the ranks has started us
+    world = _whole(env.get("WORLD_SIZE")) or _MANY
+    return rank, world, {"first": first}, first
+
+
+_MANY = 1_000_000  # ranks, where nobody tells their number
+
+
 def _whole(text: str | None) -> int | None:
     """Return the plain number that a text is; isdigit() also takes a superscript."""
     if text is None or not re.fullmatch(r"[0-9]{1,10}", text):
@@ -2494,6 +2522,29 @@ def _is_child(ids: Facts) -> bool:
     return "world_size" in then and all(then.get(key) == ids[key] for key in own)
 
 
+def _run_of_parent() -> tuple[Path, int] | None:
+    """Return the run in which our parent has started us as a rank, and its attempt.
+
+    So does Lightning, whose ranks begin the script anew. Having left that run we meet
+    our parent as other ranks do.
+    """
+    run_dir = os.environ.get("RUN_DIR", "")
+    status = _read_json(join(run_dir, "status.json"))
+    is_parent = (status.get("pid"), status.get("hostname")) == (
+        os.getppid(), _hostname()
+    )
+    if not is_parent or status.get("status") != "running":
+        return None
+    path = Path(run_dir)
+    if run_dir in _joined and _active_for(path) is None:
+        return None
+    _joined.add(run_dir)
+    return path, status["attempt"]
+
+
+_joined: set[str] = set()  # the runs of our parent that we have been in
+
+
 def _launcher_process(mark: Sequence[str]) -> list[JSON] | None:
     """Return what tells the launcher, which started all ranks, from other processes."""
     wanted = {os.fsencode(text) for text in mark}
@@ -2504,10 +2555,14 @@ def _launcher_process(mark: Sequence[str]) -> list[JSON] | None:
             environment = _read_proc(f"/proc/{pid}/environ").split(b"\0")
         fields = _process_stat(pid)
         if fields is None or not wanted.issubset(environment):
-            identity = _process_identity(pid)
-            return [pid, identity["start_ticks"], identity["boot_id"], _hostname()]
+            return _known_process(pid)
         pid = int(fields[1])
     return None
+
+
+def _known_process(pid: int) -> list[JSON]:
+    identity = _process_identity(pid)
+    return [pid, identity["start_ticks"], identity["boot_id"], _hostname()]
 
 
 def _short_hash(value: JSON) -> str:
@@ -3121,9 +3176,10 @@ class _RecorderProcess:
         self._answer(self.last_question)
         if self.request["until_exit"] and self.pidfd is not None:
             self._wait_for_exit(self.pidfd, ended)
-        if self.meeting is not None and not self._has_failed():
-            if self.due[self._answer_ranks] < _NEVER:  # some rank has not come yet
-                self.meeting.serve()
+        if self.meeting is not None and self.due[self._answer_ranks] < _NEVER:
+            if self._has_failed():  # a rank that has not come yet is to come into none
+                self.meeting.until = 0.0
+            self.meeting.serve()
 
     def _complete_record(self) -> None:
         more: Facts = {}
@@ -6188,7 +6244,8 @@ class _Plan:
         facts = _mapping(self.metadata, "launcher")
         ranks = str(facts.get("world_size"))  # not there: it ran alone
         for key, words in _LAUNCHER_LINES.items():
-            if facts.get(key) != ranks:
+            is_by_itself = key == "WORLD_SIZE" and "RANK" not in facts  # Lightning
+            if facts.get(key) != ranks or is_by_itself:
                 continue
             here = _word(facts, "LOCAL_WORLD_SIZE") or ranks
             if key == "WORLD_SIZE" and here != ranks:

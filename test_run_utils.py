@@ -2123,7 +2123,7 @@ class SeveralProcesses(RankCase):
         rank_1 = self.start(body + "    pass\n", 1, MASTER_PORT="12345")
         _, errors = rank_1.communicate()
         self.assertIn(
-            "TimeoutError: rank 1 of 2 waited 0.1 s for rank 0 to create the run below "
+            "TimeoutError: rank 1 waited 0.1 s for rank 0 to create the run below "
             f"'{self.tmp / 'results/exp'}' (MASTER_ADDR=127.0.0.1 MASTER_PORT=12345 ",
             errors,
         )
@@ -2180,6 +2180,58 @@ class SeveralProcesses(RankCase):
         paths = [launch.communicate(timeout=60)[0].split() for launch in launches]
         self.assertEqual([len(set(pair)) for pair in paths], [1, 1], paths)
         self.assertNotEqual(paths[0][0], paths[1][0])
+
+
+class RanksOfLightning(RankCase):
+    """Rank 0 starts the others in mid-script, and each begins the script anew."""
+
+    BODY = """
+    import subprocess, time
+
+    def fit():
+        if "LOCAL_RANK" in os.environ:
+            return []
+        facts = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "NODE_RANK": "0"}
+        os.environ.update(facts, LOCAL_RANK="0")
+        return [
+            subprocess.Popen(sys.orig_argv, env={**os.environ, "LOCAL_RANK": rank})
+            for rank in "12"
+        ]
+
+    with run_context("results/exp", "first") as run_dir:
+        ranks = fit()
+        print("rank", os.environ["LOCAL_RANK"])
+        open("in" + os.environ["LOCAL_RANK"], "w").close()
+        while not (os.path.exists("in1") and os.path.exists("in2")):
+            time.sleep(0.01)  # as they wait for one another before they train
+        code = "from run_utils import *; print(start_run('results/exp', 'inner'))"
+        subprocess.run([sys.executable, "-c", code], check=True)
+    for number in range(2):
+        with run_context("results/exp", "again") as run_dir:
+            print("again", os.environ["LOCAL_RANK"])
+            if number and os.environ["LOCAL_RANK"] == "2":
+                raise ValueError("bad")
+    if ranks:
+        assert [rank.wait() for rank in ranks] == [0, 1]
+    """
+
+    @unittest.skipIf(sys.version_info < (3, 10), "there is no sys.orig_argv")
+    def test_they_share_the_runs_that_rank_0_enters(self) -> None:
+        done = self.script(self.BODY)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.wait_for_tidiness()
+        runs = [path for path in self.run_dirs() if "inner" not in path.name]
+        self.assertEqual(len(runs), 3, runs)
+        for run_dir, word in zip(sorted(runs), ("again", "again", "rank")):
+            for rank, prefix in enumerate(("", "rank1.", "rank2.")):
+                log = (run_dir / f"logs/{prefix}stdout.log").read_text("utf-8")
+                self.assertIn(f"{word} {rank}\n", log)
+        self.assertEqual(len(self.run_dirs()), 6)
+        states = [
+            run["reason"]
+            for run in run_utils.find_runs("results", contains="exp/again")
+        ]
+        self.assertEqual(sorted(map(str, states)), ["None", "rank 2: ValueError: bad"])
 
 
 class FailedRanks(RankCase):

@@ -195,6 +195,55 @@ class Torchrun(Case):
         self.check_one_run(output)
 
 
+class Lightning(Case):
+    """It starts the ranks by itself, in mid-script: they come into the same run."""
+
+    TRAIN = """
+import sys
+import lightning, torch
+from run_utils import run_context
+
+class Model(lightning.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 1)
+    def training_step(self, batch, number):
+        return self.layer(batch[0]).pow(2).mean()
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+data = torch.utils.data.TensorDataset(torch.randn(8, 4))
+quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
+for fold in range(2):
+    with run_context("results/exp", "exp", {"fold": fold}) as run_dir:
+        trainer = lightning.Trainer(
+            max_epochs=1, accelerator="cpu", devices=2, strategy="ddp", **quiet
+        )
+        trainer.fit(Model(), torch.utils.data.DataLoader(data, batch_size=2))
+        print("rank", trainer.global_rank, run_dir, flush=True)
+        if fold and trainer.global_rank:
+            raise ValueError("bad fold")
+"""
+
+    def setUp(self) -> None:
+        super().setUp()
+        if importlib.util.find_spec("lightning") is None:
+            self.skipTest("lightning is not installed")
+
+    def test_the_ranks_of_two_folds_share_two_runs(self) -> None:
+        (self.tmp / "train.py").write_text(self.TRAIN, "utf-8")
+        self.launch(sys.executable, "train.py", code=None)
+        first, second = self.run_dirs()
+        for run_dir in (first, second):
+            for rank, pattern in enumerate(("[so]*.log", "rank1.*.log")):
+                logs = run_dir.glob(f"logs/{pattern}")
+                text = "".join(path.read_text("utf-8") for path in logs)
+                self.assertIn(f"rank {rank} {run_dir}\n", text)
+        self.assertEqual(read(first / "status.json")["status"], "success")
+        status = self.wait_for_failed_rank(second / "status.json")
+        self.assertEqual(status["exception"]["message"], "bad fold")
+
+
 class Mpirun(Case):
     """Open MPI: one run, and the cause of a failure."""
 
