@@ -2768,12 +2768,20 @@ class _Recorder:
             self.has_died = _is_ready(self.kept.number, _HANG_UP, 0.0)
         return self.has_died
 
+    def is_stopped(self) -> bool:
+        """Tell whether somebody has stopped the recorder, as by SIGSTOP."""
+        fields = None
+        if self.pid is not None:
+            fields = _process_stat(self.pid)
+        return fields is not None and fields[0] in "Tt"
+
     def finish(self, seconds: float, ending: Facts | None) -> bool:
         """Return whether the recorder has completed the record within `seconds`.
 
         It writes the ending, if the program could not. A Ctrl-C ends the waiting alone:
-        the recorder goes on, and so does the code after the block. What comes into the
-        logs afterwards is not forwarded: Python prints the traceback itself.
+        the recorder goes on, and so does the code after the block; so it is with one
+        that was stopped. What comes into the logs afterwards is not forwarded: Python
+        prints the traceback itself.
         """
         is_complete = False
         try:
@@ -2782,8 +2790,11 @@ class _Recorder:
         finally:
             is_gone = self.is_gone()
             self.kept.close()
-        if seconds > 0 and not is_complete and not is_gone:
-            _warn("the recorder is still busy; it completes the record")
+        if self.pid is not None and not is_complete and not is_gone:
+            with _ignoring(OSError):
+                os.kill(self.pid, _signals.SIGCONT)  # somebody may have stopped it
+            if seconds > 0:
+                _warn("the recorder is still busy; it completes the record")
         return is_complete
 
     def _send(
@@ -2814,7 +2825,12 @@ class _Recorder:
     def _answer(self, number: int, deadline: float) -> Facts | None:
         """Return the answer to a question; None if none comes in time, or ever."""
         connection = self.kept.number
-        while self.kept.is_ours() and _is_ready(connection, _polls.POLLIN, deadline):
+        while self.kept.is_ours():
+            until = min(deadline, monotonic() + RECORDER_SECONDS)
+            if not _is_ready(connection, _polls.POLLIN, until):
+                if until == deadline or self.is_stopped():
+                    break
+                continue
             data = os.read(connection, 65536)
             if not data:
                 break

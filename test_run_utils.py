@@ -2712,13 +2712,14 @@ class TheHelper(RunCase):
             recorder = run_utils._active[0].recorder
             recorder.ask("collected", seconds=30)
             os.kill(recorder.pid, signal.SIGSTOP)
-            run_utils.RECORDER_SECONDS = 0.1
             signal.signal(signal.SIGALRM, signal.default_int_handler)
             signal.setitimer(signal.ITIMER_REAL, 0.5)
         print("after the block")
-        os.kill(recorder.pid, signal.SIGCONT)
         """
-        done = self.script(body)
+        self.check_the_end_after(self.script(body))
+
+    def check_the_end_after(self, done: Any) -> None:
+        """Check that the program went on, and that the recorder does its work."""
         self.assertEqual((done.returncode, done.stdout), (0, "after the block\n"))
         line = "run_utils: the recorder is still busy; it completes the record\n"
         self.assertEqual(done.stderr, line)
@@ -2726,6 +2727,18 @@ class TheHelper(RunCase):
         self.wait_until(
             lambda: self.json("metadata.json")["outputs"] is not None, "the last write"
         )
+
+    @unittest.skipUnless(LINUX, "only Linux tells who is stopped")
+    def test_a_recorder_that_was_stopped_holds_nobody_up(self) -> None:
+        body = """
+        import signal, run_utils
+        run_utils.EXIT_WAIT_SECONDS = 600
+        with run_context("results/exp", "exp"):
+            run_utils.RECORDER_SECONDS = 0.1
+            os.kill(run_utils._active[0].recorder.pid, signal.SIGSTOP)
+        print("after the block")
+        """
+        self.check_the_end_after(self.script(body))
 
     def test_what_the_recorder_cannot_do_is_said_in_metadata(self) -> None:
         body = """
