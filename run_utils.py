@@ -968,9 +968,10 @@ class _Recording:
         )
         head = None
         try:
-            if not self.launch.rank:
-                head = _asked_for_head(site.directory, self.variables)
-            self._spawn_recorder()
+            with _signals_held():  # else a child may be left that nobody knows
+                if not self.launch.rank:
+                    head = _asked_for_head(site.directory, self.variables)
+                self._spawn_recorder()
             _learn_at_entry(self.variables, site, config)
             joined = None
             commit = None
@@ -1287,18 +1288,18 @@ def _signals_held() -> Iterator[None]:
         return
     thread = threading.get_native_id()
     masks = _held.setdefault(thread, [])
-    mask = None
+    noted: list[None] = []  # as in a _Tap: a signal handler may still raise
     try:
         mask = _signals.pthread_sigmask(_signals.SIG_BLOCK, [])
-        masks.append(mask)
+        noted.extend(map(masks.append, (mask,)))
         _signals.pthread_sigmask(_signals.SIG_BLOCK, _IGNORED_SIGNALS)
         yield
     finally:
-        if mask is not None:
+        if noted:
             mask = masks.pop()
-        if not masks and mask is not None:
-            del _held[thread]
-            _signals.pthread_sigmask(_signals.SIG_SETMASK, mask)
+            if not masks:
+                del _held[thread]
+                _signals.pthread_sigmask(_signals.SIG_SETMASK, mask)
 
 
 _held: dict[int, list[Any]] = {}  # the masks to go back to, by thread of the system
@@ -2750,9 +2751,13 @@ class _Recorder:
         if seconds is None:
             seconds = RECORDER_SECONDS
         deadline = monotonic() + seconds
-        if os.getpid() != self.owner or not self.lock.acquire(timeout=seconds):
+        if os.getpid() != self.owner:
             return False  # a forked child does not talk to the recorder of its parent
+        locked: list[bool] = []  # as in a _Tap: a signal handler may raise anywhere
         try:
+            locked.extend(map(self.lock.acquire, (True,), (seconds,)))
+            if True not in locked:
+                return False
             self.number += 1
             message = {"number": self.number, "do": do, **facts}
             with _ignoring(OSError):
@@ -2761,7 +2766,8 @@ class _Recorder:
                 return self._answer(self.number, deadline) is not None
             return False
         finally:
-            self.lock.release()
+            if True in locked:
+                self.lock.release()
 
     def is_gone(self) -> bool:
         if os.getpid() == self.owner and self.kept.is_ours():
@@ -2810,17 +2816,18 @@ class _Recorder:
         if descriptors:
             numbers = b"".join(n.to_bytes(4, sys.byteorder) for n in descriptors)
             rights = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, numbers)]
-        connection = _socket.socket(fileno=self.kept.number)
-        try:
-            while data:
-                with _ignoring(BlockingIOError):
-                    sent = connection.sendmsg([data], rights, flags)
-                    data = data[sent:]
-                    rights = []
-                if data and not _is_ready(self.kept.number, _polls.POLLOUT, deadline):
-                    raise OSError(errno.ETIMEDOUT, "it does not read what it is told")
-        finally:
-            connection.detach()
+        while data:
+            with _signals_held():  # a socket that is lost would close the descriptor
+                connection = _socket.socket(fileno=self.kept.number)
+                try:
+                    with _ignoring(BlockingIOError):
+                        sent = connection.sendmsg([data], rights, flags)
+                        data = data[sent:]
+                        rights = []
+                finally:
+                    connection.detach()
+            if data and not _is_ready(self.kept.number, _polls.POLLOUT, deadline):
+                raise OSError(errno.ETIMEDOUT, "it does not read what it is told")
 
     def _answer(self, number: int, deadline: float) -> Facts | None:
         """Return the answer to a question; None if none comes in time, or ever."""
@@ -9261,6 +9268,7 @@ def _redacted_json(value: JSON, indent: int | None = 2) -> bytes:
     return _format_json(_redactor.data(value), indent).encode("ascii")
 
 
+@_signals_held()
 def _write_file(
     path: StrPath, data: bytes, durable: bool = False, dir_fd: int | None = None
 ) -> None:
@@ -9415,22 +9423,23 @@ class _Folder:
             yield _Place(str(path), None)
             return
         flags = os.O_RDONLY | _posix.O_DIRECTORY | _CLOSE_ON_EXEC
-        opened = [_above_stderr(os.open(self.path, flags))]
-        try:
-            if _identity(opened[0]) != self.identity:
-                text = "another directory has taken the place of the run's"
-                raise OSError(errno.ENOTDIR, text, str(self.path))
-            for name in filter(None, inside.split("/")):
-                if create:
-                    with _ignoring(FileExistsError):
-                        os.mkdir(name, dir_fd=opened[-1])
-                folder = os.open(name, flags | _NO_FOLLOW, dir_fd=opened[-1])
-                opened.append(_above_stderr(folder))
-            yield _Place("", opened[-1])
-        finally:
-            for descriptor in opened:
-                with _ignoring(OSError):
-                    os.close(descriptor)
+        with _signals_held():  # else a descriptor may be left open
+            opened = [_above_stderr(os.open(self.path, flags))]
+            try:
+                if _identity(opened[0]) != self.identity:
+                    text = "another directory has taken the place of the run's"
+                    raise OSError(errno.ENOTDIR, text, str(self.path))
+                for name in filter(None, inside.split("/")):
+                    if create:
+                        with _ignoring(FileExistsError):
+                            os.mkdir(name, dir_fd=opened[-1])
+                    folder = os.open(name, flags | _NO_FOLLOW, dir_fd=opened[-1])
+                    opened.append(_above_stderr(folder))
+                yield _Place("", opened[-1])
+            finally:
+                for descriptor in opened:
+                    with _ignoring(OSError):
+                        os.close(descriptor)
 
 
 class _Place:
@@ -9547,6 +9556,7 @@ def _readable_bytes(path: StrPath, limit: int = 0, tail: int | None = None) -> b
     return b""
 
 
+@_signals_held()
 def _read_bytes(path: StrPath, limit: int = 0, tail: int | None = None) -> bytes:
     """Return the content of a regular file of at most `limit` bytes (MAX_READ).
 

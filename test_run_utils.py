@@ -1542,6 +1542,46 @@ class TheExceptionOfASignalHandler(RunCase):
         self.assertEqual((done.stdout.split("\n")[:-1], done.stderr), (shown, ""))
         self.wait_until(self.all_have_ended, "no run says running")
 
+    @unittest.skipUnless(LINUX, "no /proc")
+    def test_struck_at_each_step_of_a_call_inside(self) -> None:
+        """Once a descriptor stayed open, or the recorder was not heard any more."""
+        body = """
+        import run_utils
+        def calls(run_dir):
+            yield lambda: save_json("x.json", {})
+            yield lambda: run_utils._active[0].record.append("x.jsonl", {})
+            yield lambda: capture_metadata(run_dir, {"added": 1})
+        def strike_once(frame, event, argument):
+            global count
+            count += event in ("call", "c_return")  # where Python looks for signals
+            if count == number:
+                count += 1
+                signal.raise_signal(signal.SIGALRM)
+        def opened():
+            return sorted(os.listdir("/proc/self/fd"))
+        with run_context("results/exp", "exp", resources=False) as run_dir:
+            run_utils._active[0].recorder.ask("collected", seconds=30)
+            for call in calls(run_dir):
+                call()
+                before = opened()
+                number, count = 0, 1
+                while count > number:
+                    number += 1
+                    count = 0
+                    try:
+                        sys.setprofile(strike_once)
+                        call()
+                    except Strike:
+                        caught += 1
+                    finally:
+                        sys.setprofile(None)
+                print(caught > 100, opened() == before)
+            print(run_utils._active[0].recorder.ask("add", facts={}))
+        """
+        done = self.script(self.STRIKE + body)
+        told = "True True\n" * 3 + "True\n"
+        self.assertEqual((done.stdout, done.stderr), (told, ""), done.stderr)
+
     def all_have_ended(self) -> bool:
         texts = [(run / "status.json").read_text("ascii") for run in self.run_dirs()]
         return all(json.loads(text)["status"] != "running" for text in texts)
@@ -1710,6 +1750,17 @@ class NothingIsLeft(RunCase):
         try: block("struck on entry")
         except KeyboardInterrupt: pass
         finally: run_utils._learn_at_entry = learn
+    def struck_by_a_signal():
+        signal.signal(signal.SIGALRM, signal.default_int_handler)
+        spawn = os.posix_spawn
+        def spawn_late(*args, **more):
+            pid = spawn(*args, **more)
+            signal.raise_signal(signal.SIGALRM)
+            return pid
+        os.posix_spawn = spawn_late
+        try: block("struck before a child is known")
+        except KeyboardInterrupt: pass
+        finally: os.posix_spawn = spawn
     def threads():
         others = [threading.Thread(target=block, args=(n,)) for n in range(COUNT)]
         for other in others: other.start()
@@ -1723,7 +1774,7 @@ class NothingIsLeft(RunCase):
         return (opened, children, own, mask, dict(os.environ), *map(len, inside),
                 threading.active_count(), len(os.listdir(os.environ["TMPDIR"])))
     for kind in (lambda: block("block"), by_hand, decorated, failing, generator,
-                 overlapping, threads, struck):
+                 overlapping, threads, struck, struck_by_a_signal):
         kind()
         before = state()
         for _ in range(TIMES): kind()
