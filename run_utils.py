@@ -13205,8 +13205,9 @@ class _Command:
             with _signals_to(waker) as of_children:
                 if all(map(os.isatty, (0, 1, 2))) and _is_foreground():
                     self.terminal = _Terminal()
+                    self.terminal.follow()
                     self.channels = [_Channel(self.capture, 1, self.terminal.master)]
-                    inner = self.terminal.inner
+                    inner = os.dup(self.terminal.inner)
                     self._start({0: inner, 1: inner, 2: inner}, of_children)
                 else:
                     self._start(self._outputs(), of_children)
@@ -13340,6 +13341,8 @@ class _Command:
                 self._signal(_signals.SIGCONT)
             elif pid:
                 self.code = _exit_code(status)
+                if self.terminal is not None:
+                    os.close(self.terminal.inner)
         return self.code is not None
 
     def _end(self) -> None:
@@ -13435,6 +13438,8 @@ class _Terminal:
     def __init__(self) -> None:
         self.tty = __import__("tty")  # which has all of termios
         self.saved = self.tty.tcgetattr(0)
+        # The inner one stays open here: were it closed by the command, which then runs
+        # on without a terminal, we would hang up.
         self.master, self.inner = _posix.openpty()
         _posix.set_blocking(self.master, False)
         self.tty.tcsetattr(self.inner, self.tty.TCSANOW, self.saved)

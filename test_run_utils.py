@@ -10992,6 +10992,11 @@ class RunOnATerminal(RunCommandCase):
         self.assertEqual(self.end(), 0)
         self.assertEqual(self.log("output"), "50 %")
 
+    def test_a_command_that_closes_its_terminal_goes_on(self) -> None:
+        """Once it was hung up, and ended by SIGHUP."""
+        self.start(self.words("sh", "-c", "exec <&- >&- 2>&-; sleep 0.3; exit 4"))
+        self.assertEqual(self.end(), 4)
+
     @unittest.skipUnless(shutil.which("bash"), "bash is missing")
     def test_a_command_that_stops_itself_or_will_not_be_stopped(self) -> None:
         self.start([str(shutil.which("bash")), "--norc", "-i"])
