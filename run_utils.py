@@ -13054,7 +13054,10 @@ function describe(plot, [line, steps, values, spreads], at) {
 
 
 def _cmd_run(args: Namespace) -> int:
-    """Record a command; return its exit status, 128+n when signal n ended it."""
+    """Record a command; return its exit status, 128+n when signal n ended it.
+
+    By SIGINT it ends as the command did.
+    """
     words: list[str] = args.words
     if words[:1] == ["--"]:
         words = words[1:]
@@ -13086,6 +13089,12 @@ def _cmd_run(args: Namespace) -> int:
     _say(f"run_utils: recorded in {run_dir}")
     if command.is_late:
         return 124  # as timeout(1)
+    if code == -signal.SIGINT:  # a shell only ends its loop if we end in this way, too
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        pid = os.getpid()
+        if command.terminal is not None and command.terminal.is_interrupted:
+            pid = 0  # our group, which our terminal would have sent it to
+        os.kill(pid, signal.SIGINT)
     if code < 0:
         return 128 - code
     return code
@@ -13433,6 +13442,7 @@ class _Terminal:
 
     is_raw = False  # what is typed comes as it is
     is_gone = False
+    is_interrupted = False  # Ctrl-C has been typed
     typed = b""  # what the command has not taken yet
 
     def __init__(self) -> None:
@@ -13478,6 +13488,8 @@ class _Terminal:
             data = os.read(0, 1024)
         if not data:
             self.is_gone = True
+        if self.saved[6][self.tty.VINTR] in data:
+            self.is_interrupted = True
         stop = self._stop_byte(pid)
         is_stopped = bool(stop) and stop in data
         if is_stopped:

@@ -10935,7 +10935,7 @@ class RunOnATerminal(RunCommandCase):
                 if not data:
                     break
                 self.shown += data
-        return os.WEXITSTATUS(os.waitpid(self.pid, 0)[1])
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
     def test_it_is_a_terminal_of_our_size_and_all_is_shown_slowly(self) -> None:
         import fcntl
@@ -10973,7 +10973,7 @@ class RunOnATerminal(RunCommandCase):
         print("\\rdone\\nready")
         time.sleep(60)
         """
-        for end, status in (("\3", 1), (None, 143)):
+        for end, status in (("\3", -signal.SIGINT), (None, 143)):
             shutil.rmtree("results", ignore_errors=True)
             self.start(self.words(*self.python(code)))
             self.expect("ready\r\n")
@@ -10981,11 +10981,22 @@ class RunOnATerminal(RunCommandCase):
                 self.type(end)
             else:
                 os.kill(self.pid, signal.SIGTERM)
-            self.assertIn(self.end(), (status, 130))
+            self.assertEqual(self.end(), status)
             log = self.log("output")
             self.assertNotIn("\r", log)
             self.assertIn("done\nready\n", log)
             self.assertLess(log.count("%"), 5)
+
+    def test_ctrl_c_ends_the_script_around_it_as_well(self) -> None:
+        run = shlex.join(self.words("sh", "-c", "echo re''ady; exec sleep 60"))
+        for command in (run, f"{run} | cat"):
+            for shell in filter(None, map(shutil.which, ("sh", "bash"))):
+                with self.subTest(shell=shell, command=command):
+                    self.start([shell, "-c", f"{command}; echo behind"])
+                    self.expect("ready")
+                    self.type("\3")
+                    self.assertEqual(self.end(), -signal.SIGINT)
+                    self.assertNotIn(b"behind", self.shown)
 
     def test_a_line_that_ends_with_a_carriage_return_is_logged_once(self) -> None:
         self.start(self.words("printf", r"10 %%\r50 %%\r"))
