@@ -144,7 +144,8 @@ HEAD_SECONDS = 2.0  # the short hash, which entry waits for
 PROGRAM_SECONDS = 10.0  # git or nvidia-smi
 PIP_SECONDS = 60.0  # `pip freeze`, slow on network disks
 GPU_SECONDS = 5.0  # nvidia-smi, for one sample
-SACCT_SECONDS = 5.0  # SLURM's sacct
+SACCT_SECONDS = 5.0  # SLURM's sacct, for one question
+SACCT_JOBS = 200  # jobs in one question
 PROGRAM_BYTES = 20_000_000  # a program that prints more is stopped
 
 # The code that ran
@@ -737,7 +738,14 @@ class Run(dict):  # type: ignore[type-arg]
 
     @cached_property
     def notes(self) -> list[Facts]:
-        return list(_read_lines(f"{self.folder}/notes.jsonl"))
+        path = f"{self.folder}/notes.jsonl"
+        try:
+            return list(_mappings_in(_read_bytes(path)))
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            self.unread["notes.jsonl"] = _unreadable(error, path)
+        return []
 
     @cached_property
     def attempts(self) -> list[Facts]:
@@ -771,7 +779,7 @@ class Run(dict):  # type: ignore[type-arg]
     @property
     def problems(self) -> list[str]:
         """A sentence for each file of the record that is there and cannot be read."""
-        for name in ("metadata", "status", "config", "raw_summary"):
+        for name in ("metadata", "status", "config", "raw_summary", "notes"):
             getattr(self, name)
         return [self.unread[name] for name in sorted(self.unread)]
 
@@ -781,7 +789,7 @@ class Run(dict):  # type: ignore[type-arg]
 
     def series(self, key: str) -> list[tuple[object, object]]:
         """Return (step, value) of each time that a metric was logged."""
-        values, steps = _all_series(self.folder).get(key, ([], []))
+        values, steps = _all_series(self).get(key, ([], []))
         return list(zip(steps, values))
 
     def best(self, key: str, which: str) -> tuple[float, object]:
@@ -835,8 +843,9 @@ class Run(dict):  # type: ignore[type-arg]
         return {"config": value}
 
     def _repr_html_(self) -> str:
-        """Return this run as a table, for a notebook."""
-        return _Runs([self])._repr_html_()
+        """Return this run, with its whole config, as a table for a notebook."""
+        everything = {self["script_name"]: list(self.flat_config)}
+        return _html_table(_run_columns([self], dirname(self.folder), everything))
 
 
 class _Runs(list):  # type: ignore[type-arg]
@@ -6169,7 +6178,8 @@ class _Plan:
         self.argv = _texts(self.metadata, "argv")
         self.cwd = _word(self.metadata, "working_dir")
         if not self.argv:
-            raise ValueError(f"{self.folder!r} has no metadata.json with its command")
+            problem = f"{self.folder!r} has no metadata.json with its command"
+            raise ValueError(self.run.unread.get("metadata.json", problem))
         self.git = _mapping(self.metadata, "git")
         self.patch = _mapping(self.git, "patch")
         self.root = _word(self.patch, "root") or _word(self.git, "root")
@@ -7223,7 +7233,7 @@ class _Redactor:
     def redacted_keys(self, data: JSON) -> list[str]:
         clean = _flattened("", self.data(data)).values()
         pairs = zip(_flattened("", data).items(), clean)
-        return [key for (key, before), after in pairs if before != after]
+        return [key for (key, before), after in pairs if not _is_same(before, after)]
 
     def code(
         self, data: bytes, name: bytes, finds: list[_Find] | None = None
@@ -9737,8 +9747,11 @@ def _find_run(text: str) -> Path:
 
 
 def _not_found(text: str, walk: _Walk) -> str:
+    effective = os.access in os.supports_effective_ids
     try:
         os.lstat(text)
+        if exists(text) and not os.access(text, os.R_OK, effective_ids=effective):
+            raise PermissionError
     except PermissionError as error:
         return _unreadable(error, text)
     except (OSError, ValueError):
@@ -10087,6 +10100,8 @@ class _Selection:
         self.warnings = walk.problems
         everything = [Run(path, row=False) for path in walk.runs]
         lineage = _Lineage(walk.results_root)
+        if "reason" in [key.name for key in filters.asked()]:
+            _ask_sacct(everything)
         found = []  # those that are asked for, in no order
         for run in _with_progress(everything, "looking at runs"):
             run.lineage = lineage
@@ -10328,6 +10343,8 @@ class _Term:
         A number is neither less, more nor equal to a text, and NaN to nothing.
         """
         found = self.key.value(run)
+        if self.key.name == "tags" and self.sign in ("=", "==", "!="):
+            return (self.wanted in _tags(run.notes)) == (self.sign != "!=")
         if self.sign == "~":
             return found is not None and bool(re.search(self.wanted, _text(found)))
         if found is None and self.wants_null:
@@ -10423,13 +10440,16 @@ def _member_start(key: str) -> str:
     return f"\n  {json.dumps(key)}: "
 
 
-def _all_series(run_dir: StrPath) -> dict[str, tuple[list[JSON], list[JSON]]]:
+def _all_series(run: Run) -> dict[str, tuple[list[JSON], list[JSON]]]:
     series: dict[str, tuple[list[JSON], list[JSON]]] = {}
-    with _ignoring(OSError):
-        for key, values, steps in _metric_columns(f"{run_dir}/metrics/metrics.jsonl"):
+    path = f"{run.folder}/metrics/metrics.jsonl"
+    try:
+        for key, values, steps in _metric_columns(path):
             known = series.setdefault(key, ([], []))
             known[0].extend(map(_as_float, values))
             known[1].extend(steps)
+    except OSError as error:
+        run.unread["metrics"] = _unreadable(error, path)
     return series
 
 
@@ -10606,18 +10626,17 @@ def _unexplained_job(run: Run) -> str:
 
 
 def _ask_sacct(runs: Iterable[Run]) -> None:
-    """Ask SLURM in one question how the jobs ended of runs that cannot tell it."""
+    """Ask SLURM together how the jobs ended of runs that cannot tell it."""
     found = dict.fromkeys(map(_unexplained_job, runs))
-    jobs = [job for job in found if job and job not in _job_ends][:MAX_LISTED]
-    if not jobs:
-        return
+    jobs = [job for job in found if job and job not in _job_ends]
     _job_ends.update(dict.fromkeys(jobs, ""))
-    command = ["sacct", "-n", "-P", "-o", "JobIDRaw,State", "-j", ",".join(jobs)]
-    try:
-        output = _run(command, timeout=SACCT_SECONDS)
-    except _Unknown:  # there is no SLURM here, or it does not answer
-        return
-    for line in _lines_of(output):
+    lines: list[str] = []
+    with _ignoring(_Unknown):  # there is no SLURM here, or it does not answer
+        for first in range(0, len(jobs), SACCT_JOBS):
+            words = ",".join(jobs[first : first + SACCT_JOBS])
+            command = ["sacct", "-n", "-P", "-o", "JobIDRaw,State", "-j", words]
+            lines += _lines_of(_run(command, timeout=SACCT_SECONDS))
+    for line in lines:
         # 4711|TIMEOUT
         # 4711.batch|CANCELLED by 1000
         name, _, state = line.partition("|")
@@ -10712,7 +10731,7 @@ def _differences(then: Comparable, now: Comparable) -> Differences:
             before = {"recorded": before is not None}
             after = {"recorded": after is not None}
         pairs = {key: [before.get(key), after.get(key)] for key in {**before, **after}}
-        different = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+        different = {key: pair for key, pair in pairs.items() if not _is_same(*pair)}
         if different:
             found[section] = different
     return found
@@ -10854,6 +10873,9 @@ class _Unwritten(_Record):
 def _why_it_stays(run: Run) -> str | None:
     if run.state in ("running", "unknown"):
         return "it may be running"
+    for problem in run.problems:
+        if problem.endswith("permission denied"):
+            return problem
     if run.used_by:
         return f"{run.used_by[0]} used it"
     for tag in _tags(run.notes):
@@ -10907,6 +10929,11 @@ def _at(facts: JSON, *keys: str) -> JSON:
 def _changed(before: Mapping[str, JSON], now: Mapping[str, JSON]) -> Facts:
     """Return what of `now` is new or has another value than before."""
     return {key: value for key, value in now.items() if before.get(key) != value}
+
+
+def _is_same(value: JSON, other: JSON) -> bool:
+    """Tell whether two values are equal; NaN is the same as NaN."""
+    return bool(value == other or repr(value) == repr(other))
 
 
 def _typed(kind: type[_Item], facts: JSON, keys: Sequence[str]) -> _Item:
@@ -10988,6 +11015,8 @@ def _unreadable(error: Exception, path: str) -> str:
     why = getattr(error, "strerror", None) or error
     if isinstance(error, PermissionError):
         why = "permission denied"
+    elif getattr(error, "errno", None) == errno.ELOOP:
+        why = "it is a link"
     return f"{path!r} cannot be read: {why}"
 
 
@@ -11077,7 +11106,7 @@ def _run_columns(
         _Column("time", times, map(_format_seconds, times), 5),
         *(_Column(text, [_Key(text).value(run) for run in runs])
           for text in dict.fromkeys(asked) if text not in _COLUMN_OF),
-        *_key_columns(runs, metrics, asked, 1, 4),
+        *_key_columns(runs, metrics, asked, 1, 4, config),
         *_key_columns(runs, config, asked, 2, 6),
         _Column("outputs", [len(r.outputs) for r in runs], map(_outputs_text, runs), 7),
         _Column("why", [run["reason"] for run in runs], beneath=True),
@@ -11102,15 +11131,20 @@ _COLUMN_OF = {  # some keys: the heading of the column that shows them
 
 def _key_columns(
     rows: Sequence[Mapping[str, object]], keys: Iterable[str], asked: Sequence[str],
-    rank: int, others: int,
+    rank: int, others: int, config: Sequence[str] = (),
 ) -> Iterator[_Column]:
     """Yield columns for keys; the most frequent has a `rank` of its own."""
     counts = {key: sum(key in row for row in rows) for key in dict.fromkeys(keys)}
+    ours = [f"metrics.{name}" for name in _NO_METRICS]
     for key in sorted(counts, key=lambda key: -counts[key]):
-        short = _short(key)
-        if counts[key] and not {key, short}.intersection((*asked, *_NO_METRICS)):
+        if not counts[key] or key in ours:
+            continue
+        heading = _short(key)
+        if f"config.{heading}" in config:  # which has a column of this name
+            heading = key
+        if not {key, heading}.intersection(asked):
             texts = [_spread_text(row, key) for row in rows]
-            yield _Column(short, [row.get(key) for row in rows], texts, rank)
+            yield _Column(heading, [row.get(key) for row in rows], texts, rank)
             rank = others
 
 
@@ -11194,7 +11228,7 @@ def _group_columns(
     for key in dict.fromkeys(["run", "runs", "status", *asked]):
         values = [row.get(key, row.get(f"config.{key}")) for row in rows]
         columns.append(_Column(key, values, [_spread_text(row, key) for row in rows]))
-    columns += _key_columns(rows, means, [*asked, *config], 1, 4)
+    columns += _key_columns(rows, means, [*asked, *config], 1, 4, config)
     columns += _key_columns(rows, config, asked, 2, 6)
     return columns
 
@@ -11231,20 +11265,34 @@ def _print_table(columns: Sequence[_Column]) -> None:
     widths = {column: column.width() for column in columns}
     beneath: list[_Column] = []
     if _total(widths) > room:
-        beneath = [column for column in columns if column.beneath]
         widths = _shortened_widths([c for c in columns if not c.beneath], room)
+        # What was asked for is on the screen, wherever there is room.
+        beneath = [c for c in columns if c.beneath or not (c.rank or c in widths)]
     lines = []
     fitted = [column.fitted(width) for column, width in widths.items()]
     for number, row in enumerate(zip(*fitted)):
         lines.append("  ".join(row))
-        below = [column.cells[number] for column in beneath if number]
-        if any(below):
-            lines.append(f"    {'  '.join(filter(None, below))}")
+        if number:
+            lines += _lines_beneath(beneath, number, room)
     left_out = [c.cells[0] for c in columns if c not in widths and c not in beneath]
     if left_out:
         lines.append(f"not shown: {', '.join(left_out)}")
     for line in lines:
         print(_cut(line.rstrip(), room).rstrip())
+
+
+def _lines_beneath(columns: Iterable[_Column], number: int, room: int) -> list[str]:
+    """Return what some columns have in a row, as many on a line as have room."""
+    lines: list[str] = []
+    for column in columns:
+        text = column.cells[number]
+        if text and not column.beneath:
+            text = f"{column.cells[0]} {text}"
+        if text and lines and _width(f"{lines[-1]}  {text}") <= room:
+            lines[-1] += f"  {text}"
+        elif text:
+            lines.append(f"    {text}")
+    return lines
 
 
 def _shortened_widths(columns: Sequence[_Column], room: int) -> dict[_Column, int]:
@@ -11256,6 +11304,9 @@ def _shortened_widths(columns: Sequence[_Column], room: int) -> dict[_Column, in
             break  # all that is left was asked for
         del widths[last]
     _fit(widths, room, _Column.least_of_texts)
+    while _total(widths) > room and len(widths) > 2:
+        widths.popitem()
+        _fit(widths, room, _Column.least_of_texts)
     return widths
 
 
@@ -11407,8 +11458,9 @@ def _paragraph_lines(paragraphs: Iterable[Paragraph]) -> Iterator[str]:
 
 def _inspected(run: Run) -> Facts:
     names = "status attempts config metadata summary outputs used_by notes problems"
+    series = _number_series(run)
     facts: Facts = {name: getattr(run, name) for name in names.split()}
-    facts.update(run_dir=str(run.path), tags=run["tags"], metrics=_number_series(run))
+    facts.update(run_dir=str(run.path), tags=run["tags"], metrics=series)
     facts["now"] = _differences_from_now(run)
     return facts
 
@@ -11543,7 +11595,7 @@ def _format_inputs(run: Run) -> list[str]:
 
 
 def _number_series(run: Run) -> dict[str, list[float]]:
-    series = _all_series(run.path)
+    series = _all_series(run)
     names = [name for name in series if name not in _NO_METRICS]
     return {name: _numbers(series[name][0]) for name in names}
 
@@ -11639,7 +11691,9 @@ def _format_notes(run: Run) -> list[str]:
 def _command_of(run: Run, folder: str = "") -> str:
     words = _texts(run.metadata, "argv")
     if not words:
-        command = _text(run.metadata.get("command") or run.config.get("command") or "?")
+        command = _text(run.metadata.get("command") or run.config.get("command") or "")
+        if not command:
+            return "# not known"
         words = [command]
         with _ignoring(ValueError):  # a quote that is not closed
             words = shlex.split(command)
@@ -12239,7 +12293,7 @@ def _plots(page: _Page, room: int) -> list[_Plot]:
     count = max(10, min(REPORT_POINTS, room))
     plots = [_Plot(key, last[key], count) for key in shown[:REPORT_PLOTS]]
     for line in page.lines:
-        series = [_all_series(run.folder) for run in line.runs]
+        series = [_all_series(run) for run in line.runs]
         for plot in plots:
             courses = [_course(*one[plot.key]) for one in series if plot.key in one]
             plot.add(line, list(filter(None, courses)))
@@ -13695,11 +13749,11 @@ def _follow(run_dir: Path) -> None:
             shown = []
             print("\x1b[H\x1b[2J", end="")  # to the top left, and clear
         for line in lines:
-            if line not in shown:
+            if line[10:] not in shown:
                 print(line, flush=True)
         if run["status"] != "running":
             return
-        shown = lines
+        shown = [line[10:] for line in lines]
         took = monotonic() - begun
         time.sleep(max(FOLLOW_SECONDS, 5 * took))
 
@@ -13768,9 +13822,13 @@ def _say_what_is_unseen(selection: _Selection, args: Namespace) -> None:
 def _cmd_diff(args: Namespace) -> int:
     then = Run(_find_run(args.run))
     now = None
+    runs = [then]
     if args.other is not None:
         now = Run(_find_run(args.other))
+        runs.append(now)
     found = _comparison(then, now)
+    for line in _format_problems(runs):
+        _say(line)
     if args.json:
         _print_json(found)
     else:
@@ -13841,6 +13899,7 @@ def _cmd_prune(args: Namespace) -> int:
     if args.json:
         _print_json(rows)
     is_meant = args.yes or args.purge
+    code = 0
     sizes = []
     for run, row in zip(selection.runs, rows):
         what = row["refused"]
@@ -13848,7 +13907,12 @@ def _cmd_prune(args: Namespace) -> int:
             what = "would go"
             sizes.append(row["size"])
             if is_meant:
-                place = _prune(selection.root, run, args.purge)
+                try:
+                    place = _prune(selection.root, run, args.purge)
+                except OSError as error:
+                    _say(f"{run.name} stays: {error.strerror}")
+                    code = 2
+                    continue
                 what = f"is now {place or 'deleted'}"
         if not args.json:
             name = relpath(run.path, selection.root)
@@ -13857,7 +13921,7 @@ def _cmd_prune(args: Namespace) -> int:
     if sizes and not (is_meant or args.json):
         about = f"{_format_count(len(sizes), 'run')}, {_format_size(sum(sizes))}"
         print(f"{about}: --yes moves to {TRASH_FOLDER}, --purge deletes")
-    return 0
+    return code
 
 
 def _cmd_audit(args: Namespace) -> int:

@@ -953,6 +953,9 @@ class FindingRuns(ReadingCase):
             self.assertIn("<table", table)
             self.assertIn("odd</td>", table)
             self.assertNotIn("<script>", table)
+        config_of_one = runs[0]._repr_html_()
+        self.assertIn("<th>n</th>", config_of_one)
+        self.assertIn("<td>&lt;script&gt;</td>", config_of_one)
 
 
 class WhatARunSays(ReadingCase):
@@ -1039,6 +1042,14 @@ class WhatARunSays(ReadingCase):
         run = self.make_run("exp/a")
         self.assertEqual(Run(run).problems, [])
         os.chmod(run / "metadata.json", 0)
+        other = self.make_run("exp/b", metrics=[{"step": 1, "loss": 2}])
+        summary = run_utils._summarize_metrics(other)
+        run_utils.save_json(other / "metrics/summary.json", summary)
+        os.chmod(other / "metrics/metrics.jsonl", 0)
+        noted = self.make_run("exp/c", notes=[{"text": "x"}])
+        os.chmod(noted / "notes.jsonl", 0)
+        closed = self.tmp / "results" / "closed"
+        closed.mkdir(mode=0)
         for folder in (self.tmp, self.tmp / "results"):
             os.chmod(folder, 0o755)
         me = os.geteuid()
@@ -1048,6 +1059,15 @@ class WhatARunSays(ReadingCase):
         (problem,) = Run(run).problems
         path = str(run / "metadata.json")
         self.assertEqual(problem, f"{path!r} cannot be read: permission denied")
+        self.assertEqual(run_utils._why_it_stays(Run(run)), problem)
+        for path, find in ((run, run_utils._Plan), (closed, run_utils._find_run)):
+            with self.subTest(path):
+                with self.assertRaisesRegex(ValueError, "' cannot be read: permission"):
+                    find(str(path))
+        known = Run(other)
+        self.assertEqual((known["metrics.loss"], known.series("loss")), (2, []))
+        self.assertIn("metrics.jsonl' cannot be read: perm", known.problems[0])
+        self.assertIn("notes.jsonl' cannot be read: perm", Run(noted).problems[0])
 
 
 # === A recording ===
@@ -7224,6 +7244,7 @@ class SecretNames(unittest.TestCase):
     def test_which_keys_are_redacted(self) -> None:
         data = {"lr": 0.1, "db": {"password": "hunter2", "host": "h"}, "argv": ["x"]}
         self.assertEqual(run_utils._Redactor().redacted_keys(data), ["db.password"])
+        self.assertEqual(run_utils._Redactor().redacted_keys({"a": math.nan}), [])
 
     def test_the_callers_object_is_not_touched(self) -> None:
         config = {"a": {"password": RANDOM}, "b": [RANDOM]}
@@ -9328,7 +9349,8 @@ class Where(ReadingCase):
             {"step": 1, "loss": 2.0, "val/acc": 0.9, "acc(top5)": 1},
             {"step": 2, "loss": 0.5, "acc": "NaN", "val/acc": 0.7},
         ]
-        run = Run(self.make_run("exp/a", config=config, metrics=rows))
+        notes = [{"tags": ["one", "two"]}]
+        run = Run(self.make_run("exp/a", config=config, metrics=rows, notes=notes))
         true = ["lr<1e-2", "lr <= 0.001", "lr==1e-3", "lr=0.001", "lr!=2", "loss<1"]
         true += ["model.name~Qwen3$", "config.lr<1", "metrics.loss>=0.5", "fp16==true"]
         true += ["fp16==True", "status==success", "name~^a", "s==1000", "lr>1 or lr<1"]
@@ -9344,6 +9366,7 @@ class Where(ReadingCase):
         true += ["max( loss ) >= 2", "auto!=1", "clip>1e9", '"two words"==2']
         true += ["name~(a|b) or lr>1", "max(acc(top5))==1", "lr!=null", " lr<1 "]
         true += ["(lr<1)", "lr<1 and (lr>1 or loss<1)", "( (lr<1)and(name~(a|b)) )"]
+        true += ["tags=two", "tags==one", "tags!=on", "tags~on", "tags!=null"]
         false = ["lr>1", "lr<1 and lr>1", "nope<1", "nope==1", "model.name~^x", "acc<1"]
         false += [
             "acc>1",
@@ -9354,7 +9377,7 @@ class Where(ReadingCase):
             "lr==null",
         ]
         false += ["auto>-1", "auto<1", "auto==1", "max(val/acc)>0.95", "max(nope)>0"]
-        false += ["acc>0", "lr<auto", "max(lr)>0"]
+        false += ["acc>0", "lr<auto", "max(lr)>0", "tags=on", "tags!=one"]
         false += ["(lr<1 or lr>1) and lr>1", "lr>1 and (lr<1 or lr>1)"]
         for expected, texts in ((True, true), (False, false)):
             for text in texts:
@@ -9597,8 +9620,13 @@ class WhyItFailed(ReadingCase):
                 run.name: run["reason"] for run in run_utils.find_runs("results")
             }
             self.assertEqual(Run(self.tmp / "results/exp/14")["reason"], None)
+            run_utils._job_ends.clear()
+            self.assertEqual(self.names(where="reason~TIMEOUT"), ["11"])
+            with mock.patch.object(run_utils, "SACCT_JOBS", 3):
+                run_utils._job_ends.clear()
+                self.assertEqual(self.names(where="reason~TIMEOUT"), ["11"])
         asked = (self.tmp / "asked").read_text().splitlines()
-        self.assertEqual(len(asked), 1)
+        self.assertEqual(len(asked), 4)
         self.assertNotIn("--help", asked[0])
         self.assertEqual(reasons["11"], "SLURM says TIMEOUT")
         self.assertEqual(reasons["12"], "SLURM says OUT_OF_MEMORY")
@@ -9710,6 +9738,15 @@ class Comparing(ReadingCase):
         }
         self.assertEqual(found, expected)
         self.assertEqual(run_utils._comparison(Run(a), Run(a)), {})
+
+    def test_nan_is_the_same_as_nan(self) -> None:
+        config = {"x": "NaN", "list": [1, "NaN"], "inf": "Infinity"}
+        rows = [{"step": 1, "loss": "NaN"}]
+        a, b = (
+            Run(self.make_run(f"exp/{name}", config=config, metrics=rows))
+            for name in "ab"
+        )
+        self.assertEqual(run_utils._comparison(a, b), {})
 
     def test_what_was_not_kept_or_not_recorded_is_not_called_the_same(self) -> None:
         git = {"commit_full": "1a2b3c4", "is_dirty": True}
@@ -9835,6 +9872,23 @@ class Pruning(ReadingCase):
         self.assertTrue(outside.exists())
         self.assertEqual(os.listdir(self.tmp / "results/exp"), [])
 
+    def test_what_cannot_go_keeps_nothing_else_from_going(self) -> None:
+        folder = self.make_run("exp/a").parent
+        self.make_run("exp/b")
+        (self.tmp / "results/.trash/exp").mkdir(parents=True)
+        rename = os.rename
+
+        def refuse(path: str, place: str) -> None:
+            if path.endswith("b"):
+                raise OSError(18, "Invalid cross-device link", path)
+            rename(path, place)
+
+        with mock.patch("os.rename", refuse):
+            code, out, err = self.ask("prune", "--yes")
+        self.assertEqual((code, err), (2, "b stays: Invalid cross-device link\n"))
+        self.assertIn("/results/.trash/exp/a\n", out)
+        self.assertEqual(os.listdir(folder), ["b"])
+
     def test_age(self) -> None:
         self.make_run("exp/old")
         self.make_run("exp/new", status={"started": time.time() - 3600})
@@ -9949,6 +10003,8 @@ class ReadersTrustNothing(ReadingCase):
         problems = [f"{path!r} is not a JSON object that can be read" for path in paths]
         self.assertEqual(Run(run).problems, problems)
         self.assertEqual(Run(run)["status"], "?")
+        (run / "notes.jsonl").symlink_to("status.json")
+        self.assertIn("notes.jsonl' cannot be read: it is a link", Run(run).problems[1])
 
 
 # === Showing ===
@@ -11237,10 +11293,11 @@ class Inspecting(ReadingCase):
     def test_following_a_run_to_its_end(self) -> None:
         body = """
         log_metrics(run_dir, {"loss": 2.0}, 1)
-        print("training", flush=True)
+        print(*map(str, range(100, 107)), "training", sep="\\n", flush=True)
         while not os.path.exists("go"):
             time.sleep(0.02)
         log_metrics(run_dir, {"loss": 1.0}, 2)
+        print("done", flush=True)
         """
         follow = "import run_utils\nrun_utils.FOLLOW_SECONDS = 0.02\n"
         follow += "sys.exit(main(['inspect', 'latest', '--follow']))"
@@ -11269,6 +11326,8 @@ class Inspecting(ReadingCase):
         self.assertIn("metrics   loss: 1 (lowest 1, highest 2, 2 values)", text)
         self.assertIn("status    success (normal), exit code 0,", text)
         self.assertEqual(text.count("run       "), 1)
+        self.assertEqual(lines.count("          done"), 1)
+        self.assertEqual(text.count("101"), 1)
 
     def test_sentences_for_bad_input(self) -> None:
         for name in ("exp/one-run", "exp/two-run"):
@@ -11389,6 +11448,23 @@ class Listing(ReadingCase):
         head = self.ask("list", columns=80)[1].splitlines()[0].split()
         self.assertIn("loss", head)
         self.assertIn("lr", head)
+        keys = [f"{f}(metric_{m})" for m in range(6) for f in ("first", "max")]
+        words = ["list", "--show", ",".join(keys), "--contains", "run-20260105"]
+        out = self.ask(*words, columns=80)[1]
+        self.assertLessEqual(max(map(len, out.splitlines())), 80)
+        self.assertEqual(len(re.findall(r"\d\.1428", out)), len(keys))
+        self.assertRegex(out, r"\n    .*max\(metric_5\) 5\.14286")
+
+    def test_a_metric_and_a_key_of_the_config_with_one_name(self) -> None:
+        for n in range(2):
+            rows = [{"step": 7, "time": 1, "lr": n / 8}]
+            config = {"lr": n + 40, "step": n + 50}
+            self.make_run(f"exp/x-2026010{n + 6}-000000", config=config, metrics=rows)
+        words = ["list", "--contains", "exp/x", "--sort", "metrics.lr"]
+        out = self.ask(*words, "--show", "lr")[1]
+        head, first, second = (line.split() for line in out.splitlines()[:3])
+        self.assertEqual(head[4:-1], ["metrics.lr", "lr", "step"])
+        self.assertEqual((first[4:6], second[4:6]), (["0", "40"], ["0.125", "41"]))
 
     def test_names_are_shortened_first_and_still_find_their_run(self) -> None:
         lines = self.ask("list", columns=64)[1].splitlines()
@@ -11404,6 +11480,9 @@ class Listing(ReadingCase):
         self.make_run("exp/bad-20260105-000000", status=status)
         self.assertIn("  ValueError: bad rate\n", self.ask("list")[1])
         self.assertIn("\n    ValueError: bad rate\n", self.ask("list", columns=60)[1])
+        self.ask("note", "bad", "a note that does not fit beside the reason for it")
+        beneath = "\n    ValueError: bad rate\n    a note that"
+        self.assertIn(beneath, self.ask("list", columns=60)[1])
         rows = json.loads(self.ask("list", "--json")[1])
         self.assertIn("ValueError: bad rate", [row["reason"] for row in rows])
         self.assertIn("ValueError: bad rate", self.ask("list", "--csv")[1])
@@ -11451,6 +11530,9 @@ class Listing(ReadingCase):
         self.make_run("exp/old", metadata={"argv": None, "command": text})
         out = self.ask("list", "--commands", "--contains", "old")[1]
         self.assertEqual(out, "python 'a b.py;' rm x $'\\x1b]0;y\\x07'\n")
+        self.make_run("exp/none", metadata={"argv": None})
+        out = self.ask("list", "--commands", "--contains", "none")[1]
+        self.assertEqual(out, "# not known\n")
 
     def test_what_is_not_shown_is_counted(self) -> None:
         out = self.ask("list", "-n", "1")[1]
@@ -11517,6 +11599,9 @@ class Folding(ReadingCase):
         self.assertIn("1 1 success 9 1.1", " ".join(second))
         out = self.ask("list", "--over", "seed", "--md")[1]
         self.assertIn("| `2 ± 1 (3)` |", out)
+        keys = "min(loss),max(loss),first(loss),last(loss)"
+        out = self.ask("list", "--over", "seed", "--show", keys, columns=60)[1]
+        self.assertEqual(out.count("2 ± 1 (3)"), 4)
 
     def test_rows_for_programs(self) -> None:
         words = ["list", "--over", "seed", "--sort", "loss"]
@@ -11588,6 +11673,11 @@ class Diffing(ReadingCase):
         )
         (a / "git.patch").write_text("+one\n+same\n", "utf-8")
         (b / "git.patch").write_text("+two\n+same\n", "utf-8")
+        damaged = self.make_run("exp/damaged")
+        (damaged / "metadata.json").write_text("{", "utf-8")
+        code, _, err = self.ask("diff", str(a), str(damaged))
+        self.assertEqual(code, 1)
+        self.assertRegex(err, "^1 file cannot be read: .*damaged/metadata.json' is not")
         code, out, err = self.ask("diff", str(a), str(b))
         self.assertEqual((code, err), (1, ""))
         expected = """
