@@ -7363,8 +7363,8 @@ def _decoded(data: bytes) -> tuple[str, str]:
     they have zeros and are no UTF-16, both are "".
     """
     encoding = "latin-1"
-    odd = data[1:400:2]
-    if data.startswith(b"\xfe\xff"):
+    even, odd = data[0:400:2], data[1:400:2]
+    if data.startswith(b"\xfe\xff") or even.count(0) * 10 > len(even) * 9 > 30:
         encoding = "utf-16-be"
     elif data.startswith(b"\xff\xfe") or odd.count(0) * 10 > len(odd) * 9 > 30:
         encoding = "utf-16-le"
@@ -7499,7 +7499,10 @@ class _Facts:
             pair = _re(r"([^\s:/@]{1,100}:)(\S{4,})").fullmatch(word)
             if pair and not _is_harmless(pair[2]):
                 return pair[1] + self.secret(pair[2], _SURE)
-        if flag == "login" and _is_random(word, 16):
+        is_secret = flag == "sshpass" and _is_secret(_MIXED, word)
+        if flag in ("login", "-p", "-a") and _is_random(word, 16):
+            is_secret = flag == "login" or not _re(_HEX).fullmatch(word)
+        if is_secret:
             return self.secret(word, _SURE)
         return self.named_text(word, flag, _NONE)
 
@@ -7549,9 +7552,10 @@ def _is_flag(word: str) -> bool:
 
 def _next_flag(word: str, flag: str) -> str:
     """Return what the word after this one may be the value of."""
-    if flag == "login" and word.startswith("-") and _grade(word) == _NONE:
+    programs = ("login", "sshpass")
+    if flag in programs and word.startswith("-") and _grade(word) == _NONE:
         return flag  # `login --relogin KEY`
-    if word == "login" or (_is_flag(word) and "=" not in word):
+    if word in programs or (_is_flag(word) and "=" not in word):
         return word
     return ""
 
@@ -7592,7 +7596,8 @@ def _named_in_fact(text: str) -> Iterator[_Find]:
             done = match.end()
         if group == 2:  # it is not in quotes
             value = value.rstrip(",;)]}")
-            if _re(_EXPRESSION).match(value) or _is_flag(value):
+            is_expression = _re(_EXPRESSION).match(value) and _surprise(value) < 0.5
+            if is_expression or _is_flag(value):
                 continue
         if len(value) >= 6 and _is_secret(grade, value) and _is_mixed(value):
             start = match.start(group)
@@ -7698,27 +7703,38 @@ _MARKED = (
 _HASHED = (
     r"(?i)sha\d*|md5|commit|rev|git|hash|digest|blob|run|job|exp|ckpt|model|id|v\d*"
     r"|img|env|step|layer|snapshot|checkpoint|version|data|cache|tmp|build|node|ver|ipy"
+    r"|batch|file|resp|msg|req"
 )
 # Tokens that are told by their beginning and length: AWS, Google, Hugging Face, GitHub,
-# npm, Databricks, Mailgun, OpenAI, Stripe, Slack.
+# npm, Databricks, Mailgun, OpenAI, Stripe, Slack, Atlassian.
 _SHAPES = (
     r"(?:AKIA|ASIA|ABIA|ACCA|A3T[A-Z0-9])[A-Z0-9]{16}|AIza[\w-]{30,}"
     r"|hf_[A-Za-z0-9]{30,}|gh[a-z]_[A-Za-z0-9]{36,}|github_pat_\w{40,}"
     r"|npm_[A-Za-z0-9]{36}|dapi[0-9a-f]{32}(?:-\d)?|key-[0-9a-f]{32}"
     r"|sk-(?=[A-Za-z]*\d)[A-Za-z0-9]{20,}|[sr]k_(?:live|test)_\w{16,}"
-    r"|(?:xox[a-z]|xapp)-[\w-]{10,}"
+    r"|(?:xox[a-z]|xapp)-[\w-]{10,}|ATATT3[\w-]{50,}"
 )
 # The same, where a part must be random: JWT, Google, OpenAI and Anthropic, PyPI,
-# GitLab, SendGrid.
+# GitLab, SendGrid, Vault.
 _LOOSE_SHAPES = (
     r"eyJ[\w-]{8,2000}(?:\.[\w-]{2,4000}){1,2}|ya29\.[\w-]{20,}|GOCSPX-[\w-]{20,}"
     r"|sk-[A-Za-z0-9_-]{20,}|pypi-[\w-]{40,}|[a-z]{2,12}_pat_[\w-]{20,}"
     r"|gl(?:[a-z]{2,6}-[A-Z0-9]|(?:pat|rt|dt|ptt|cbt)-\w)[\w-]{19,}|SG\.[\w.-]{20,}"
+    r"|hv[bsr]\.[\w-]{24,}"
 )
 # Shapes that have another meaning in code: Twilio, Telegram, Discord, Facebook.
 _FACT_SHAPES = (
     r"eyJ[A-Za-z0-9+/_-]{60,8000}={0,2}|S[Kk][0-9a-fA-F]{32}|\d{8,10}:[\w-]{35}"
     r"|[MNO][\w-]{22,27}\.[\w-]{6,7}\.[\w-]{27,}|EAA[A-Za-z0-9]{60,}"
+)
+# Any prefix before so much that it is no id, whose random part is shorter. Hexadecimal
+# digits are a hash unless the prefix says what they are.
+_PREFIXED = (
+    rf"(?!(?:{_HASHED[4:]})[-_])"
+    r"(?:[a-z]{1,7}\d?[-_]){1,3}"
+    r"(?P<loose>(?=.*[a-z])(?=.*(?:\d[A-Z]|[A-Z]\d))[\w-]{32,})"
+    r"|(?:[a-z]{1,7}\d?_)?(?:[a-z]*pat|pt|[a-z]*key|api|sk|tok|token|secret|dop_v1)[-_]"
+    r"(?P<hex>[0-9a-f]{32,})(?:_[0-9a-f]+)?"
 )
 _CODE_TOKEN = rf"(?:{_SHAPES}|(?P<loose>{_LOOSE_SHAPES}))(?!\w)"
 _FACT_TOKEN = rf"(?<![\w/.+-])(?:{_FACT_SHAPES}|{_CODE_TOKEN})(?!\w)"
@@ -7750,12 +7766,15 @@ _FACT_RULES = (
      r"=([^&\s#'\"<>]{4,})"),
 )
 _PLACE_RULES = (  # in facts and in code
-    ("login ", r"\blogin\s{1,9}\S{1,80}\s{1,9}password\s{1,9}([^\s\"'\\]{6,})"),
+    ("login ", r"login\s{1,9}(?:\S{1,80}\s{1,9}password\s{1,9}([^\s\"'\\]{6,})"
+               r"|(?:--?[\w-]+[ \t]+){0,3}([\w+/=.-]{20,200}))"),
     ("earer ", r"earer[ \t]+([\w.~+/=-]{16,512})"),
     ("asic ", r"asic[ \t]+([\w+/=-]{16,512})"),
     ("oken ", r"uthorization\W{1,6}f?\W?[tT]oken[ \t]+([\w.~+/=-]{16,512})"),
-    ("login ", r"login[ \t]+(?:--?[\w-]+[ \t]+){0,3}([\w+/=.-]{20,200})"),
     ("-u", r"-u(?:s[e]r)?[ \t=]+\\?[\"']?[\w.@-]{1,60}:([^\s\"'\\`]{8,200})"),
+    ("sshpass ", r"sshpass +-p *[\"']?([^\s\"']{6,200})"),
+    (" -p ", r"lo(?:gin|ad) [^\n]{0,120}?-p +[\"']?([^\s\"']{6,200})"),
+    ("redis-cli ", r"redis-cli\b[^\n]{0,80} -a +[\"']?([^\s\"']{6,200})"),
     ("hook", r"/(?:services|workflows|webhooks?)/([\w/-]{24,})"),
     ("/t/", r"://[\w.:@%-]{1,99}(?:/[\w.-]{1,60}){0,3}/t/([\w-]{9,200})/"),
 )
@@ -7781,11 +7800,15 @@ def _tokens_in_code(text: str) -> Iterator[_Find]:
     # To look at the long words is quicker than to search for forty beginnings.
     for word in _long_words(text, 20, _NAMED):
         token = _re(_CODE_TOKEN).match(word)
+        around = _NAMED
+        if token is None and len(word) >= 36:
+            token = _re(_PREFIXED).fullmatch(word)
+            around = _NAMED + "/=+@:#"  # else part of an address, or after `sha256=`
         if not token or not _is_shaped(token) or _re(_EXAMPLE).search(word):
             continue
         place = text.find(word)
         while place >= 0:
-            if place == 0 or text[place - 1] not in _NAMED:
+            if place == 0 or text[place - 1] not in around:
                 yield (place, place + token.end(), _SURE)
             place = text.find(word, place + 1)
 
@@ -7803,7 +7826,7 @@ def _private_keys_in_code(text: str) -> Iterator[_Find]:
 def _literals_in_code(text: str) -> Iterator[_Find]:
     """Yield the random literals that stand under a secret's name."""
     is_no_word = _re(_NO_WORD).search
-    for match in _re(r"[\"']([^\s\"'\\]{8,512})(?=\\?[\"'])").finditer(text):
+    for match in _re(r"[\"'`]([^\s\"'`\\]{8,512})(?=\\?[\"'`])").finditer(text):
         value = match[1]
         if not is_no_word(value) or not (_is_random(value, 8) or _is_chosen(value)):
             continue
@@ -7829,7 +7852,7 @@ def _grade_of_literal(text: str, start: int) -> int:
     5
     """
     before = text[max(0, start - MAX_LINE) : start]
-    patterns = [_ASSIGNED, _FLAGGED, _SECOND_ARGUMENT]
+    patterns = [_ASSIGNED, _FLAGGED, _SECOND_ARGUMENT, _SPACED]
     if before.endswith((" or ", " else ", "|| ", "?? ")) or " ? " in before[-60:]:
         patterns = [_OTHERWISE, _ITEM_OTHERWISE, *patterns]
     for pattern in patterns:
@@ -7857,6 +7880,7 @@ def _grade_of_literal(text: str, start: int) -> int:
 
 def _grade_around(text: str, place: int) -> int:
     """Return the grade of the call, list or mapping in which a literal stands."""
+    found = _NONE
     for _ in range(3):
         opener = _opener_before(text, place)
         if opener < 0:
@@ -7865,19 +7889,21 @@ def _grade_around(text: str, place: int) -> int:
         grade = _NONE
         if text[opener] == "(":
             name = _last_name(before)
-            before = before[: len(before) - len(name)]
+            before = before[: len(before) - len(name)].rstrip(_NAMED + ":")
             if re.search(r"\b(def|class|func|fn|function) +\Z", before):
                 break  # what stands here are parameters
             grade = _grade(re.sub(r"\.(append|add|push)\Z", "", name))
-            if name.endswith(("login", "BasicAuth")):
+            if _re(_LOGIN_CALL).search(name):
                 grade = _MIXED
         match = _re(_ASSIGNED).search(before) or _re(_LABEL).search(before)
         if match and len(match[1]) > 2:
             grade = max(grade, _grade(match[1]))
         if grade >= _RANDOM:
             return grade
+        if grade == _TOKEN:
+            found = grade
         place = opener
-    return _NONE
+    return found
 
 
 def _opener_before(text: str, place: int) -> int:
@@ -7942,9 +7968,10 @@ _NO_WORD = r"\d|[a-z][A-Z]|[!@#$%^&*+=?;,]"
 _ASSIGNED = (
     r"(?<![\w.-])([\w.-]{1,100})\\?[\"']?\]?\s{0,60}"
     r"(?::\s?(?:[\"'][\w |.\[\]]+[\"']"
-    r"|[\w. |&']{1,60}(?:\[[\w.\[\], |()=]{0,60}\])?[\w. |]{0,20})"
-    r"|\[\d*\]|string)?\s{0,60}"
-    r"(?:[:!=+?]?=>?|:|<-)\s{0,60}\\?\s{0,60}@?[(\[{]?\s{0,60}[rbfuRBFU]{0,2}\Z"
+    r"|[\w. |&']{1,60}(?:\[[\w.\[\], |()=\"']{0,60}\])?[\w. |]{0,20})"
+    r"|\[\d*\]|string|\{ ?get;[\w ;]*\})?\s{0,60}"
+    r"(?:(?:[:!=+?]|\|\|)?=>?|:|<-)"
+    r"\s{0,60}\\?\s{0,60}@?[(\[{]?\s{0,60}[rbfuRBFU]{0,2}\Z"
 )
 _FLAGGED = (  # --name "...", #define name "..."
     r"(?<![\w-])(?:--|(?:define|ENV|ARG)\s)\s{0,20}([\w-]{1,100})[ =\t]\s{0,20}\Z"
@@ -7957,18 +7984,26 @@ _ITEM_OTHERWISE = (  # os.getenv("name") or "..."
     r"[\"']([\w.-]{1,100})[\"'][)\]][^\n\"']{0,60}(?:\bor|\|\||\?\?|\belse) \Z"
 )
 _SECOND_ARGUMENT = r"[\"'](?:--)?([\w.-]{1,100})\\?[\"']\s{0,40},\s{0,40}[rbfu]{0,2}\Z"
+_LOGIN_CALL = r"(?i)(login|basic_?auth|networkcredential)\Z"
 _LABEL = r"[\"']([\w.-]{1,100})[\"']\s{0,20}\Z"  # variable "db_password" {
+_SPACED = r"(?<![\w.-])([\w.-]{1,100})[ \t]{1,9}\Z"  # PASSWORD '...', auth_token "..."
 _PAIRED = (
     r"(?:\b(?:Parameter)?(?:[nN]ame|[kK]ey)\\?[\"']?\s{0,20}[:=]\s{0,20}\\?[\"']?"
     r"|[\"']--|\([\"'])"
     r"([\w.-]{1,100})"
 )
-# Eight characters with a letter, a digit and punctuation, but no date or user@host.
+# Eight characters with a letter, a digit and punctuation, but no date or user@host. A
+# word in brackets or before them is code.
 _CHOSEN = (
     r"(?!\d{4}-\d\d|[\w.+-]+@[A-Za-z./_-]+\Z)(?=.*[A-Za-z])(?=.*\d)"
-    r"(?=.*[!@#$%^&*;,?+~])[^\s()[\]{}<>|\\]{8,40}\Z"
+    r"(?=.*[!@#$%^&*;,?+~])(?!.*(?:[a-z]{3}[(\[]|[(\[{<][a-z_]{3}|[(\[]\?))"
+    r"[^\s\\]{8,64}\Z"
 )
-_TEMPLATE = r"[{}<>]|%\(|%\w.*%\w|://|^arn:"
+# What stands for a value or makes one: f-strings, `%`, URLs, regular expressions.
+_TEMPLATE = (
+    r"\{[^{}]*\}|<[^<>]*>|[{<][A-Za-z_]+[.\[(]?\Z|\$\{|%\(|%[A-Z_]{3,}%"
+    r"|%[A-Za-z][^\w%]{0,3}%[A-Za-z]|://|^arn:|-[zZ9][aA0]-|0-9\]"
+)
 _EXAMPLE = (
     r"(?i)example|\.\.\.|x{6}|\*{4}|1234567|abcdefg|your|dummy|fake|placeholder"
     r"|redacted"
@@ -7981,18 +8016,24 @@ _KEY_LINE = (
 _ASSIGNED_VALUE = r"[:=][ \t]{0,60}([A-Za-z0-9+/_.~-]{16,512}={0,2})(?![\w(\[{])"
 _CODE_RULES = (
     ("--", r"--(?P<name>[A-Za-z][\w-]{1,60})(?:=|[ \t]+)([^\s\"'\\`]{8,512})"),
-    ("env ", r"%(?:set_)?env[ \t]+(?P<name>\w+)[ =]([^\s\"'\\]{8,512})"),
-    ("://", r"://[\w.%-]{0,60}:(?!\d{1,5},)([^\s\"'\\/@]{8,200})@"),
-    # The user of a URL, but for hexadecimal digits, which Sentry does not keep secret.
-    ("://", r"://(?![0-9a-f]+@)([A-Za-z0-9_-]{20,200})@[\w.-]+"),
-    ("assword=", r"(?i)(?<![\w.-])(?P<name>password)=(?![a-z_]\w*\.[a-z_])"
-                 r"([^\s;\"'{}<>()[\]]{8,200})"),
+    ("env ", r"env(?:(?<=%env)|(?<=%set_env))[ \t]+(?P<name>\w+)[ =]"
+             r"([^\s\"'\\]{8,512})"),
+    # A password, a query, and a user, but for hexadecimal digits, which Sentry does not
+    # keep secret.
+    ("://", r"://(?:[\w.%-]{0,60}:(?!\d{1,5},)([^\s\"'\\/@]{8,200})@"
+            r"|(?![0-9a-f]+@)([A-Za-z0-9_-]{20,200})@[\w.-]+"
+            r"|[^\s\"'<>?]{1,200}\?[^\s\"'<>?]{0,200}?\b(?:key|token|sig)="
+            r"([\w+/%-]{20,500}={0,2})(?![\w(]))"),
+    ("assword=", r"assword=(?<![\w.-].assword=)(?<=[pP]assword=)"
+                 r"(?!\w+(?:\.\w+)+(?:[^\w!@#$%^&*+=?-]|\Z))"
+                 r"([^\s;\"'<>()[\]]{8,200})"),
     ("PASSWORD '", r"PASSWORD '([^'\n]{6,200})'"),  # SQL
     ("IDENTIFIED BY '", r"IDENTIFIED BY '([^'\n]{6,200})'"),
-    ("sshpass ", r"sshpass +-p *[\"']?([^\s\"']{6,200})"),
-    (" -p ", r"lo(?:gin|ad) [^\n]{0,120}?-p +[\"']?([^\s\"']{6,200})"),
+    ("mysql", r"mysql\w*[ \t][^\n\"']{0,99}? -p([^\s\"'\\-][^\s\"'\\]{7,99})"),
+    ("@tcp(", r"[\"'`][\w.-]{1,60}:([^\s\"'`]{8,200})@tcp\("),
     ("<<<", r"(?:login|token)[^\n]{0,60}<<< *[\"']?([^\s\"']{6,200})"),
     ("-stdin", r"echo +[\"']?([^\s\"'|]{6,200})[\"']? *\|[^\n]{1,90}-stdin"),
+    ("sudo -S", r"echo +[\"']?([^\s\"'|]{6,200})[\"']? *\| *sudo -S"),
 )
 
 _SCRIPTS = rb"(?i)\.(t?csh|cmake|plist|ps1|json|ya?ml|sh|bash|zsh)$|cmakelists\.txt$"
@@ -8002,7 +8043,6 @@ _SCRIPT_RULES = (
     ("</key>", r"<key>(?P<name>[\w.-]{1,60})</key>\s{0,40}<string>([^<\s]{6,500})</"),
     ("setenv ", r"setenv[ \t]+(?P<name>\w+)[ \t]+[\"']?([^\s\"']{8,512})"),
     ("set(", r"set\((?P<name>\w+)[ \t]+[\"']?([^\s\"')]{8,512})"),  # CMake
-    ("redis-cli ", r"redis-cli\b[^\n]{0,80} -a +[\"']?([^\s\"']{6,200})"),
     ("SecureString ", r"ConvertTo-SecureString +[\"']([^\"'\n]{6,200})"),
 )
 
@@ -8034,7 +8074,7 @@ def _values_in_configuration(text: str) -> Iterator[_Find]:
             each = _PLAIN_VALUE
             if pattern in _VALUES:
                 each = _ONE_VALUE
-                if not values.startswith("${"):
+                if not values.startswith("${") and _grade(values) < _MIXED:
                     done = match.end(1)
             if pattern == _BLOCKS[0]:
                 values = _indented(values, text[: name.start()].rpartition("\n")[2])
@@ -8079,7 +8119,7 @@ _BLOCKS = (
 )
 _VALUES = (
     # A value on the next line, with or without `>-` and `|`.
-    r"[\"']?:[ \t]*(?:[|>]\d?[-+]?)?[ \t]*(?:#[^\n]*)?\r?\n[ \t]+([^\s:]{1,500})"
+    r"[\"']?:[ \t]*(?:[|>]\d?[-+]?|!!?\w+)?[ \t]*(?:#[^\n]*)?\r?\n[ \t]+([^\s:]{1,500})"
     r"[ \t]*(?:\r?\n|\Z)",
     # Kubernetes: the name is itself the value of `name:`.
     r"[\"']?(?:\s{1,60}(?:#[^\n]*\s{1,60})?|, *)value:[ \t]*(?:[|>][-+]?\s{1,60})?"
@@ -8149,7 +8189,7 @@ _QUESTION_WORDS = _word_set("ask no prompt")  # --ask-password has no value
 # Words that are run together: PGPASSWORD, accesskey, SSHPASS, hftoken; no compass.
 _RUN_TOGETHER = (
     r"(\w*?)(password|passwd|passphrase|passcode|credential|secret|token|pwd|key)s?"
-    r"|(ssh|db|user|mail|smtp|admin|root|sql|mysql|ldap|ftp)(pass)"
+    r"|(ssh|db|user|mail|smtp|admin|root|sql|mysql|ldap|ftp|require|master)(pass)"
 )
 
 
@@ -8163,7 +8203,8 @@ def _grade(name: str) -> int:
     if not _re(_STEMS).search(name.lower()):
         return _NONE
     words = _name_words(name[-200:])
-    if not words or words[0] in _QUESTION_WORDS or "public" in words:
+    is_public = "public" in words or "pub" in words
+    if not words or words[0] in _QUESTION_WORDS or is_public:
         return _NONE
     before = ""
     inner = _NONE

@@ -7329,6 +7329,8 @@ class SecretShapes(unittest.TestCase):
                 f"curl -u me:{value} x",
                 f"tool login --relogin {value}",
                 f"machine x.org login me password {value}",
+                f"docker login -u me -p {value} x.org",
+                f"redis-cli -h db -a {value} ping",
                 f"AccountKey={value};EndpointSuffix=core",
             ):
                 found = redactor().text(text)
@@ -7341,6 +7343,8 @@ class SecretShapes(unittest.TestCase):
     def test_where_a_password_ends(self) -> None:
         found = redactor().text("lr=0.1,password=a1;b,c&d,wd=0.2")
         self.assertEqual(found, "lr=0.1,password=<REDACTED>,wd=0.2")
+        found = redactor().text("failed: password=" + "jzZjlvveZ7F3.W4Zq user=me")
+        self.assertEqual(found, "failed: password=<REDACTED> user=me")
         found = redactor().text("tool --password 'x1 y2 z3' next")
         self.assertEqual(found, "tool --password '<REDACTED>' next")
 
@@ -7407,6 +7411,9 @@ class CommandLines(unittest.TestCase):
             (["--api-key", f"{key}A2=="], ["--api-key", MARKER]),
             (["--password", "x8=" + "Qm2!zz4"], ["--password", MARKER]),
             (["--secret", "id=hf"], ["--secret", "id=hf"]),
+            (["sshpass", "-p", "Harbor&51", "ssh"], ["sshpass", "-p", MARKER, "ssh"]),
+            (["redis-cli", "-a", key, "ping"], ["redis-cli", "-a", MARKER, "ping"]),
+            (["show", "-p", "0a1b2c3d" * 5], ["show", "-p", "0a1b2c3d" * 5]),
             (["mysql", f"-p{key}", "-pthread"], ["mysql", f"-p{MARKER}", "-pthread"]),
         ):
             if expected is None:
@@ -7849,6 +7856,23 @@ c.jsonl|{"secret_key": "@"}
 c.json|{"env": {"HF_TOKEN": "@"}}
 c.json|{"DB_PASS": "@"}
 c.json|{"connection": {"pwd": "@"}}
+# other languages
+a.rb|ENV["API_TOKEN"] ||= "@"
+a.rb|client.auth_token '@'
+a.go|const ClientSecret string = `@`
+a.ts|const password = `@`;
+a.rs|let password = String::from("@");
+a.cs|public string ClientSecret { get; set; } = "@";
+a.py|token: Annotated[str, Field(alias="api_token")] = "@"
+a.sql|CREATE SECRET s (TYPE S3, SECRET '@');
+# values beside others
+a.py|API_TOKENS = ("a", "@")
+a.yaml|db_password: !!str\n  @\n
+a.yaml|- key: auth_token\n  value: @
+a.yaml|command: redis-server --requirepass @
+# other programs
+a.sh|mysqldump -u root -p@ passwords > a.sql
+a.sh|echo "@" | sudo -S make # password
 '''
 
 
@@ -7881,11 +7905,9 @@ class SecretsInCode(unittest.TestCase):
         value = secret("32", 1)
         for encoding in ("utf-16", "utf-16-le", "utf-16-be"):
             data = f'$env:API_KEY = "{value}"\r\n# ä\r\n'.encode(encoding)
-            if encoding == "utf-16-be":
-                data = b"\xfe\xff" + data
-            expected = data.decode("utf-16" if encoding != "utf-16-le" else encoding)
+            expected = data.decode(encoding)
             found = redactor().code(data, b"a.ps1")
-            text = found.decode("utf-16" if encoding != "utf-16-le" else encoding)
+            text = found.decode(encoding)
             self.assertEqual(text, expected.replace(value, MARKER))
 
     def test_private_keys_keep_the_quotes_around_their_lines(self) -> None:
@@ -7915,8 +7937,26 @@ class SecretsInCode(unittest.TestCase):
         found = redactor().code(code.encode(), b"a.py").decode()
         self.assertEqual(found, f"# a{token} {MARKER}\n")
 
+    def test_a_prefix_and_much_that_is_random(self) -> None:
+        random64, hexadecimal = secret("64", 1), secret("hex", 1)
+        for token in (f"acme_{random64}", f"t5-auth-{random64}", f"xpat_{hexadecimal}"):
+            code = f'f("{token}")\n'
+            found = redactor().code(code.encode(), b"a.py").decode()
+            self.assertEqual(found, f'f("{MARKER}")\n')
+        for code in (
+            f'f("file-{random64}")\n',
+            f'f("resp_{hexadecimal}")\n',
+            f"a.whl,sha256=ab_{random64},3\n",
+            f"see https://example.org/a_{random64} and a.html#b_{random64}\n",
+            "x = util.create3x3MatrixBufferDynamicDraw(gl)\n",
+            f'"key-vim.host.ScsiDisk-{"0" * 10}766d686261303a303a30"\n',
+        ):
+            found = redactor().code(code.encode(), b"a.py").decode()
+            self.assertEqual(found, code)
+
     def test_passwords_that_a_person_chose(self) -> None:
-        for value in ("Winter-2024!", "Harbor@5152*", "tiger_207?", "Kx,;7/b&9"):
+        values = ["Winter-2024!", "Harbor@5152*", "tiger_207?", "Kx,;7/b&9"]
+        for value in (*values, "kY{8-(0u4Vn,g", "3Cu&[7:tq%MG%ER", "w.N%a9%lq6,T!Ei{"):
             for code in (
                 f'db_password = "{value}"\n',
                 f'connect(user="u", password="{value}")\n',
@@ -7935,6 +7975,8 @@ class SecretsInCode(unittest.TestCase):
             f'h = {{"Authorization": f"token {value}"}}\n',
             f'cmd = "curl -u me:{value} x"\n',
             f'url = "https://conda.x.org/t/{value}/main"\n',
+            f'url = "https://x.org/a?key={value}&x=1"\n',
+            f'dsn = "me:{value}@tcp(db:3306)/x"\n',
         ):
             found = redactor().code(code.encode(), b"a.py").decode()
             self.assertRegex(found, f"[/:]?{MARKER}")
@@ -7964,6 +8006,9 @@ class SecretsInCode(unittest.TestCase):
             'token = "hf_' + "x" * 34 + '"',
             'api_key = "sk-your-key-a1B2c3D4e5F6"',
             'secret_format = "%Y-%m-%dT%H:%M:%SZ"',
+            'TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")',
+            'TOKEN = re.compile(r"^[!#$%&*^_`|~0-9A-Za-z]+$")',
+            'PUBKEY = "' + "a1B2c3D4" * 5 + 'a1="',
             "api_key = compute_key_v2(x9, y8)",
             '# the key of\ncompute("kX9vQz2LmW4tRb7N")',
             "password = hashed_passwords_2[user_id3]",
