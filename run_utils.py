@@ -7826,9 +7826,12 @@ def _private_keys_in_code(text: str) -> Iterator[_Find]:
 def _literals_in_code(text: str) -> Iterator[_Find]:
     """Yield the random literals that stand under a secret's name."""
     is_no_word = _re(_NO_WORD).search
+    is_between = _re(_BETWEEN).match
     for match in _re(r"[\"'`]([^\s\"'`\\]{8,512})(?=\\?[\"'`])").finditer(text):
         value = match[1]
-        if not is_no_word(value) or not (_is_random(value, 8) or _is_chosen(value)):
+        if not is_no_word(value) or is_between(value):
+            continue
+        if not _is_random(value, 8) and not _is_chosen(value):
             continue
         start = match.start()
         before = text[max(0, start - MAX_BEFORE) : start].lower()
@@ -7999,6 +8002,7 @@ _CHOSEN = (
     r"(?=.*[!@#$%^&*;,?+~])(?!.*(?:[a-z]{3}[(\[]|[(\[{<][a-z_]{3}|[(\[]\?))"
     r"[^\s\\]{8,64}\Z"
 )
+_BETWEEN = r"[])},:;.+&|?=].*[(\[{,:;=+.&|?!]\Z"  # two literals
 # What stands for a value or makes one: f-strings, `%`, URLs, regular expressions.
 _TEMPLATE = (
     r"\{[^{}]*\}|<[^<>]*>|[{<][A-Za-z_]+[.\[(]?\Z|\$\{|%\(|%[A-Z_]{3,}%"

@@ -8012,6 +8012,7 @@ class SecretsInCode(unittest.TestCase):
             "api_key = compute_key_v2(x9, y8)",
             '# the key of\ncompute("kX9vQz2LmW4tRb7N")',
             "password = hashed_passwords_2[user_id3]",
+            'set_password("ab",e1+(t&r),"ef")',
             'assert token == "resnet50-base-v2"',
             '{"next_page_token": "a1B2c3D4e5F6g7H8i9J0k1L2m3"}',
             '{"password": {"id": "3a80c66f-bffb-46df-947c-1e8fa583b470"}}',
