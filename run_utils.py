@@ -2267,7 +2267,7 @@ class _Launch:
         if slurm:
             job = [slurm, env.get("SLURM_STEP_ID")]
         self.facts = {"job": _short_hash([job, which]), "restarts": restarts}
-        if 1 < self.world < _MANY:
+        if self.world > 1 and "first" not in self.shared:  # else Lightning's
             self.facts.update(rank=self.rank, world_size=self.world)
         self.key = _short_hash([self.shared, restarts, which])
         if ranks == "separate":
@@ -6277,8 +6277,7 @@ class _Plan:
         facts = _mapping(self.metadata, "launcher")
         ranks = str(facts.get("world_size"))  # not there: it ran alone
         for key, words in _LAUNCHER_LINES.items():
-            is_by_itself = key == "WORLD_SIZE" and "RANK" not in facts  # Lightning
-            if facts.get(key) != ranks or is_by_itself:
+            if facts.get(key) != ranks:
                 continue
             here = _word(facts, "LOCAL_WORLD_SIZE") or ranks
             if key == "WORLD_SIZE" and here != ranks:
@@ -9792,10 +9791,9 @@ def _find_run(text: str) -> Path:
 
 
 def _not_found(text: str, walk: _Walk) -> str:
-    effective = os.access in os.supports_effective_ids
     try:
         os.lstat(text)
-        if exists(text) and not os.access(text, os.R_OK, effective_ids=effective):
+        if exists(text) and not os.access(text, os.R_OK):
             raise PermissionError
     except PermissionError as error:
         return _unreadable(error, text)
