@@ -9791,9 +9791,10 @@ def _find_run(text: str) -> Path:
 
 
 def _not_found(text: str, walk: _Walk) -> str:
+    effective = os.access in getattr(os, "supports_effective_ids", ())
     try:
         os.lstat(text)
-        if exists(text) and not os.access(text, os.R_OK):
+        if exists(text) and not os.access(text, os.R_OK, effective_ids=effective):
             raise PermissionError
     except PermissionError as error:
         return _unreadable(error, text)
