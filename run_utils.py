@@ -905,6 +905,7 @@ _KEYS: dict[str, Callable[[Run], object]] = {  # the same, and what takes longer
     **_ROW,
     "outputs": lambda run: len(run.outputs),
     "size": lambda run: sum(run.outputs.values()),
+    "notes": lambda run: "; ".join(_note_texts(run)),
 }
 
 
@@ -9778,7 +9779,10 @@ def _find_run(text: str) -> Path:
     walk = _Walk(_search_root(None))
     runs = _named(text, walk)
     if not runs and isfile(text):
-        runs = _makers_of(text, walk.runs)[:1]
+        makers = _makers_of(text, walk.runs)
+        if len(makers) > 1:
+            _say(f"{text!r} is what {len(makers)} runs left; this is the first of them")
+        runs = makers[:1]
     if not runs:
         raise ValueError(_not_found(text, walk))
     if len(runs) == 1:
@@ -10106,6 +10110,16 @@ class _Filters:
             if self.tag not in tags:
                 yield f"no run has the tag {self.tag!r}{_similar(self.tag, tags)}"
 
+    def hidden_keys(self, runs: list[Run]) -> Iterator[str]:
+        """Yield a sentence for each key of the config that has the name of one of ours.
+
+        Where nothing is found, it may be what was meant.
+        """
+        for key in self.asked():
+            hidden = _Key(f"config.{key.name}")
+            if key.name in _KEYS and any(run.value(hidden) is not None for run in runs):
+                yield f"{key.text!r} is not of the config; that is {hidden.text!r}"
+
 
 def _moment(name: str, options: Mapping[str, JSON]) -> float | None:
     """Return the seconds since 1970 of an age ("90s", "12h", "7d") or of a UTC date."""
@@ -10154,6 +10168,8 @@ class _Selection:
             run.forget()
         if everything:
             self.warnings += filters.unknown_words(everything)
+        if not found:
+            self.warnings += filters.hidden_keys(everything[:MAX_COMPARED])
         if over is None:
             self.runs, self.unseen = _first_of(found, filters, walk)
             found = _with_others(self.runs, everything)
@@ -10288,10 +10304,10 @@ class _Key:
             return _as_float(facts.get(self.function))
         if self.name in _KEYS:
             return _KEYS[self.name](run)
-        for found in (run.flat_config, run.flat_metrics):
-            for name in (self.name, f"config.{self.name}", f"metrics.{self.name}"):
-                if name in found:
-                    return found[name]
+        found = {**run.flat_config, **run.flat_metrics}
+        for name in (self.name, f"config.{self.name}", f"metrics.{self.name}"):
+            if name in found:
+                return found[name]
         return None
 
 
@@ -11170,6 +11186,7 @@ _NO_METRICS = ("step", "time")
 _COLUMN_OF = {  # some keys: the heading of the column that shows them
     "name": "run", "status": "status", "started_utc": "age", "duration_seconds": "time",
     "outputs": "outputs", "size": "outputs", "reason": "why", "tags": "notes",
+    "notes": "notes",
 }
 
 
@@ -11253,9 +11270,11 @@ def _group_row(group: _Group, asked: Iterable[str]) -> Facts:
         "script_name": newest["script_name"],
         **group.config,
     }
-    metrics = [key for run in group.runs for key in run if key.startswith("metrics.")]
-    for key in dict.fromkeys([*metrics, *asked]):
-        spread = group.spread(_Key(key))
+    keys = dict.fromkeys(key for run in group.runs for key in run)
+    metrics = [key for key in keys if key.startswith("metrics.")]
+    spreads = {key: _Spread(run.get(key) for run in group.runs) for key in metrics}
+    spreads.update({key: group.spread(_Key(key)) for key in asked})
+    for key, spread in spreads.items():
         if spread.mean is not None and key not in row:
             row[key] = spread.mean
             row[f"{key} deviation"] = spread.deviation
@@ -13965,6 +13984,8 @@ def _cmd_prune(args: Namespace) -> int:
     if sizes and not (is_meant or args.json):
         about = f"{_format_count(len(sizes), 'run')}, {_format_size(sum(sizes))}"
         print(f"{about}: --yes moves to {TRASH_FOLDER}, --purge deletes")
+    if not args.json:
+        _say_what_is_unseen(selection, args)
     return code
 
 

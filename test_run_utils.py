@@ -910,6 +910,21 @@ class FindingRuns(ReadingCase):
         self.assertEqual(self.said(where="acc==null"), "")
         self.assertEqual(self.said(status="running"), "")
 
+    def test_a_key_of_the_config_with_the_name_of_one_of_ours(self) -> None:
+        self.make_run(
+            "exp/x",
+            config={"name": "big", "metrics": {"loss": 7}},
+            metrics=[{"step": 1, "loss": 2}],
+        )
+        sentence = "run_utils: 'name' is not of the config; that is 'config.name'\n"
+        self.assertEqual(self.said(where="name=big"), sentence)
+        self.assertEqual(self.names(where="config.name=big"), ["x"])
+        self.assertEqual(self.said(where="status=lost"), "")
+        self.assertEqual(self.names(where="metrics.loss=2"), ["x"])
+        self.assertEqual(self.names(where="metrics.loss=7"), [])
+        _, out, _ = self.ask("list", "--over", "seed", "--json", "--where", "loss=2")
+        self.assertEqual(json.loads(out)[0]["metrics.loss"], 2)
+
     def test_mistakes_raise(self) -> None:
         for options, sentence in (
             ({"since": "x"}, "since 'x' is no time; give '12h', '7d' or '2026-01-31'"),
@@ -9197,9 +9212,11 @@ class WhichRun(ReadingCase):
         shutil.copy(b / "plots" / "f.png", "figure.png")
         self.assertEqual(run_utils._find_run("figure.png"), b)
         shutil.copy(a / "plots" / "f.png", "figure.png")  # c made the same, later
-        self.assertEqual(run_utils._find_run("figure.png"), a)
-        shutil.rmtree(a / "plots")
-        self.assertEqual(run_utils._find_run("figure.png"), a)
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            self.assertEqual(run_utils._find_run("figure.png"), a)
+            shutil.rmtree(a / "plots")
+            self.assertEqual(run_utils._find_run("figure.png"), a)
+        self.assertIn("'figure.png' is what 2 runs left; this is the", said.getvalue())
         metadata = json.loads((b / "metadata.json").read_text("utf-8"))
         kept = {file["path"]: file["sha256"] for file in metadata.pop("outputs")}
         self.assertEqual(kept["plots/f.png"], hashlib.sha256(b"b").hexdigest())
@@ -9395,7 +9412,7 @@ class Where(ReadingCase):
             {"step": 1, "loss": 2.0, "val/acc": 0.9, "acc(top5)": 1},
             {"step": 2, "loss": 0.5, "acc": "NaN", "val/acc": 0.7},
         ]
-        notes = [{"tags": ["one", "two"]}]
+        notes = [{"text": "the baseline", "tags": ["one", "two"]}]
         run = Run(self.make_run("exp/a", config=config, metrics=rows, notes=notes))
         true = ["lr<1e-2", "lr <= 0.001", "lr==1e-3", "lr=0.001", "lr!=2", "loss<1"]
         true += ["model.name~Qwen3$", "config.lr<1", "metrics.loss>=0.5", "fp16==true"]
@@ -9412,7 +9429,14 @@ class Where(ReadingCase):
         true += ["max( loss ) >= 2", "auto!=1", "clip>1e9", '"two words"==2']
         true += ["name~(a|b) or lr>1", "max(acc(top5))==1", "lr!=null", " lr<1 "]
         true += ["(lr<1)", "lr<1 and (lr>1 or loss<1)", "( (lr<1)and(name~(a|b)) )"]
-        true += ["tags=two", "tags==one", "tags!=on", "tags~on", "tags!=null"]
+        true += [
+            "notes~baseline",
+            "tags=two",
+            "tags==one",
+            "tags!=on",
+            "tags~on",
+            "tags!=null",
+        ]
         false = ["lr>1", "lr<1 and lr>1", "nope<1", "nope==1", "model.name~^x", "acc<1"]
         false += [
             "acc>1",
@@ -9929,6 +9953,8 @@ class Pruning(ReadingCase):
                 raise OSError(18, "Invalid cross-device link", path)
             rename(path, place)
 
+        err = self.ask("prune", "--older", "2020")[2]
+        self.assertEqual(err, f"no such runs below {str(self.tmp / 'results')!r}\n")
         with mock.patch("os.rename", refuse):
             code, out, err = self.ask("prune", "--yes")
         self.assertEqual((code, err), (2, "b stays: Invalid cross-device link\n"))
