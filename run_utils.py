@@ -576,7 +576,8 @@ def find_runs(
 ) -> list[Run]:
     """Return the runs below `root`, newest first.
 
-    `where` compares config, metrics and the keys of `Run`, numbers as numbers:
+    `where` compares config, metrics, the keys of `Run` and the columns of `list`
+    (`time` and `age` are in seconds), numbers as numbers:
     ``"lr<1e-3 and max(val/acc)>=0.9 or model~qwen"`` (``< <= > >= == !=``, ``~`` for
     a regular expression; ``and`` binds tighter). A metric's name means its last value;
     max(), min(), first() and last() say which. `status` is as it is now. `since` and
@@ -906,6 +907,11 @@ _KEYS: dict[str, Callable[[Run], object]] = {  # the same, and what takes longer
     "outputs": lambda run: len(run.outputs),
     "size": lambda run: sum(run.outputs.values()),
     "notes": lambda run: "; ".join(_note_texts(run)),
+    # What `list` calls some of them; time and age are in seconds.
+    "run": _ROW["name"],
+    "age": lambda run: time.time() - run.started,
+    "time": _total_duration,
+    "why": _ROW["reason"],
 }
 
 
@@ -10158,7 +10164,7 @@ class _Selection:
         self.warnings = walk.problems
         everything = [Run(path, row=False) for path in walk.runs]
         lineage = _Lineage(walk.results_root)
-        if "reason" in [key.name for key in filters.asked()]:
+        if not {"reason", "why"}.isdisjoint(key.name for key in filters.asked()):
             _ask_sacct(everything)
         found = []  # those that are asked for, in no order
         for run in _with_progress(everything, "looking at runs"):
@@ -10285,13 +10291,12 @@ class _Key:
     """A value of a run: a key, or max(), min(), first() or last() of a metric."""
 
     def __init__(self, text: str) -> None:
-        self.text = text.strip()
-        self.name = self.text
+        self.text = self.name = _unquoted(text)
         self.function: str | None = None
         found = re.fullmatch(r"(max|min|first|last)\((.+)\)", self.text)
         if found is not None:
             self.function = found[1]
-            self.name = found[2].strip()
+            self.name = _unquoted(found[2])
         if not self.name:
             raise ValueError(f"{text!r} is no key; give one such as 'lr' or 'max(acc)'")
 
@@ -10309,6 +10314,10 @@ class _Key:
             if name in found:
                 return found[name]
         return None
+
+
+def _unquoted(text: str) -> str:
+    return re.sub('^"([^"]+)"$', r"\1", text.strip())
 
 
 # One comparison, up to "and", "or", ")" or the end.
@@ -10386,7 +10395,7 @@ class _Term:
     """One comparison: "max(acc)>=0.9"."""
 
     def __init__(self, found: re.Match[str]) -> None:
-        self.key = _Key(re.sub(r'^"([^"]+)"$', r"\1", found["key"]))
+        self.key = _Key(found["key"])
         self.sign = found["sign"]
         self.wanted = found["double"] or found["single"] or found["word"] or ""
         self.wants_null = self.wanted.lower() in ("null", "none")
@@ -10410,7 +10419,7 @@ class _Term:
         if found is None and self.wants_null:
             return self.sign in ("=", "==")
         sides: JSON = None, None
-        if not (isinstance(found, str) and self.key.name in _ROW):
+        if not (isinstance(found, str) and self.key.name in _KEYS):
             sides = _number(found), _number(self.wanted)
         is_mixed = (sides[0] is None) != (sides[1] is None)
         if is_mixed or found is None or self.wants_null:
@@ -11186,7 +11195,7 @@ _NO_METRICS = ("step", "time")
 _COLUMN_OF = {  # some keys: the heading of the column that shows them
     "name": "run", "status": "status", "started_utc": "age", "duration_seconds": "time",
     "outputs": "outputs", "size": "outputs", "reason": "why", "tags": "notes",
-    "notes": "notes",
+    **{heading: heading for heading in ("run", "age", "time", "why", "notes")},
 }
 
 

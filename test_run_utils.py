@@ -885,7 +885,11 @@ class FindingRuns(ReadingCase):
             ({"contains": "EXP/train"}, everything),
             ({"has_outputs": True}, [third]),
             ({"sort": "lr"}, [first, second, third]),
+            ({"sort": "age", "limit": 1}, [third]),
+            ({"where": "run~0102 and time<=60 and age>60"}, [second]),
             ({"sort": "-lr", "limit": 2}, [third, second]),
+            ({"sort": '-"lr"', "limit": 1}, [third]),
+            ({"sort": 'max("loss")', "top": 1}, [third]),
             ({"sort": "loss"}, everything),
             ({"sort": "loss", "top": 2}, [third]),
             ({"limit": 1}, [third]),
@@ -9694,7 +9698,7 @@ class WhyItFailed(ReadingCase):
             self.assertEqual(self.names(where="reason~TIMEOUT"), ["11"])
             with mock.patch.object(run_utils, "SACCT_JOBS", 3):
                 run_utils._job_ends.clear()
-                self.assertEqual(self.names(where="reason~TIMEOUT"), ["11"])
+                self.assertEqual(self.names(where="why~TIMEOUT"), ["11"])
         asked = (self.tmp / "asked").read_text().splitlines()
         self.assertEqual(len(asked), 4)
         self.assertNotIn("--help", asked[0])
