@@ -13444,6 +13444,7 @@ class _Command:
                     else:
                         readers.append(0)
             ready, takers, _ = select.select(readers, writers, [], pause)
+            self._say_who_is_gone()
             if wake in ready:
                 for number in os.read(wake, 512):
                     self._pass_on(number)
@@ -13462,6 +13463,14 @@ class _Command:
             if monotonic() >= deadline:
                 deadline = monotonic() + KILL_SECONDS
                 self._end()
+
+    def _say_who_is_gone(self) -> None:
+        """Say why the command goes on: it writes into a log, and is told nothing."""
+        for stream in self.capture.streams:
+            if stream.is_direct and stream.saved.is_ours():
+                if _is_ready(stream.saved.number, _HANG_UP, 0.0):
+                    text = f"nobody reads {stream.name} any more; the command goes on"
+                    _warn(f"{text}, and so does its log", once=True)
 
     def _has_ended(self) -> bool:
         """Tell whether the command has ended; stop when it does, for our shell."""

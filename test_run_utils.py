@@ -10920,6 +10920,21 @@ class TheRunCommand(RunCommandCase):
         for redirect in (*self.UNWRITABLE, ">/dev/full", ">&- 2>&-"):
             self.assertEqual(self.redirected(command, redirect), (3, ""), redirect)
 
+    def test_a_reader_that_goes_away_is_told_of(self) -> None:
+        job = "while test ! -e go; do echo x; sleep 0.01; done; exit 3"
+        with open("said", "wb") as said:
+            child = subprocess.Popen(
+                self.words("sh", "-c", job), env=self.environment(),
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said,
+            )  # fmt: skip
+        assert child.stdout is not None
+        with child.stdout:
+            self.assertEqual(child.stdout.readline(), b"x\n")
+        line = "run_utils: nobody reads stdout any more; the command goes on"
+        self.wait_until(lambda: line in Path("said").read_text("utf-8"), line)
+        Path("go").touch()
+        self.assertEqual(child.wait(), 3)
+
     def test_a_time_limit(self) -> None:
         body = """
         import run_utils
