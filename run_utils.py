@@ -2253,7 +2253,9 @@ class _Launch:
     def __init__(
         self, env: Mapping[str, str], base_dir: Path, run_prefix: str | None, ranks: str
     ) -> None:
-        found = _rank(env) or _rank_of_lightning(env) or (0, 1, {}, None)
+        found = _rank(env) or _rank_of_lightning(env) or _rank_of_torch(env)
+        if found is None:
+            found = 0, 1, {}, None
         self.rank, self.world, self.shared, self.launcher = found
         self.base_dir = base_dir
         self.facts: Facts = {}  # for metadata.json
@@ -2490,13 +2492,19 @@ def _rank(
         return None  # the number of what is no step of srun (slurm.h)
     if _is_child(ids):
         return None
-    if re.match(r"localhost|127\.|::1", env.get("MASTER_ADDR", "")):
-        ids["host"] = [_hostname(), _process_identity(os.getpid())["boot_id"]]
+    ids.update(_host_of_master(env))
     mark = [f"{key}={env[key]}" for key in (name, size, local) if key in env]
     launcher = _launcher_process(mark)
     if env.get(local) == env[size]:  # all are here, so it is the same for all
         ids["launcher"] = launcher
     return rank, world, ids, launcher
+
+
+def _host_of_master(env: Mapping[str, str]) -> Facts:
+    """Return which host is meant where the master's address names none."""
+    if re.match(r"localhost|127\.|::1", env.get("MASTER_ADDR", "")):
+        return {"host": [_hostname(), _boot()["boot_id"]]}
+    return {}
 
 
 def _rank_of_lightning(
@@ -2520,6 +2528,20 @@ def _rank_of_lightning(
 
 
 _MANY = 1_000_000  # ranks, where nobody tells their number
+
+
+def _rank_of_torch(
+    env: Mapping[str, str],
+) -> tuple[int, int, Facts, list[JSON] | None] | None:
+    """Return the same where no variable tells the rank, as below torch's mp.spawn."""
+    rank = _loaded("torch.distributed.get_rank")
+    world = _loaded("torch.distributed.get_world_size")
+    if not isinstance(rank, int) or not isinstance(world, int) or world < 2:
+        return None  # not loaded, or not initialised
+    ids: Facts = {"torch": world, **_host_of_master(env)}
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        ids[name] = env.get(name)
+    return rank, world, ids, _known_process(os.getppid())
 
 
 def _whole(text: str | None) -> int | None:

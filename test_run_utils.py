@@ -2324,6 +2324,39 @@ class RanksOfLightning(RankCase):
         self.assertEqual(sorted(map(str, states)), ["None", "rank 2: ValueError: bad"])
 
 
+class RanksOfTorch(RankCase):
+    """Below mp.spawn only torch.distributed tells the rank, once it is initialised."""
+
+    BODY = """
+    import types
+
+    world = 3
+    for rank in range(world):
+        if os.fork() == 0:
+            break
+    else:
+        assert [os.wait()[1] for _ in range(world)] == 3 * [0]
+        sys.exit()
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="12355")
+    sys.modules["torch"] = types.ModuleType("torch")
+    distributed = sys.modules["torch"].distributed = types.ModuleType("distributed")
+    distributed.get_rank = lambda: rank
+    distributed.get_world_size = lambda: world
+    with run_context("results/exp", "exp") as run_dir:
+        print("rank", rank)
+    """
+
+    def test_they_share_a_run(self) -> None:
+        done = self.script(self.BODY)
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        run_dir = self.run_dir()
+        for rank, prefix in enumerate(("", "rank1.", "rank2.")):
+            log = run_dir / f"logs/{prefix}stdout.log"
+            self.assertEqual(log.read_text("utf-8"), f"rank {rank}\n")
+        self.assertEqual(self.json("metadata.json")["launcher"]["world_size"], 3)
+        self.wait_for_tidiness()
+
+
 class FailedRanks(RankCase):
     """status.json of the run names the rank that failed first, whoever ends last."""
 

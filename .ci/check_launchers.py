@@ -185,6 +185,25 @@ class Torchrun(Case):
         self.assertEqual(first.get("failed_rank"), 1, first)
         self.assertEqual(first["exception"]["message"], "bad batch")
 
+    def test_processes_of_spawn_share_a_run(self) -> None:
+        code = """
+import os, torch.distributed
+from run_utils import run_context
+
+def work(rank, world):
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="29618")
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+    with run_context("results/exp", "exp") as run_dir:
+        print("rank", rank, run_dir, flush=True)
+        torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+if __name__ == "__main__":
+    torch.multiprocessing.spawn(work, args=(4,), nprocs=4)
+"""
+        (self.tmp / "train.py").write_text(code, "utf-8")
+        self.check_one_run(self.launch(sys.executable, "train.py"))
+
     def test_accelerate_shares_a_run(self) -> None:
         if importlib.util.find_spec("accelerate") is None:
             self.skipTest("accelerate is not installed")
