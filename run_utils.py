@@ -9923,8 +9923,11 @@ class _Walk:
         self.entered: set[str] = set()  # folders, by their paths without links
         self._enter(root)
         deadline = monotonic() + LINK_SECONDS
-        for target in map(realpath, list(self.links)):
-            if self._leads_elsewhere(target):
+        for link in list(self.links):
+            with _ignoring(OSError):  # it may vanish while we look
+                target = realpath(link)
+                if not self._leads_elsewhere(target):
+                    continue
                 if monotonic() > deadline:
                     self.problems.append("not all links were followed in the time")
                     break
@@ -10098,7 +10101,7 @@ class _Filters:
 
     def take(self, run: Run, root: str) -> bool:
         """Tell whether a run is asked for; the cheapest questions come first."""
-        if self.contains and self.contains not in run.folder[len(root) :].lower():
+        if self.contains and self.contains not in run.folder.removeprefix(root).lower():
             return False
         if self.since is not None and run.started < self.since:
             return False
@@ -10161,7 +10164,8 @@ def _moment(name: str, options: Mapping[str, JSON]) -> float | None:
     if re.match(r"\d{4}(-\d\d){0,2}([T ][\d:]+)?Z?$", text):
         date = text.rstrip("Z")
         seconds = _seconds(date + "0000-01-01T00:00:00"[len(date) :])
-        if seconds is not None:
+        # The 30th of February would be the 2nd of March.
+        if seconds is not None and _utc(seconds).startswith(date.replace(" ", "T")):
             return seconds
     how = "give '12h', '7d' or '2026-01-31'"
     raise ValueError(f"{name} {text!r} is no time; {how}")
@@ -13863,6 +13867,12 @@ def _follow(run_dir: Path) -> None:
 
 def _selected(args: Namespace, over: str | None = None) -> _Selection:
     """Return the runs that the filters ask for; say which keys no run has."""
+    conditions = args.where
+    if len(conditions) > 1:
+        conditions = [f"({text})" for text in conditions]
+    args.where = None
+    if conditions:
+        args.where = " and ".join(conditions)
     selection = _Selection(_search_root(args.root), _Filters(vars(args)), over)
     for warning in selection.warnings:
         _say(_redactor.text(warning))
@@ -13914,10 +13924,11 @@ def _say_what_is_unseen(selection: _Selection, args: Namespace) -> None:
     if not selection.runs:
         _say(f"no such runs below {selection.root!r}")
     if selection.unseen and args.top is None:
-        kind = "older"
+        kind = "older run"
         if args.sort is not None:
-            kind = "more"
-        print(f"{selection.unseen} {kind} runs are not shown; -n 0 shows all")
+            kind = "more run"
+        count = _format_count(selection.unseen, kind, "not shown")
+        print(f"{count}; -n 0 shows all")
     for line in _format_problems(selection.runs):
         _say(line)
 
@@ -14116,7 +14127,7 @@ _RUN = ("RUN", "a path, a file in a run or a copy of it, a part of a name, or la
 _ROOT = ("[ROOT]", "a folder with runs (default: results, else the current folder)")
 _JSON = ("--json", "for programs")
 _FILTERS = [
-    ("--where EXPR", "'lr<1e-3 and max(acc)>0.9'"),
+    ("--where EXPR...", "'lr<1e-3 and max(acc)>0.9'"),
     ("--status WORD", "running, success, failed, lost, or a word of your own"),
     ("--since TIME", "started after 12h, 7d, 2026-01-31"),
     ("--older TIME", "started before"),

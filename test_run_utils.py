@@ -898,6 +898,8 @@ class FindingRuns(ReadingCase):
             with self.subTest(options):
                 self.assertEqual(self.names(**options), expected)
         self.assertEqual(self.rows("--sort=-lr", "-n", "2"), [third, second])
+        twice = ["--where", "lr=0.1 or lr=0.3", "--where", "lr=0.3 or lr=0.2"]
+        self.assertEqual(self.rows(*twice), [third])
 
     def test_a_key_status_or_tag_that_no_run_has_is_said(self) -> None:
         for options, sentence in (
@@ -933,6 +935,7 @@ class FindingRuns(ReadingCase):
         for options, sentence in (
             ({"since": "x"}, "since 'x' is no time; give '12h', '7d' or '2026-01-31'"),
             ({"older": "2026-13"}, "older '2026-13' is no time; "),
+            ({"older": "2026-02-30"}, "older '2026-02-30' is no time; "),
             ({"top": 3}, "top is of a value; give one as sort='-max(KEY)'"),
             ({"limit": -1}, "limit is -1; give 0 for all, or a number"),
             ({"sort": "-"}, "'' is no key; give one such as 'lr' or 'max(acc)'"),
@@ -9368,6 +9371,7 @@ class WhereRunsAre(ReadingCase):
         walk = run_utils._Walk(str(self.tmp / "results"))
         self.assertEqual(sorted(map(os.path.basename, walk.runs)), ["a", "b", "c"])
         self.assertNotIn("/usr", walk.entered)
+        self.assertEqual(self.names(contains="far/exp/b"), ["b"])
 
     def test_thousands_of_links_and_those_of_others(self) -> None:
         self.make_run("exp/a")
@@ -9380,6 +9384,19 @@ class WhereRunsAre(ReadingCase):
         self.assertLess(scanned.call_count, 10)
         if os.geteuid() == 0:
             os.chown("far", 1000, 1000)
+            self.assertEqual(self.names(), ["a"])
+
+    def test_a_link_that_vanishes_meanwhile(self) -> None:
+        self.make_run("exp/a")
+        os.symlink(self.tmp / "far", "results/gone")
+        real = os.path.realpath
+
+        def vanished(path: Any) -> str:
+            if str(path).endswith("gone"):
+                raise FileNotFoundError(2, "No such file or directory", path)
+            return real(path)
+
+        with mock.patch.object(run_utils, "realpath", vanished):
             self.assertEqual(self.names(), ["a"])
 
     def test_hidden_folders_are_not_entered(self) -> None:
@@ -11660,14 +11677,10 @@ class Listing(ReadingCase):
 
     def test_what_is_not_shown_is_counted(self) -> None:
         out = self.ask("list", "-n", "1")[1]
-        self.assertEqual(
-            out.splitlines()[-1], "2 older runs are not shown; -n 0 shows all"
-        )
+        self.assertEqual(out.splitlines()[-1], "2 older runs not shown; -n 0 shows all")
         self.assertEqual(len(json.loads(self.ask("list", "--json", "-n", "1")[1])), 1)
         out = self.ask("list", "-n", "1", "--sort", "lr")[1]
-        self.assertEqual(
-            out.splitlines()[-1], "2 more runs are not shown; -n 0 shows all"
-        )
+        self.assertEqual(out.splitlines()[-1], "2 more runs not shown; -n 0 shows all")
 
     def test_mistyped_words_are_said(self) -> None:
         for words, sentence in (
