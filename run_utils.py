@@ -202,7 +202,7 @@ FOLLOW_SECONDS = 2.0  # how often `inspect --follow` looks again
 # More limits
 FETCH_SECONDS = 600.0  # what fetching the commit of a run may take
 INSTALL_SECONDS = 3600.0  # what one step of making an environment may take
-PLAN_DETAILS = 5  # lines on what differs in one respect: a plan fits on a screen
+PLAN_DETAILS = 5  # lines on one respect: what is said fits on a screen
 WHEEL_INDEX = "https://download.pytorch.org/whl/"  # has the versions with +cu121, +cpu
 REPRODUCES = "RUN_UTILS_REPRODUCES"  # tells a new run which one it does again
 MAX_KEYS = 10_000  # keys of mappings that are remembered as clean
@@ -10187,7 +10187,7 @@ class _Selection:
         self.asked = [key.text for key in filters.asked()]
         self.groups: list[_Group] = []
         walk = _Walk(self.root)
-        self.warnings = walk.problems
+        self.warnings = _first(walk.problems, PLAN_DETAILS)
         everything = [Run(path, row=False) for path in walk.runs]
         lineage = _Lineage(walk.results_root)
         if not {"reason", "why"}.isdisjoint(key.name for key in filters.asked()):
@@ -11603,10 +11603,10 @@ def _live_paragraphs(run: Run) -> Iterator[Paragraph]:
     yield "metrics", _format_metrics(run)
 
 
-def _first(lines: Sequence[str]) -> list[str]:
-    if len(lines) <= MAX_SHOWN:
+def _first(lines: Sequence[str], limit: int = MAX_SHOWN) -> list[str]:
+    if len(lines) <= limit:
         return list(lines)
-    return [*lines[:MAX_SHOWN], f"... {len(lines) - MAX_SHOWN} more lines"]
+    return [*lines[:limit], f"... {len(lines) - limit} more lines"]
 
 
 def _known(facts: Facts, key: str) -> str:

@@ -9399,6 +9399,22 @@ class WhereRunsAre(ReadingCase):
         with mock.patch.object(run_utils, "realpath", vanished):
             self.assertEqual(self.names(), ["a"])
 
+    def test_what_many_folders_refuse_is_a_few_lines(self) -> None:
+        self.make_run("exp/a")
+        for number in range(20):
+            Path(f"results/closed{number}").mkdir()
+        real = os.scandir
+
+        def refusing(path: Any) -> Any:
+            if "closed" in str(path):
+                raise PermissionError(13, "Permission denied", path)
+            return real(path)
+
+        with mock.patch.object(os, "scandir", refusing):
+            lines = self.said().splitlines()
+        self.assertEqual((len(lines), lines[-1]), (6, "run_utils: ... 15 more lines"))
+        self.assertIn("' cannot be read: permission denied", lines[0])
+
     def test_hidden_folders_are_not_entered(self) -> None:
         self.make_run(".trash/exp/a")
         self.make_run("exp/.old/b")
