@@ -9855,8 +9855,13 @@ def _named(text: str, walk: _Walk) -> list[str]:
         return found
     pieces = re.split(r"\.\.\.|…", text)  # `list` shortens a name to "tra…-142501"
     part = re.compile(".*".join(map(re.escape, pieces)))
-    found = [run for run in paths if part.search(basename(run))]
-    return found or [run for run in paths if part.search(paths[run])]
+    shown = re.compile(f"{part.pattern}({_COMMIT})?")  # it may leave out the commit
+    for matches in (shown.fullmatch, part.search):
+        found = [run for run in paths if matches(basename(run))]
+        found = found or [run for run in paths if matches(paths[run])]
+        if found:
+            break
+    return found
 
 
 def _search_root(text: str | None) -> str:
@@ -9894,6 +9899,7 @@ def _folders_above(path: str) -> list[str]:
 
 
 _STAMP = r"\d{8}-\d{6}(?![^-])"  # in the name of a run: local time
+_COMMIT = r"(?<=\d{8}-\d{6})-[0-9a-f]{7,40}"  # behind it
 
 
 def _stamp_of(name: str) -> str:
@@ -11474,8 +11480,7 @@ def _short_names(names: Sequence[str], width: int) -> list[str]:
 
 
 def _without_commit(name: str) -> str:
-    commit = r"(?<=\d{8}-\d{6})-[0-9a-f]{7,40}(?=(-\d+)?$)"
-    return re.sub(commit, _dots(), name).removesuffix(_dots())
+    return re.sub(rf"{_COMMIT}(?=(-\d+)?$)", _dots(), name).removesuffix(_dots())
 
 
 def _short_name(name: str, width: int) -> str:

@@ -9227,6 +9227,16 @@ class WhichRun(ReadingCase):
         for part in ("0102", "other", "oth…000", "oth...000", "other/tra…"):
             self.assertEqual(self.find(part), "other/train-20260102-000000")
 
+    def test_a_name_as_list_shows_it(self) -> None:
+        names = [f"exp/train-20260103-000000-1a2b3c4{end}" for end in ("", "-2", "-3")]
+        names += ["exp/train-20260104-000000-1a2b3c4", "far/train-20260105-000000-2"]
+        for name in names:
+            self.make_run(name)
+        for width in range(22, 36):
+            shown = run_utils._short_names(names, width)
+            found = [self.find(text.strip()) for text in shown]
+            self.assertEqual(found, names, shown)
+
     def test_sentences(self) -> None:
         for name in ("exp/a", "exp/b", "more/a"):
             self.make_run(name)
