@@ -10872,8 +10872,9 @@ def _comparable(metadata: Facts) -> Comparable:
         keys = ("commit_full", "branch", "is_dirty", "remote_origin_url")
         code = {key: git.get(key) for key in keys}
         code.update({key: git.get(key) or [] for key in ("changed", "untracked")})
+    config = _mapping(_converted(_mapping(metadata, "config"), _as_float))
     return {
-        "config": _flattened("", _arguments(_mapping(metadata, "config"))),
+        "config": _flattened("", _arguments(config)),
         "code": code,
         "packages": _comparable_packages(metadata.get("pip_freeze")),
         "machine": _comparable_machine(metadata),

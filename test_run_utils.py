@@ -1483,7 +1483,7 @@ class Resuming(RunCase):
 
     def test_what_changed_between_attempts_is_recorded_and_warned_about(self) -> None:
         body = """
-        config = {"model": {"lr": float(sys.argv[1])}, "seed": 1}
+        config = {"model": {"lr": float(sys.argv[1])}, "seed": 1, "clip": float("nan")}
         with run_context("results/exp", run_dir="out", config_args=config):
             pass
         """
