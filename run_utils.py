@@ -455,7 +455,7 @@ def mark_artifact_used(
     of ``RUN_DIR``), a line to the producer's artifacts/USED_BY.jsonl where that can be
     written, and an "artifact_used" line to the index.
     """
-    with _tolerating(f"the use of {str(artifact_path)!r}"):
+    with _tolerating(f"the use of {str(artifact_path)!r}"), _signals_held():
         consumer = consumer_run_dir or _current_run_dir()
         if consumer is not None:
             consumer = os.fspath(consumer)

@@ -1589,13 +1589,16 @@ class TheExceptionOfASignalHandler(RunCase):
         """Once a descriptor stayed open, or the recorder was not heard any more."""
         body = """
         import run_utils
+        with run_context("results/exp", "exp") as other: pass
         def calls(run_dir):
-            yield lambda: save_json("x.json", {})
-            yield lambda: run_utils._active[0].record.append("x.jsonl", {})
-            yield lambda: capture_metadata(run_dir, {"added": 1})
+            yield None, lambda: save_json("x.json", {})
+            yield None, lambda: run_utils._active[0].record.append("x.jsonl", {})
+            yield None, lambda: capture_metadata(run_dir, {"added": 1})
+            yield os.open, lambda: mark_artifact_used(other / "config.yaml", run_dir)
         def strike_once(frame, event, argument):
             global count
-            count += event in ("call", "c_return")  # where Python looks for signals
+            if event in ("call", "c_return"):  # where Python looks for signals
+                count += only in (None, argument)
             if count == number:
                 count += 1
                 signal.raise_signal(signal.SIGALRM)
@@ -1603,7 +1606,7 @@ class TheExceptionOfASignalHandler(RunCase):
             return sorted(os.listdir("/proc/self/fd"))
         with run_context("results/exp", "exp", resources=False) as run_dir:
             run_utils._active[0].recorder.ask("collected", seconds=30)
-            for call in calls(run_dir):
+            for only, call in calls(run_dir):
                 call()
                 before = opened()
                 number, count = 0, 1
@@ -1621,7 +1624,7 @@ class TheExceptionOfASignalHandler(RunCase):
             print(run_utils._active[0].recorder.ask("add", facts={}))
         """
         done = self.script(self.STRIKE + body)
-        told = "True True\n" * 3 + "True\n"
+        told = "True True\n" * 4 + "True\n"
         self.assertEqual((done.stdout, done.stderr), (told, ""), done.stderr)
 
     def all_have_ended(self) -> bool:
