@@ -3352,6 +3352,8 @@ class _Capture:
         steps: list[Callable[[], object]] = [self.forget_shell]
         steps += [stream.flush for stream in self.streams]
         steps.append(lambda: _flush_c_streams(self.streams))
+        if threading.active_count() > 1:  # whose next line would be shown first
+            steps.append(self.drain)
         steps += [stream.stop for stream in self.streams]
         if self in _captures:
             steps.append(lambda: _captures.remove(self))

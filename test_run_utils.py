@@ -3839,6 +3839,25 @@ class Overlapping(RunCase):
     def lines(self, steps: list[str]) -> str:
         return "".join(f"{step}\n{step}!\n" for step in steps)
 
+    def test_what_a_thread_writes_when_a_run_ends_comes_last(self) -> None:
+        body = """
+        import threading
+        ended = threading.Event()
+        threading.Thread(target=ended.wait).start()
+        move = os.dup2
+        def move_and_write(*args, **more):
+            move(*args, **more)
+            os.write(1, b"after\\n")  # as that thread might just now
+        for number in range(5):
+            with run_context("results/exp", "exp"):
+                os.write(1, b"inside\\n")
+                os.dup2 = move_and_write
+            os.dup2 = move
+        ended.set()
+        """
+        done = self.script(body, stderr=subprocess.DEVNULL)
+        self.assertEqual(done.stdout, "inside\nafter\nafter\n" * 5)
+
 
 class WithoutItsRecorder(RunCase):
     """When the recorder dies, the writer sees it, shows the rest and goes on alone."""
