@@ -13249,12 +13249,10 @@ def _cmd_run(args: Namespace) -> int:
     _say(f"run_utils: recorded in {run_dir}")
     if command.is_late:
         return 124  # as timeout(1)
-    if code == -signal.SIGINT:  # a shell only ends its loop if we end in this way, too
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        pid = os.getpid()
+    if code == -signal.SIGINT:
         if command.terminal is not None and command.terminal.is_interrupted:
-            pid = 0  # our group, which our terminal would have sent it to
-        os.kill(pid, signal.SIGINT)
+            os.kill(0, signal.SIGINT)  # our group, which our terminal would have told
+        raise KeyboardInterrupt
     if code < 0:
         return 128 - code
     return code
@@ -13745,10 +13743,11 @@ def _signals_to(waker: int) -> Iterator[Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line with `argv` (default: sys.argv[1:]); return its status."""
-    if argv is None:
-        argv = sys.argv[1:]
+    words = argv
+    if words is None:
+        words = sys.argv[1:]
     try:
-        args = _parse(list(argv))
+        args = _parse(list(words))
         status = int(args.function(args))
         if args.function is not _cmd_run:  # whose stdout is the command's
             print(end="", flush=True)
@@ -13757,6 +13756,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
     except KeyboardInterrupt:
+        if argv is None:  # a shell only ends its loop if we end as a Ctrl-C does it
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGINT)
         return 130
     except (ValueError, OSError, _Unknown) as error:
         _say(f"{_prog()}: {error}")

@@ -11243,6 +11243,17 @@ class RunOnATerminal(RunCommandCase):
                     self.assertEqual(self.end(), -signal.SIGINT)
                     self.assertNotIn(b"behind", self.shown)
 
+    def test_so_does_one_that_comes_before_the_command_runs(self) -> None:
+        (self.tmp / "git").write_text("#!/bin/sh\nkill -INT $PPID; exec sleep 9\n")
+        (self.tmp / "git").chmod(0o755)
+        (self.tmp / ".git").mkdir()
+        path = f"{self.tmp}{os.pathsep}{os.environ['PATH']}"
+        done = subprocess.run(
+            self.words("echo", "run"), env=self.environment({"PATH": path}),
+            capture_output=True, timeout=60,
+        )  # fmt: skip
+        self.assertEqual((done.returncode, done.stdout), (-signal.SIGINT, b""))
+
     def test_a_line_that_ends_with_a_carriage_return_is_logged_once(self) -> None:
         self.start(self.words("printf", r"10 %%\r50 %%\r"))
         self.assertEqual(self.end(), 0)
