@@ -5310,6 +5310,8 @@ class _Repository:
         _check_git_dir(self, found[2])
         self.is_shallow = found[1] == "true"
         self.root, self.head, self.short = found.groups()[1:]
+        if not lexists(join(self.root, ".GIT")):  # the setting may come from a Mac
+            self.switches += ["-c", "core.ignoreCase=false"]
         self.is_git = True
 
     def _ask_for_head(self) -> str:
@@ -5731,7 +5733,8 @@ def _check_git_dir(tree: _Repository, root: str) -> None:
         is_own = False  # git went up to the outer repository
     elif common is not None:  # of `git worktree add`
         is_known = dirname(folder) == realpath(join(folder, common, "worktrees"))
-        is_own = is_known and _first_line(join(folder, "gitdir")) == dot_git
+        back = _first_line(join(folder, "gitdir")) or ""  # relative since git 2.48
+        is_own = is_known and normpath(join(folder, back)) == dot_git
     elif "core.worktree" in tree.config:  # of a submodule: git has looked there
         is_own = True
     elif tree.prefix or basename(folder) == ".git":

@@ -5013,11 +5013,14 @@ class WhereThePatchStarts(CodeCase):
     def test_worktrees_and_a_git_dir_elsewhere(self) -> None:
         repo = self.pushed_repo()
         self.git("worktree", "add", "-q", "-b", "side", str(self.tmp / "side"))
+        self.git("worktree", "add", "-q", "-b", "near", str(self.tmp / "near"))
+        back = repo / ".git/worktrees/near/gitdir"
+        back.write_text("../../../../near/.git\n")  # as git 2.48 can write it
         apart = str(self.tmp / "apart")
         self.git("clone", "-q", f"--separate-git-dir={apart}", str(repo),
                  str(self.tmp / "separate"))  # fmt: skip
         self.git("init", "-q", f"--separate-git-dir={apart}2", str(self.tmp / "bare"))
-        for name in ("side", "separate", "bare"):
+        for name in ("side", "near", "separate", "bare"):
             self.repo = self.tmp / name
             self.write("new", b"1\n")
             with self.subTest(name):
@@ -5259,6 +5262,17 @@ class GitPatch(CodeCase):
                 self.assertEqual(captured.patch["left_out"], [])
                 if name == "based":
                     self.assertEqual(captured.patch["files"], len(self.ODD))
+
+    def test_a_name_in_capitals_where_git_thinks_of_a_mac(self) -> None:
+        repo = self.pushed_repo(files={"a.py": b"1\n", "folder/b.py": b"2\n"})
+        self.git("config", "core.ignoreCase", "true")
+        try:
+            (repo / "A.py").touch(exist_ok=False)
+        except FileExistsError:
+            self.skipTest("names in capitals are the same here")
+        os.rename(repo / "a.py", repo / "A.py")
+        os.rename(repo / "folder", repo / "Folder")
+        self.assert_round_trip()
 
     def test_files_that_git_was_told_to_take_as_unchanged(self) -> None:
         names = ["assumed", "assumed mode", "deleted", "skipped", "same", "\u2713\nx"]
