@@ -7888,7 +7888,7 @@ def _grade_of_literal(text: str, start: int) -> int:
     5
     """
     before = text[max(0, start - MAX_LINE) : start]
-    patterns = [_ASSIGNED, _FLAGGED, _SECOND_ARGUMENT, _SPACED]
+    patterns = [_ASSIGNED, _FLAGGED, _SECOND_ARGUMENT, _RETURNED, _SPACED]
     if before.endswith((" or ", " else ", "|| ", "?? ")) or " ? " in before[-60:]:
         patterns = [_OTHERWISE, _ITEM_OTHERWISE, *patterns]
     for pattern in patterns:
@@ -7923,9 +7923,9 @@ def _grade_around(text: str, place: int) -> int:
             break
         before = text[max(0, opener - MAX_LINE) : opener]
         grade = _NONE
-        if text[opener] == "(":
-            name = _last_name(before)
-            before = before[: len(before) - len(name)].rstrip(_NAMED + ":")
+        name = _last_name(before)
+        if name and text[opener] in "({":
+            before = before[: -len(name)].rstrip(_NAMED + ":")
             if re.search(r"\b(def|class|func|fn|function) +\Z", before):
                 break  # what stands here are parameters
             grade = _grade(re.sub(r"\.(append|add|push)\Z", "", name))
@@ -7934,6 +7934,8 @@ def _grade_around(text: str, place: int) -> int:
         match = _re(_ASSIGNED).search(before) or _re(_LABEL).search(before)
         if match and len(match[1]) > 2:
             grade = max(grade, _grade(match[1]))
+            if text[opener] == "(" and match[1].endswith("auth"):
+                grade = _MIXED  # auth=("user", "password")
         if grade >= _RANDOM:
             return grade
         if grade == _TOKEN:
@@ -7991,6 +7993,8 @@ def _assigned_in_code(text: str) -> Iterator[_Find]:
         before = text[max(0, match.start() - MAX_LINE) : match.start()]
         before = before.rstrip(" \t\"'\\]")
         name = _last_name(before)
+        if name.lower() == "key":  # API key: ...
+            name = _last_name(before[: -len(name)].rstrip()) + "_key"
         grade = _grade(name)
         if grade < _MIXED or before.endswith(f":{name}"):  # arn:aws:secret:name
             continue
@@ -8022,6 +8026,7 @@ _ITEM_OTHERWISE = (  # os.getenv("name") or "..."
 _SECOND_ARGUMENT = r"[\"'](?:--)?([\w.-]{1,100})\\?[\"']\s{0,40},\s{0,40}[rbfu]{0,2}\Z"
 _LOGIN_CALL = r"(?i)(login|basic_?auth|networkcredential)\Z"
 _LABEL = r"[\"']([\w.-]{1,100})[\"']\s{0,20}\Z"  # variable "db_password" {
+_RETURNED = r"\bdef (\w{1,100})\([^\n]{0,100}\n\s{1,20}return [bru]?\Z"
 _SPACED = r"(?<![\w.-])([\w.-]{1,100})[ \t]{1,9}\Z"  # PASSWORD '...', auth_token "..."
 _PAIRED = (
     r"(?:\b(?:Parameter)?(?:[nN]ame|[kK]ey)\\?[\"']?\s{0,20}[:=]\s{0,20}\\?[\"']?"
@@ -8035,7 +8040,8 @@ _CHOSEN = (
     r"(?=.*[!@#$%^&*;,?+~])(?!.*(?:[a-z]{3}[(\[]|[(\[{<][a-z_]{3}|[(\[]\?))"
     r"[^\s\\]{8,64}\Z"
 )
-_BETWEEN = r"[])},:;.+&|?=].*[(\[{,:;=+.&|?!]\Z"  # two literals
+# What stands between two literals, and is no base64.
+_BETWEEN = r"(?![\w+/]+=*\Z)[])},:;.+&|?=].*[(\[{,:;=+.&|?!]\Z"
 # What stands for a value or makes one: f-strings, `%`, URLs, regular expressions.
 _TEMPLATE = (
     r"\{[^{}]*\}|<[^<>]*>|[{<][A-Za-z_]+[.\[(]?\Z|\$\{|%\(|%[A-Z_]{3,}%"
@@ -8066,6 +8072,7 @@ _CODE_RULES = (
                  r"([^\s;\"'<>()[\]]{8,200})"),
     ("PASSWORD '", r"PASSWORD '([^'\n]{6,200})'"),  # SQL
     ("IDENTIFIED BY '", r"IDENTIFIED BY '([^'\n]{6,200})'"),
+    (":AA", r":(?<=\d{8}:)(AA[\w-]{33})(?![\w-])"),  # Telegram
     ("mysql", r"mysql\w*[ \t][^\n\"']{0,99}? -p([^\s\"'\\-][^\s\"'\\]{7,99})"),
     ("@tcp(", r"[\"'`][\w.-]{1,60}:([^\s\"'`]{8,200})@tcp\("),
     ("<<<", r"(?:login|token)[^\n]{0,60}<<< *[\"']?([^\s\"']{6,200})"),
@@ -8200,7 +8207,7 @@ _LAST_WORDS = (
 _KEY_OF = _word_set(
     """api access private secret signing encryption master license account storage
     application app deploy fernet auth service subscription ssh shared admin client
-    consumer session root webhook encrypt sign"""
+    consumer session root webhook encrypt sign jwt"""
 )
 # What stands before `token` in a language model, whose tokens are words, and in an API
 # where a token is a place in a list, or marks a request.

@@ -7956,11 +7956,16 @@ a.rs|let password = String::from("@");
 a.cs|public string ClientSecret { get; set; } = "@";
 a.py|token: Annotated[str, Field(alias="api_token")] = "@"
 a.sql|CREATE SECRET s (TYPE S3, SECRET '@');
+a.cpp|static const std::string kSecret{"@"};
 # values beside others
+a.py|session.auth = ("ann", "@")  # password
 a.py|API_TOKENS = ("a", "@")
 a.yaml|db_password: !!str\n  @\n
 a.yaml|- key: auth_token\n  value: @
 a.yaml|command: redis-server --requirepass @
+a.py|def api_token() -> str:\n    return "@"\n
+a.py|JWT_KEY = "@"
+a.txt|API key: @
 # other programs
 a.sh|mysqldump -u root -p@ passwords > a.sql
 a.sh|echo "@" | sudo -S make # password
@@ -8068,6 +8073,8 @@ class SecretsInCode(unittest.TestCase):
             f'url = "https://conda.x.org/t/{value}/main"\n',
             f'url = "https://x.org/a?key={value}&x=1"\n',
             f'dsn = "me:{value}@tcp(db:3306)/x"\n',
+            f'bot = Bot("{"5" * 9}:AA{value}x")\n',
+            f'x.key_secret = "+{value}=="\n',
         ):
             found = redactor().code(code.encode(), b"a.py").decode()
             self.assertRegex(found, f"[/:]?{MARKER}")
