@@ -7800,13 +7800,13 @@ _FACT_RULES = (
 )
 _PLACE_RULES = (  # in facts and in code
     ("login ", r"login\s{1,9}(?:\S{1,80}\s{1,9}password\s{1,9}([^\s\"'\\]{6,})"
+               r"|[^\n]{0,120}?-p +[\"']?([^\s\"']{6,200})"
                r"|(?:--?[\w-]+[ \t]+){0,3}([\w+/=.-]{20,200}))"),
     ("earer ", r"earer[ \t]+([\w.~+/=-]{16,512})"),
     ("asic ", r"asic[ \t]+([\w+/=-]{16,512})"),
     ("oken ", r"uthorization\W{1,6}f?\W?[tT]oken[ \t]+([\w.~+/=-]{16,512})"),
     ("-u", r"-u(?:s[e]r)?[ \t=]+\\?[\"']?[\w.@-]{1,60}:([^\s\"'\\`]{8,200})"),
     ("sshpass ", r"sshpass +-p *[\"']?([^\s\"']{6,200})"),
-    (" -p ", r"lo(?:gin|ad) [^\n]{0,120}?-p +[\"']?([^\s\"']{6,200})"),
     ("redis-cli ", r"redis-cli\b[^\n]{0,80} -a +[\"']?([^\s\"']{6,200})"),
     ("hook", r"/(?:services|workflows|webhooks?)/([\w/-]{24,})"),
     ("/t/", r"://[\w.:@%-]{1,99}(?:/[\w.-]{1,60}){0,3}/t/([\w-]{9,200})/"),
@@ -8041,7 +8041,7 @@ _CHOSEN = (
     r"[^\s\\]{8,64}\Z"
 )
 # What stands between two literals, and is no base64.
-_BETWEEN = r"(?![\w+/]+=*\Z)[])},:;.+&|?=].*[(\[{,:;=+.&|?!]\Z"
+_BETWEEN = r"[])},:;.+&|?=](?![\w+/]+=*\Z).*[(\[{,:;=+.&|?!]\Z"
 # What stands for a value or makes one: f-strings, `%`, URLs, regular expressions.
 _TEMPLATE = (
     r"\{[^{}]*\}|<[^<>]*>|[{<][A-Za-z_]+[.\[(]?\Z|\$\{|%\(|%[A-Z_]{3,}%"
