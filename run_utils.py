@@ -7188,8 +7188,6 @@ def _ties(run: Path) -> Iterator[tuple[Facts, str]]:
     metadata = _read_json(f"{run}/metadata.json")
     for key, what in _TIES.items():
         tied = metadata.get(key)
-        if isinstance(tied, str):
-            tied = {"run": basename(tied), "run_dir": tied}
         if isinstance(tied, dict):
             yield tied, what
 
@@ -13668,11 +13666,8 @@ class _Terminal:
         if self.saved[6][self.tty.VINTR] in data:
             self.is_interrupted = True
         stop = self._stop_byte(pid)
-        is_stopped = bool(stop) and stop in data
-        if is_stopped:
-            data = data.replace(stop, b"", 1)
-        self.typed += data
-        return is_stopped
+        self.typed += data.replace(stop, b"", 1)
+        return bool(stop) and stop in data
 
     def pass_on(self) -> None:
         with _ignoring(OSError):

@@ -1969,8 +1969,10 @@ class TheIndex(RunCase):
     def test_a_torn_tail_costs_only_itself(self) -> None:
         path = self.tmp / "lines.jsonl"
         place = run_utils._Place("", None)
-        place.append(path, {"n": 1})
+        for _ in range(2):
+            place.append(path, {"n": 1})
         whole = path.read_bytes()
+        self.assertEqual(whole.count(b"\n"), 2)
         for cut in range(1, len(whole)):
             path.write_bytes(whole[:cut])
             place.append(path, {"n": 2})
@@ -6955,7 +6957,9 @@ class InputsWithoutACall(ReadingCase):
         own.mkdir()
         (own / "status.json").write_text("{}", "utf-8")
         config = {"data": "data/x.csv", "out": "results/exp", "own": "own", "n": 3}
-        config.update({"gone": "results/exp/a/no.pt", "odd": "\0", "long": "x" * 9999})
+        config["gone"] = "results/exp/a/no.pt"
+        config["long"] = "x," * 9999 + "results/exp/a"  # each part would be looked up
+        config.update({"odd": "\0", "home": "~\0", "pattern": "\0/*"})
         self.assertEqual(self.inputs({**config, "command": "results/exp/a"}), [])
 
     def test_no_pattern_lists_the_whole_disk(self) -> None:
@@ -9211,6 +9215,17 @@ class WhatIsOpened(RunCase):
             run_utils._read_bytes("large", limit=10)
         self.assertEqual(run_utils._read_bytes("large", limit=11), b"x" * 11)
 
+    def test_what_has_two_names_is_read_but_not_written_to(self) -> None:
+        Path("f").write_bytes(b"x")
+        os.link("f", "g")
+        self.assertEqual(run_utils._read_bytes("g"), b"x")
+        with self.assertRaisesRegex(PermissionError, "a hard link"):
+            run_utils._open("g", os.O_WRONLY)
+        os.unlink("f")
+        descriptor = run_utils._open("g", os.O_WRONLY)
+        self.addCleanup(os.close, descriptor)
+        self.assertTrue(os.get_blocking(descriptor))  # the program may print to it
+
     def test_a_record_of_any_usual_size_is_read(self) -> None:
         """Once only the first 64 KiB were."""
         for size in (1, 65_534, 65_535, 65_536, 300_000):
@@ -11215,7 +11230,7 @@ class RunOnATerminal(RunCommandCase):
         sys.stdout.write("".join(f"line {n}\\n" for n in range(5000)) + "the end\\n")
         sys.exit(4)
         """
-        late = ["/bin/sh", "-c", 'read go; exec "$@"', "sh"]
+        late = ["/bin/sh", "-c", 'read go; "$@"; code=$?; stty -a; exit $code', "sh"]
         self.start([*late, *self.words(*self.python(code))])
         size = struct.pack("HHHH", 33, 99, 0, 0)
         fcntl.ioctl(self.master, termios.TIOCSWINSZ, size)
@@ -11226,6 +11241,7 @@ class RunOnATerminal(RunCommandCase):
         self.type("a name\n")
         self.expect("line 4998\r\nline 4999\r\nthe end\r\n")
         self.assertEqual(self.end(), 4)
+        self.assertIn(b" icanon", self.shown)  # our terminal is as it was
         self.assertNotIn(b"\0", self.shown)
         log = self.log("output")
         self.assertNotIn("\r", log)
@@ -11285,6 +11301,35 @@ class RunOnATerminal(RunCommandCase):
         self.start(self.words("sh", "-c", "exec <&- >&- 2>&-; sleep 0.3; exit 4"))
         self.assertEqual(self.end(), 4)
 
+    def test_each_state_of_a_line_that_is_logged_is_a_line(self) -> None:
+        text = run_utils._TerminalText()
+        with mock.patch.object(run_utils, "HEARTBEAT_SECONDS", -1):  # log each
+            told = list(map(text.add, [b"10 %", b"\r", b"20 %", b"\rdone\r\nx"]))
+        self.assertEqual(told, [b"10 %", b"", b"\n20 %", b"\ndone\nx"])
+
+    def test_nothing_is_lost_though_little_is_passed_on_at_a_time(
+        self,
+    ) -> None:
+        code = """
+        import os, time, tty
+        tty.setraw(0)
+        print("begun", flush=True)
+        while not os.path.exists("go"): time.sleep(0.01)
+        print(os.read(0, 9), "x" * 3999 + ".", flush=True)
+        """
+        body = """
+        import run_utils
+        run_utils.FORWARD_BYTES = 9
+        sys.exit(main(sys.argv[1:]))
+        """
+        words = self.words(*self.python(code))
+        self.start([PYTHON, str(self.write_script(body)), *words[2:]])
+        self.expect("begun")
+        self.type("\x1a" + "y" * 500)
+        (self.tmp / "go").touch()
+        self.expect("\\x1ayyyyyyyy' " + "x" * 3999 + ".")
+        self.assertEqual(self.end(), 0)
+
     @unittest.skipUnless(shutil.which("bash"), "bash is missing")
     def test_a_command_that_stops_itself_or_will_not_be_stopped(self) -> None:
         self.start([str(shutil.which("bash")), "--norc", "-i"])
@@ -11304,6 +11349,62 @@ class RunOnATerminal(RunCommandCase):
         self.expect("got word")
         self.expect("recorded in")
         self.assertNotIn("Stopped", self.matched)
+        self.type("exit\n")
+        self.end()
+
+    def test_ctrl_z_is_for_a_job_of_the_command(self) -> None:
+        code = """
+        import os, signal
+        signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+        job = os.fork()
+        if not job:
+            os.setpgid(0, 0)
+            os.tcsetpgrp(0, os.getpid())
+            print("begun", flush=True)
+            signal.pause()
+        print("stopped:", os.WIFSTOPPED(os.waitpid(job, os.WUNTRACED)[1]))
+        os.kill(job, 9)
+        """
+        self.start(self.words(*self.python(code)))
+        self.expect("begun")
+        self.type("\x1a")
+        self.expect("stopped: True")
+        self.assertEqual(self.end(), 0)
+
+    def test_without_proc_ctrl_z_is_up_to_the_kernel(self) -> None:
+        body = """
+        import run_utils
+        def read(path, really=run_utils._read_proc):
+            return b"" if path.endswith("/status") else really(path)
+        run_utils._read_proc = read
+        sys.exit(main(sys.argv[1:]))
+        """
+        words = self.words("sh", "-c", "echo be''gun; read word; echo got $word")
+        self.start([PYTHON, str(self.write_script(body)), *words[2:]])
+        self.expect("begun")
+        self.type("\x1a")
+        self.type("word\n")
+        self.expect("got word")
+        self.assertEqual(self.end(), 0)
+
+    @unittest.skipUnless(shutil.which("bash"), "bash is missing")
+    def test_stopped_from_elsewhere_it_goes_on_in_the_background(self) -> None:
+        code = """
+        import os, time
+        print("begun", os.getppid(), flush=True)
+        while not os.path.exists("go"): time.sleep(0.01)
+        """
+        (self.tmp / "job.py").write_text(textwrap.dedent(code), "utf-8")
+        self.start([str(shutil.which("bash")), "--norc", "-i"])
+        self.type(f"{shlex.join(self.words(PYTHON, 'job.py'))}\n")
+        self.expect("begun ")
+        self.expect("\n")
+        os.kill(int(self.matched), signal.SIGSTOP)
+        self.expect("Stopped")
+        self.type("bg\n")
+        self.expect("&")
+        (self.tmp / "go").touch()
+        self.expect("recorded in")
         self.type("exit\n")
         self.end()
 
@@ -11550,6 +11651,23 @@ class Inspecting(ReadingCase):
         self.assertEqual(lines.count("          done"), 1)
         self.assertEqual(text.count("101"), 1)
 
+    def test_on_a_terminal_it_is_drawn_anew_each_time(self) -> None:
+        class Terminal(io.StringIO):
+            def isatty(self) -> bool:
+                return True
+
+        def end(seconds: float) -> None:
+            (run / "status.json").write_text('{"status": "success"}', "utf-8")
+
+        alive = {"status": "running", "hostname": "elsewhere", "heartbeat_seconds": 10}
+        run = self.make_run("exp/a", status=alive)
+        with contextlib.redirect_stdout(Terminal()) as shown:
+            with mock.patch.object(time, "sleep", end):
+                run_utils._follow(run)
+        clear = f"\x1b[H\x1b[2Jrun       {run}\n"
+        self.assertTrue(shown.getvalue().startswith(clear), shown.getvalue())
+        self.assertEqual(shown.getvalue().count(clear), 2)
+
     def test_sentences_for_bad_input(self) -> None:
         for name in ("exp/one-run", "exp/two-run"):
             self.make_run(name)
@@ -11761,6 +11879,13 @@ class Listing(ReadingCase):
         self.assertEqual(len(json.loads(self.ask("list", "--json", "-n", "1")[1])), 1)
         out = self.ask("list", "-n", "1", "--sort", "lr")[1]
         self.assertEqual(out.splitlines()[-1], "2 more runs not shown; -n 0 shows all")
+
+        self.assertEqual(
+            out.splitlines()[-1], "2 more runs are not shown; -n 0 shows all"
+        )
+        with mock.patch.object(run_utils, "MAX_ROWS", 1):
+            self.assertIn("2 older runs are not shown", self.ask("list")[1])
+            self.assertEqual(len(self.rows()), 3)  # a program gets all
 
     def test_mistyped_words_are_said(self) -> None:
         for words, sentence in (
@@ -12019,6 +12144,33 @@ class Notes(ReadingCase):
         self.assertTrue(
             err.endswith("nothing to note; give a text, or --tag canonical\n")
         )
+
+
+class Pruned(ReadingCase):
+    """`prune` says which runs would go, and lets them go when it is told."""
+
+    def test_what_is_said_and_what_goes(self) -> None:
+        self.make_run("exp/a")
+        self.make_run("exp/b", notes=[{"text": "why"}])
+        code, out, err = self.ask("prune")
+        self.assertEqual((code, err), (0, ""))
+        self.assertRegex(out, r"(?m)^exp/a \(success, \d+d.* old, \d+ B\): would go$")
+        self.assertRegex(out, r"(?m)^exp/b \(.*\): it has a note$")
+        self.assertRegex(
+            out, r"\n1 run, \d+ B: --yes moves to .trash, --purge deletes\n$"
+        )
+        rows = json.loads(self.ask("prune", "--json")[1])
+        refused = {row["run_dir"][-1]: row["refused"] for row in rows}
+        self.assertEqual(refused, {"a": None, "b": "it has a note"})
+        trash = self.tmp / "results/.trash/exp/a"
+        out = self.ask("prune", "--yes")[1]
+        self.assertRegex(out, rf"(?m)^exp/a \(.*\): is now {re.escape(str(trash))}$")
+        self.assertNotIn("--yes", out)
+        self.assertEqual((self.names(), trash.exists()), (["b"], True))
+        self.make_run("exp/a")
+        out = self.ask("prune", "--json", "--purge")[1]
+        self.assertEqual(len(json.loads(out)), 2)
+        self.assertEqual(self.names(), ["b"])
 
 
 class Reindexing(ReadingCase):
