@@ -2550,6 +2550,7 @@ class WhatCountsAsARank(unittest.TestCase):
         for env, changed in (
             (self.torch, {"MASTER_PORT": "29501"}),
             (self.torch, {"MASTER_ADDR": "node7"}),
+            (self.torch, {"MASTER_ADDR": "localhost"}),
             (self.step, {"SLURM_STEP_ID": "1"}),
             (self.step, {"SLURM_JOB_ID": "8"}),
             (self.torch, {"TORCHELASTIC_RESTART_COUNT": "1"}),
@@ -2564,6 +2565,12 @@ class WhatCountsAsARank(unittest.TestCase):
                 ]
                 self.assertEqual(keys[0], keys[1])
                 self.assertNotEqual(keys[0], keys[2])
+
+    def test_localhost_is_another_on_each_host(self) -> None:
+        env = {**self.torch, "MASTER_ADDR": "127.0.0.1"}
+        here = self.key(env)
+        with mock.patch.object(run_utils, "_hostname", return_value="elsewhere"):
+            self.assertNotEqual(self.key(env), here)
 
     def key(self, env: dict[str, str]) -> str:
         run_utils._entered.clear()
@@ -3228,6 +3235,18 @@ class CapturedDescriptors(RunCase):
         self.assertEqual(set(done.stdout.split()), lines)
         self.assertEqual(set(self.log("stdout").split()), lines)
         self.assertEqual(self.log("stderr"), "error\n")
+
+    def test_what_an_extension_in_C_has_not_flushed(self) -> None:
+        body = """
+        import types
+        sys.modules["extension"] = types.SimpleNamespace(__file__="extension.so")
+        import ctypes
+        puts = ctypes.CDLL(None).puts
+        del sys.modules["ctypes"]  # the extension alone tells that C may be at work
+        puts(b"puts")
+        """
+        self.in_context(body)
+        self.assertEqual(self.log("stdout"), "puts\n")
 
     def test_one_log_when_both_go_to_one_place(self) -> None:
         body = """
@@ -4685,14 +4704,17 @@ class WhatARunTakes(RunCase):
         def ask(columns: object, seconds: float) -> list[list[str]]:
             calls.append(seconds)
             time.sleep(0.01)
-            if len(calls) > 1:
+            if is_failing:
                 raise run_utils._Unknown("it hung")
             return [["0", "5", "6"]]
 
+        is_failing = False
         meter = run_utils._GpuMeter()
         meter.source = "nvidia-smi"
         with mock.patch.object(run_utils, "_nvidia_smi", ask):
             found = [meter.measure() for _ in range(3)]
+            self.assertEqual(len(calls), 1)
+            is_failing = True
             meter.due = 0.0
             found += [meter.measure() for _ in range(3)]
         row = {"gpu0_utilization_percent": 5, "gpu0_memory_mib": 6}
@@ -4706,6 +4728,7 @@ class WithoutProc(RunCase):
     def test_the_reason_is_kept(self) -> None:
         with mock.patch.object(run_utils, "isdir", return_value=False):
             sampler = run_utils._Sampler(os.getpid(), mock.Mock())
+            self.assertEqual(sampler.tick(), run_utils.HEARTBEAT_SECONDS)
             found = sampler.summary()
         self.assertEqual((found["samples"], found["cpu_seconds"]), (0, None))
         sentence = "there is no /proc, which tells what processes take"
@@ -5613,6 +5636,23 @@ class PartsOfAnEarlierPatch(CodeCase):
                 self.assertNotIn(b"swordfish", self.patch_of(captured))
 
 
+class WhenTheBlockWasEntered(RunCase):
+    """What is newer than that is told by the clock of the disk with the files."""
+
+    def test_the_clock_of_the_disk(self) -> None:
+        site = run_utils._Site(["python"])
+        site.directory = str(self.tmp)
+        for device, expected in ((os.stat(self.tmp).st_dev, 2.0), (-1, 1.0)):
+            site.entered = (1.0, device, 2.0)
+            self.assertEqual(run_utils._Repository.of(site).entered, expected)
+
+    def test_a_file_that_is_written_while_it_is_read(self) -> None:
+        change = mock.Mock(is_late=False)
+        change.look = lambda tree: change.configure_mock(is_late=True)
+        problem = run_utils._Patch()._read(mock.Mock(), change)
+        self.assertEqual(problem, "it was written while it was read")
+
+
 class LimitsOfAPatch(CodeCase):
     """A limit leaves out files, each of which is listed; never the whole patch."""
 
@@ -6304,6 +6344,9 @@ class TheTreeAgain(ReproduceCase):
         place = self.tmp / f"{run.name}-again"
         self.assertTrue((place / "train.py").exists(), done.stderr)
         self.assertIn(f"rm -rf {place}", done.stdout)
+        origin = self.git("remote", "get-url", "origin")
+        found = self.git("-C", str(place), "remote", "get-url", "origin")
+        self.assertEqual(found, origin)
 
     def test_the_remote_alone_a_copied_run_alone_and_neither(self) -> None:
         self.pushed_repo()
@@ -6318,6 +6361,10 @@ class TheTreeAgain(ReproduceCase):
         (self.tmp / "repo.origin.git").rename(self.tmp / "gone.git")
         plan = self.reproduce(copy, status=2)
         self.assertRegex(self.texts(plan, "code")[0], "^neither .* nor .* has commit")
+        text = (copy / "metadata.json").read_text()
+        (copy / "metadata.json").write_text(re.sub('"url": ".*"', '"url": null', text))
+        (code,) = self.texts(self.reproduce(copy, status=2), "code")
+        self.assertRegex(code, "nor 'a remote' has commit [0-9a-f]{12}: they are gone$")
         self.assertFalse(self.tree.exists())
         self.assertEqual(self.command_line("verify", copy).returncode, 2)
 
@@ -6572,6 +6619,10 @@ class ThePlan(ReproduceCase):
         shutil.rmtree(self.tree)
         plan = self.reproduce(run, "--set", "api_key=x", "--set", "lr=0.2", status=1)
         self.assertEqual(self.texts(plan, "command"), ["lr is 0.2, not 0.1"])
+        shutil.rmtree(self.tree)
+        run = self.record("--lr=0.1", "seed=1")
+        plan = self.reproduce(run, "--set", "lr=0.2", "--set", "seed=2", status=1)
+        self.assertEqual(plan["command"][-2:], ["--lr=0.2", "seed=2"])
 
     def test_a_value_that_had_its_default(self) -> None:
         self.pushed_repo()
@@ -6600,6 +6651,8 @@ class ThePlan(ReproduceCase):
         path.write_text(json.dumps(metadata))
         self.stub("uv", "exit 1")
         os.environ["PATH"] += f"{os.pathsep}/usr/bin:/bin"
+        done = self.command_line("reproduce", run, "--into", self.tmp / "told")
+        self.assertRegex(done.stdout, r"(?m)^\d+\. uv pip install .*requirements.txt")
         plan = self.reproduce(run, status=1)
         (step,) = [step for step in plan["steps"] if step["about"] == "environment"]
         here = platform_version()
@@ -9152,6 +9205,17 @@ class SavedFiles(RunCase):
             os.umask(before)
         self.assertEqual(stat.S_IMODE((self.tmp / "f").stat().st_mode), 0o640)
 
+    def test_only_a_change_of_state_waits_for_the_disk(self) -> None:
+        run_dir = run_utils.start_run("results/exp", "exp")
+        for step, count in (
+            (lambda: run_utils.log_metrics(run_dir, {"loss": 1}), 0),
+            (lambda: run_utils.save_json("x.json", 1), 0),
+            (lambda: run_utils.mark_status(run_dir, "success"), 1),
+        ):
+            with mock.patch.object(os, "fsync") as fsync:
+                step()
+            self.assertEqual(fsync.call_count, count)
+
     def test_a_failed_write_keeps_the_old_file(self) -> None:
         path = self.tmp / "f"
         path.write_bytes(b"old")
@@ -10186,6 +10250,7 @@ class ReadersTrustNothing(ReadingCase):
             {"parent": [evil], "reproduces": 7, "outputs": [3, {"size": evil}]}
         )
         facts["run_utils"] = {"schema_version": 99}
+        facts["changes"] = {"config": {evil: evil, "lr": [1]}}
         facts["pip_freeze"] = [evil, 3, None]
         facts["launcher"] = {"SLURM_JOB_ID": [evil]}
         status = {"status": evil, "exit_reason": [evil], "started_utc": {}, "run": 7}
@@ -10451,6 +10516,20 @@ class WhatARunTook(unittest.TestCase):
         self.assertEqual(run_utils._format_resources({**facts, "samples": 1}), [])
         for odd in ({}, {"samples": 3}, {"samples": 3, "gpus": [1], "cpu": "x"}):
             self.assertEqual(run_utils._format_resources(odd), [])
+
+
+class WhatCodeRan(unittest.TestCase):
+    """One line says which commit ran, and what it lacked."""
+
+    def test_all_that_is_known(self) -> None:
+        git: dict[str, Any] = {"commit_short": "1a2b3c4", "branch": "main"}
+        self.assertEqual(run_utils._format_code(git), "1a2b3c4 on main")
+        git.update(is_dirty=True, unpushed=2, remote_origin_url="host:x.git")
+        git["patch"] = {"file": "git.patch", "left_out_count": 3}
+        expected = "1a2b3c4 on main, uncommitted changes, 2 commits not pushed, "
+        expected += "kept in git.patch, 3 files not kept, host:x.git"
+        self.assertEqual(run_utils._format_code(git), expected)
+        self.assertEqual(run_utils._format_code({}), "no commit known")
 
 
 class LongDifferences(unittest.TestCase):
@@ -10758,6 +10837,20 @@ class NothingOnAPageActs(ReportCase):
         page = self.report()
         self.assertNotIn(token, (self.tmp / "report.html").read_text("utf-8"))
         self.assertIn("REDACTED", page.text)
+
+
+class LinesOfAReport(ReportCase):
+    """A line has a colour and a label."""
+
+    def test_more_runs_than_colours_and_a_key_that_one_lacks(self) -> None:
+        rows = [{"loss": 1.0}, {"loss": 0.5}]
+        for number, config in enumerate(({}, {"lr": 1}, {"lr": 2}, {"lr": 3})):
+            self.make(f"run-{number}", config, rows)
+        page = self.report(settings="run_utils.REPORT_COLOURS = 1")
+        for number in range(4):
+            self.assertIn(f"swatch r{2 * number}", page.values("class"))
+        self.assertNotIn("swatch c0 d0", page.values("class"))
+        self.assertEqual(page.text.count("lr="), 3)
 
 
 class CurvesOfAReport(ReportCase):
@@ -11538,7 +11631,9 @@ class Inspecting(ReadingCase):
     def test_a_run_without_metadata_is_not_compared_with_now(self) -> None:
         run_dir = run_utils.start_run("results/exp", "hand")
         run_utils.mark_status(run_dir, "success")
-        self.assertNotIn("\nnow ", self.ask("inspect", str(run_dir))[1])
+        out = self.ask("inspect", str(run_dir))[1]
+        self.assertNotIn("\nnow ", out)
+        self.assertIn("problems  metadata.json: missing\n", out)
 
     def test_a_failed_run(self) -> None:
         body = """
@@ -11575,6 +11670,11 @@ class Inspecting(ReadingCase):
         out = self.ask("inspect", "next")[1]
         line = "mark_artifact_used: a/artifacts/model.pt (success)"
         self.assertIn(f"inputs    {line}\n", out)
+        run_utils.mark_artifact_used(producer / "logs", consumer)
+        (producer / "logs" / "stdout.log").touch()  # what a folder has is not held
+        os.utime(producer / "logs", (1, 1))
+        out = self.ask("inspect", "next")[1]
+        self.assertIn(" mark_artifact_used: a/logs (success)\n", out)
         self.assertIn("used by   next\n", self.ask("inspect", "a")[1])
         tree = consumer.parents[1]
         moved = tree.rename(tree.with_name("moved"))
