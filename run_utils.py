@@ -5310,7 +5310,8 @@ class _Repository:
         _check_git_dir(self, found[2])
         self.is_shallow = found[1] == "true"
         self.root, self.head, self.short = found.groups()[1:]
-        if not lexists(join(self.root, ".GIT")):  # the setting may come from a Mac
+        is_mac = lexists(join(self.root, ".GIT"))  # or the setting was copied from one
+        if self.config.get("core.ignorecase") == "true" and not is_mac:
             self.switches += ["-c", "core.ignoreCase=false"]
         self.is_git = True
 
