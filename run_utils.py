@@ -181,6 +181,7 @@ MAX_RECORD = 16_000_000  # a larger metadata.json or status.json is not read
 MAX_CONFIG = 1_000_000  # a larger YAML file is not read
 MAX_METRICS = 4_000_000_000  # a larger metrics.jsonl is not read
 METRICS_BYTES = 262_144  # how much of it is read at a time
+MIXED_ROWS = 20  # if they have more sets of keys, rows are read one by one
 MAX_INDEX = 400_000_000  # a larger index is not read
 MAX_EARLIER = 100  # runs beside a new one that are asked for their packages
 MAX_WALK = 6  # folders between a results root and a run
@@ -10569,6 +10570,9 @@ def _metric_columns(path: str) -> Iterator[tuple[str, list[JSON], list[JSON]]]:
     """Yield metrics, some of their values, and the steps that belong to them."""
     for rows in map(_rows_of, _line_blocks(path, MAX_METRICS)):
         different = dict.fromkeys(map(tuple, rows))  # nearly all have the same keys
+        if len(different) > MIXED_ROWS:  # to look for each key in each row takes long
+            yield from _columns_by_row(rows)
+            continue
         steps = [row.get("step") for row in rows]
         for key in dict.fromkeys(itertools.chain(*different)):
             try:
@@ -10576,6 +10580,19 @@ def _metric_columns(path: str) -> Iterator[tuple[str, list[JSON], list[JSON]]]:
             except KeyError:
                 some = [row for row in rows if key in row]
                 yield key, [row[key] for row in some], [row.get("step") for row in some]
+
+
+def _columns_by_row(
+    rows: Iterable[Facts],
+) -> Iterator[tuple[str, list[JSON], list[JSON]]]:
+    columns: dict[str, tuple[list[JSON], list[JSON]]] = {}
+    for row in rows:
+        for key, value in row.items():
+            values, steps = columns.setdefault(key, ([], []))
+            values.append(value)
+            steps.append(row.get("step"))
+    for key, (values, steps) in columns.items():
+        yield key, values, steps
 
 
 def _line_blocks(path: StrPath, limit: int) -> Iterator[bytes]:

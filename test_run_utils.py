@@ -9736,6 +9736,22 @@ class WhatDiffers(ReadingCase):
 class SummaryOfMetrics(ReadingCase):
     """Every metric is found, however seldom logged; a stale summary is not used."""
 
+    def test_rows_that_all_have_keys_of_their_own_are_read_one_by_one(self) -> None:
+        looked_for = []
+
+        class Row(dict[str, Any]):
+            def __contains__(self, key: object) -> bool:
+                looked_for.append(key)
+                return super().__contains__(key)
+
+        rows = [Row({"step": n, f"key{n % 30}": n}) for n in range(60)]
+        blocks = mock.patch.object(run_utils, "_line_blocks", return_value=[b""])
+        with blocks, mock.patch.object(run_utils, "_rows_of", return_value=rows):
+            step, *others = run_utils._metric_columns("")
+        self.assertEqual(step, ("step", [*range(60)], [*range(60)]))
+        self.assertEqual(others[3], ("key3", [3, 33], [3, 33]))
+        self.assertEqual((len(others), looked_for), (30, []))
+
     def test_a_metric_logged_long_ago_once(self) -> None:
         self.in_context("""
         log_metrics(run_dir, {"best": 0.75}, step=3)
