@@ -13957,10 +13957,12 @@ def _say_what_is_unseen(selection: _Selection, args: Namespace) -> None:
     if not selection.runs:
         _say(f"no such runs below {selection.root!r}")
     if selection.unseen and args.top is None:
-        kind = "older run"
+        age, kind = "older", "run"
         if args.sort is not None:
-            kind = "more run"
-        count = _format_count(selection.unseen, kind, "not shown")
+            age = "more"
+        if selection.groups:
+            kind = "group"
+        count = _format_count(selection.unseen, f"{age} {kind}", "not shown")
         print(f"{count}; -n 0 shows all")
     for line in _format_problems(selection.runs):
         _say(line)

@@ -12057,6 +12057,8 @@ class Folding(ReadingCase):
         self.assertIn("1 1 success 9 1.1", " ".join(second))
         out = self.ask("list", "--over", "seed", "--md")[1]
         self.assertIn("| `2 ± 1 (3)` |", out)
+        out = self.ask("list", "--over", "seed", "-n", "1")[1]
+        self.assertTrue(out.endswith("\n1 older group not shown; -n 0 shows all\n"))
         keys = "min(loss),max(loss),first(loss),last(loss)"
         out = self.ask("list", "--over", "seed", "--show", keys, columns=60)[1]
         self.assertEqual(out.count("2 ± 1 (3)"), 4)
