@@ -11996,9 +11996,7 @@ class Listing(ReadingCase):
         out = self.ask("list", "-n", "1", "--sort", "lr")[1]
         self.assertEqual(out.splitlines()[-1], "2 more runs not shown; -n 0 shows all")
 
-        self.assertEqual(
-            out.splitlines()[-1], "2 more runs are not shown; -n 0 shows all"
-        )
+        self.assertEqual(out.splitlines()[-1], "2 more runs not shown; -n 0 shows all")
         with mock.patch.object(run_utils, "MAX_ROWS", 1):
             self.assertIn("2 older runs are not shown", self.ask("list")[1])
             self.assertEqual(len(self.rows()), 3)  # a program gets all
