@@ -11998,7 +11998,7 @@ class Listing(ReadingCase):
 
         self.assertEqual(out.splitlines()[-1], "2 more runs not shown; -n 0 shows all")
         with mock.patch.object(run_utils, "MAX_ROWS", 1):
-            self.assertIn("2 older runs are not shown", self.ask("list")[1])
+            self.assertIn("2 older runs not shown", self.ask("list")[1])
             self.assertEqual(len(self.rows()), 3)  # a program gets all
 
     def test_mistyped_words_are_said(self) -> None:
