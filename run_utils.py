@@ -2122,7 +2122,7 @@ class _Ending:
         if error is None or _is_closed_generator(error):
             return _Ending("success", "normal", 0)
         ending = _Ending("failed", "exception", 1)
-        if isinstance(error, KeyboardInterrupt):
+        if isinstance(error, KeyboardInterrupt) or _is_cancelled_by_ctrl_c(error):
             ending.exit_code = 128 + signal.SIGINT
         if isinstance(error, SystemExit):
             ending = _Ending("failed", "system_exit", _system_code(error.code))
@@ -2187,6 +2187,15 @@ class _Ending:
         if self.last_output:
             facts["last_output"] = self.last_output
         return facts
+
+
+def _is_cancelled_by_ctrl_c(error: BaseException) -> bool:
+    """Tell whether asyncio.run cancels its task and then raises KeyboardInterrupt."""
+    handler = signal.getsignal(signal.SIGINT)
+    runner = getattr(getattr(handler, "func", None), "__self__", None)
+    is_told = getattr(runner, "_interrupt_count", 0) > 0
+    is_raised = isinstance(error.__context__, KeyboardInterrupt)  # before Python 3.11
+    return type(error).__name__ == "CancelledError" and (is_told or is_raised)
 
 
 def _is_closed_generator(error: BaseException) -> bool:

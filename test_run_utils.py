@@ -1674,6 +1674,18 @@ class ExitCodes(RunCase):
                 done = self.in_context(f"sys.exit({code})")
                 self.assertEqual(self.json("status.json")["exit_code"], done.returncode)
 
+    def test_of_a_ctrl_c_in_asyncio(self) -> None:
+        body = """
+        import asyncio, signal
+        async def work():
+            with run_context("results/exp", "exp"):
+                asyncio.get_running_loop().call_soon(signal.raise_signal, signal.SIGINT)
+                await asyncio.sleep(60)
+        asyncio.run(work())
+        """
+        self.assertEqual(self.script(body).returncode, -signal.SIGINT)
+        self.assertEqual(self.json("status.json")["exit_code"], 130)
+
 
 class NoDescriptorIsLeft(RunCase):
     """A run whose program has used up all descriptors still has its end recorded."""
