@@ -2279,6 +2279,15 @@ class SeveralProcesses(RankCase):
         self.outputs(self.start(body, 0), self.start(body, 1))
         self.assertEqual(len(run_utils.find_runs("results/sub")), 1)
 
+    def test_nor_is_one_that_a_rank_of_open_mpi_starts(self) -> None:
+        launcher = {"world_size": 4, "OMPI_COMM_WORLD_SIZE": "4"}
+        (self.tmp / "metadata.json").write_text(json.dumps({"launcher": launcher}))
+        env = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"}
+        env["PMIX_NAMESPACE"] = "prterun-1"  # that of the record may be another
+        with mock.patch.dict(os.environ, {"RUN_DIR": str(self.tmp)}):
+            self.assertIsNone(run_utils._rank(env))
+            self.assertIsNotNone(run_utils._rank({**env, "OMPI_COMM_WORLD_SIZE": "5"}))
+
     def test_two_launchers_with_one_port_have_a_run_each(self) -> None:
         body = self.enter + "    print(run_dir)\n"
         shell = f"sh -c '{PYTHON} {self.write_script(body)}; true' &"
@@ -2426,6 +2435,13 @@ class FailedRanks(RankCase):
         self.start(body, 1).communicate()
         self.assertEqual(self.wait_for_rank(1)["exit_code"], 7)
         self.wait_until(lambda: self.index()[-1]["status"] == "failed", "the index")
+
+    def test_a_rank_that_is_killed_after_rank_0_ended_fails_the_run(self) -> None:
+        rank_0, rank_1 = self.start(self.waits, 0), self.start(self.waits, 1)
+        self.inside(rank_0, rank_1)
+        self.outputs(rank_0)
+        rank_1.kill()
+        self.assertEqual(self.wait_for_rank(1)["exit_reason"], "killed")
 
     def test_which_of_several_failures_came_first(self) -> None:
         raised = {"exit_reason": "exception", "ended": 10.0}
@@ -2911,6 +2927,24 @@ class TheHelper(RunCase):
         self.assertEqual(self.json("status.json")["status"], "success")
 
 
+class LateRanks(unittest.TestCase):
+    """A run that has ended, or whose process has died, takes no more ranks."""
+
+    def test_they_get_no_answer(self) -> None:
+        reader, writer = os.pipe()
+        for descriptor in (reader, writer):
+            self.addCleanup(os.close, descriptor)
+        helper = mock.Mock(pidfd=reader, is_over=False)
+        helper.meeting.tick.return_value = 9.0
+        answer = run_utils._RecorderProcess._answer_ranks
+        self.assertEqual(answer(helper), 9.0)
+        helper.is_over = True
+        self.assertNotEqual(answer(helper), 9.0)
+        helper.is_over = False
+        os.write(writer, b"x")  # as the descriptor of a process that has died
+        self.assertNotEqual(answer(helper), 9.0)
+
+
 class AKilledRecorder(RunCase):
     """A recorder that dies costs a line, and nothing of the output or the record."""
 
@@ -3247,6 +3281,13 @@ class CapturedDescriptors(RunCase):
         self.assertEqual(set(done.stdout.split()), lines)
         self.assertEqual(set(self.log("stdout").split()), lines)
         self.assertEqual(self.log("stderr"), "error\n")
+
+    def test_nobody_waits_for_a_reader_longer_than_is_said(self) -> None:
+        Path("log").write_bytes(b"what nobody forwards")
+        with open("log", "rb") as log:
+            forward = run_utils._Forward(log.fileno(), log.fileno())
+            forward.wait(0)
+            self.assertEqual(forward.position(), 0)
 
     def test_what_an_extension_in_C_has_not_flushed(self) -> None:
         body = """
@@ -3594,6 +3635,19 @@ class DescriptorsOfTheProgram(RunCase):
         print(len(os.listdir("/proc/self/fd")) - len(before))
         """
         self.assertEqual(self.script(body).stdout, "0\n")
+
+    def test_what_took_the_place_of_the_connection_is_told_nothing(self) -> None:
+        body = """
+        import run_utils, socket
+        ours, other = socket.socketpair()
+        with run_context("results/exp", "exp"):
+            os.dup2(ours.fileno(), run_utils._active[0].recorder.kept.number)
+        other.setblocking(False)
+        try: print(other.recv(100))
+        except BlockingIOError: print("nothing")
+        """
+        self.assertEqual(self.script(body).stdout, "nothing\n")
+        self.assertEqual(self.json("status.json")["status"], "success")
 
 
 @unittest.skipIf(os.name != "posix", "descriptors are captured on POSIX")
@@ -11128,6 +11182,9 @@ class TheRunCommand(RunCommandCase):
     def test_names_any_language_and_a_second_double_dash(self) -> None:
         done = self.record("sh", "-c", 'echo "$@"', "sh", "--", "a b")
         self.assertEqual((done.returncode, done.stdout), (0, "-- a b\n"))
+        status = self.json("status.json")
+        found = status["status"], status["exit_reason"], status["exit_code"]
+        self.assertEqual(found, ("success", "normal", 0))
         shutil.rmtree("results")
         options = ("--prefix", "lr{lr}")
         self.record("echo", "--lr", "0.1", options=options)
