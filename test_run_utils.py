@@ -12280,6 +12280,11 @@ class Diffing(ReadingCase):
 class Notes(ReadingCase):
     """Notes and tags are appended, by several people at once, and shown everywhere."""
 
+    def test_a_tag_is_taken_away_without_a_word(self) -> None:
+        run = self.make_run("exp/a", notes=[{"tags": ["canonical"]}])
+        code, _, err = self.ask("note", "a", "--untag", "canonical")
+        self.assertEqual((code, err, Run(run)["tags"]), (0, "", []))
+
     def test_tags_come_and_go(self) -> None:
         run = self.make_run("exp/a")
         done = self.ask("note", "a", "looks good", "--tag", "canonical")
@@ -12443,6 +12448,10 @@ class Auditing(ReadingCase):
         for secret in self.SECRETS:
             self.assertNotIn(secret, done.stdout)
         return done
+
+    def test_no_file_at_all(self) -> None:
+        out = self.ask("audit", ".")[1]
+        self.assertEqual(out, "no places with a secret; no files searched\n")
 
     def test_a_clean_tree(self) -> None:
         self.in_context("log_metrics(run_dir, {'loss': 1.0})")
