@@ -5313,6 +5313,8 @@ class _Repository:
         if not _has_repository(self.directory):
             raise _no_repository()
         answer = self.answer or self._ask_for_head()
+        if answer.startswith("false"):  # core.worktree
+            raise _Unknown(f"the .git above {self.directory!r} names another work tree")
         found = re.fullmatch(r"true\n(\w+)\n(.+)\n(\w*)\n(\w*)\n", answer, re.S)
         if found is None or not isabs(found[2]):
             raise _Unknown("git did not answer what it was asked")

@@ -6010,7 +6010,10 @@ class NothingForeign(CodeCase):
         for target in (self.private, self.tmp):
             self.pushed_repo(f"repo {target.name}")
             self.git("config", "core.worktree", str(target))
-            self.assert_nothing_private()
+            captured = self.assert_nothing_private()
+            if target == self.private:
+                problem = captured.problems["git"]
+                self.assertRegex(problem, "the .git above .* names another work tree")
 
     def test_links_that_lead_in_circles(self) -> None:
         repo = self.pushed_repo()
