@@ -11442,11 +11442,11 @@ def _lines_beneath(columns: Iterable[_Column], number: int, room: int) -> list[s
 def _shortened_widths(columns: Sequence[_Column], room: int) -> dict[_Column, int]:
     widths = {column: column.width() for column in columns}
     _fit(widths, room, _Column.least)
-    while _total(widths) > room:
-        last = max(reversed(widths), key=lambda column: column.rank)
-        if last.rank == 0:
-            break  # all that is left was asked for
-        del widths[last]
+    total = _total(widths)
+    for last in sorted(columns, key=lambda column: column.rank)[::-1]:
+        if total <= room or last.rank == 0:
+            break  # all that is left has room, or was asked for
+        total -= widths.pop(last) + 2
     _fit(widths, room, _Column.least_of_texts)
     while _total(widths) > room and len(widths) > 2:
         widths.popitem()
@@ -11458,9 +11458,11 @@ def _fit(
     widths: dict[_Column, int], room: int, least: Callable[[_Column], int]
 ) -> None:
     """Let the first columns, of which one is the name, take or leave what is needed."""
-    for column in widths:
-        width = widths[column] + room - _total(widths)
-        widths[column] = min(max(width, least(column)), column.width())
+    spare = room - _total(widths)
+    for column, before in widths.items():
+        width = min(max(before + spare, least(column)), column.width())
+        spare += before - width
+        widths[column] = width
 
 
 def _total(widths: Mapping[_Column, int]) -> int:
@@ -11745,6 +11747,7 @@ def _number_series(run: Run) -> dict[str, list[float]]:
 
 def _format_metrics(run: Run) -> list[str]:
     lines = []
+    last = run.metrics
     for name, values in _number_series(run).items():
         finite = list(filter(_is_finite, values))
         about = [_format_count(len(values), "value")]
@@ -11752,7 +11755,7 @@ def _format_metrics(run: Run) -> list[str]:
             about.insert(0, f"lowest {min(finite):.6g}, highest {max(finite):.6g}")
         if len(finite) < len(values):
             about.append(f"{len(values) - len(finite)} not finite")
-        line = f"{name}: {_text(run.metrics.get(name))} ({', '.join(about)})"
+        line = f"{name}: {_text(last.get(name))} ({', '.join(about)})"
         lines.append(f"{line} {_sparkline(values)}")
     return lines
 

@@ -11742,6 +11742,14 @@ class Inspecting(ReadingCase):
         self.assertEqual(facts["metrics"]["loss"], [2.0, 1.0])
         self.assertEqual(facts["summary"]["loss"]["min"], 1.0)
 
+    def test_the_metrics_are_summarised_once_however_many_there_are(self) -> None:
+        rows = [{"step": 1, **{f"layer{n}": n for n in range(50)}}]
+        run = Run(self.make_run("exp/a", metrics=rows))
+        summary = mock.PropertyMock(return_value={})
+        with mock.patch.object(Run, "summary", summary):
+            self.assertEqual(len(run_utils._format_metrics(run)), 50)
+        self.assertEqual(summary.call_count, 1)
+
     def test_a_command_that_failed_shows_its_last_lines(self) -> None:
         run = self.make_run("exp/a", status={"status": "failed", "exit_code": 1})
         (run / "logs" / "stderr.log").write_text("one\nno such option\n", "utf-8")
