@@ -4720,7 +4720,9 @@ class WhatARunTakes(RunCase):
 
     def test_it_can_be_turned_off(self) -> None:
         self.script('with run_context("results/exp", "exp", resources=False): pass')
-        self.assertIsNone(self.json("metadata.json")["resources"])
+        metadata = self.json("metadata.json")
+        self.assertIsNone(metadata["resources"])
+        self.assertNotIn("recorder", metadata["capture"])  # it has no problem
         self.assertFalse((self.run_dir() / "metrics/system.jsonl").exists())
 
     def test_memory_beyond_the_limit_is_not_counted_by_pages(self) -> None:
