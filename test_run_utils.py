@@ -13064,8 +13064,12 @@ class CountingRunner(unittest.TextTestRunner):
         return result
 
 
-def run_in_shards(command: list[str], count: int = 2) -> int:
-    """Run this file as `count` processes, each with a share of the classes."""
+def run_in_shards(command: list[str]) -> int:
+    """Run this file as some processes, each with a share of the classes.
+
+    There is one more than cores, since many tests wait for something.
+    """
+    count = min(os.cpu_count() or 1, 7) + 1
     began = time.monotonic()
     shards = []
     for number in range(count):
