@@ -1731,8 +1731,7 @@ class _Record:
 
         Of several who want it at once one gets it, the others a ValueError.
         """
-        if _is_running(path):
-            raise _still_running(path)
+        _ended_attempt(path)
         with _explaining(path):
             path.mkdir(parents=True, exist_ok=True)
             root = _results_root(base_dir)
@@ -2008,20 +2007,12 @@ def _archive_attempt(path: Path) -> None:
         return
     if (path / "attempts").is_symlink():
         raise OSError(errno.ELOOP, "attempts is a link", str(path / "attempts"))
-    taken = path / "attempts" / f".{os.urandom(4).hex()}"
-    taken.mkdir(parents=True)
-    try:
-        if "status.json" in names:
-            names.remove("status.json")
-            _take_status(path, taken)
-        archive = path / "attempts" / str(_attempt(path))
-        taken.rename(archive)
-    except BaseException:
-        with _ignoring(OSError):
-            taken.rmdir()
-        raise
-    for name in names:
-        os.replace(path / name, archive / name)
+    archive = _made_archive(path)
+    for name in sorted(names, key="status.json".__ne__):  # that first
+        try:
+            os.replace(path / name, archive / name)
+        except FileNotFoundError:
+            raise _still_running(path) from None
     ranks = sorted(path.glob("logs/rank*.status.json"))
     if ranks:
         (archive / "logs").mkdir()
@@ -2040,19 +2031,31 @@ def _archived_names(path: Path) -> list[str]:
     return names
 
 
-def _take_status(path: Path, place: Path) -> None:
-    """Move status.json away, which one of several can; put back that of a live run."""
-    try:
-        os.rename(path / "status.json", place / "status.json")
-    except FileNotFoundError:
-        raise _still_running(path) from None
-    if _is_running(place):
-        os.rename(place / "status.json", path / "status.json")
+def _made_archive(path: Path) -> Path:
+    """Make the folder for the record that is in a run: one of several can.
+
+    Who finds the folder there waits until the other has gone on, or must have died.
+    """
+    number = _ended_attempt(path)
+    archive = path / "attempts" / str(_whole(number) or _attempt(path))
+    with _ignoring(FileExistsError):
+        archive.mkdir(parents=True)
+        return archive
+    time.sleep(0.5)
+    if _ended_attempt(path) != number:
         raise _still_running(path)
+    if any(archive.iterdir()):
+        archive = path / "attempts" / str(_attempt(path))
+        archive.mkdir()
+    return archive
 
 
-def _is_running(folder: Path) -> bool:
-    return Run(folder, row=False).state == "running"
+def _ended_attempt(path: Path) -> str:
+    """Return the number of the attempt in a run as its record has it, or refuse it."""
+    status = Run(path, row=False).status
+    if status.get("status") == "running":
+        raise _still_running(path)
+    return _text(status.get("attempt"))
 
 
 def _still_running(path: Path) -> ValueError:

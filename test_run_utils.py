@@ -1438,6 +1438,18 @@ class Resuming(RunCase):
             earlier = sorted(os.listdir("out/attempts")) if attempt > 1 else []
             self.assertEqual(earlier, [str(n) for n in range(1, attempt)])
 
+    def test_who_was_killed_while_taking_a_directory_keeps_nobody_off(self) -> None:
+        for attempt in range(1, 4):
+            with run_utils.run_context("e", run_dir="out", capture_output=False):
+                pass
+            Path(f"out/attempts/{attempt}").mkdir(parents=True)
+        Path("out/attempts/3/status.json").write_text("{}", "utf-8")  # somebody's copy
+        with run_utils.run_context("e", run_dir="out", capture_output=False):
+            pass
+        run = Run("out")
+        self.assertEqual((run["status"], run["attempts"]), ("success", 5))
+        self.assertEqual(sorted(os.listdir("out/attempts")), ["1", "2", "3", "4"])
+
     def piped(self, path: Path) -> Any:
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         words = [PYTHON, str(path)]
