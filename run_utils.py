@@ -2007,7 +2007,7 @@ def _archive_attempt(path: Path) -> None:
         return
     if (path / "attempts").is_symlink():
         raise OSError(errno.ELOOP, "attempts is a link", str(path / "attempts"))
-    archive = _made_archive(path)
+    archive = _made_archive(path, "status.json" in names)
     for name in sorted(names, key="status.json".__ne__):  # that first
         try:
             os.replace(path / name, archive / name)
@@ -2031,31 +2031,36 @@ def _archived_names(path: Path) -> list[str]:
     return names
 
 
-def _made_archive(path: Path) -> Path:
+def _made_archive(path: Path, is_there: bool) -> Path:
     """Make the folder for the record that is in a run: one of several can.
 
     Who finds the folder there waits until the other has gone on, or must have died.
     """
-    number = _ended_attempt(path)
+    number = _ended_attempt(path, is_there)
     archive = path / "attempts" / str(_whole(number) or _attempt(path))
     with _ignoring(FileExistsError):
         archive.mkdir(parents=True)
         return archive
-    time.sleep(0.5)
-    if _ended_attempt(path) != number:
-        raise _still_running(path)
+    for _ in range(300):
+        time.sleep(0.01)
+        if _ended_attempt(path) != number:
+            raise _still_running(path)
     if any(archive.iterdir()):
         archive = path / "attempts" / str(_attempt(path))
         archive.mkdir()
     return archive
 
 
-def _ended_attempt(path: Path) -> str:
-    """Return the number of the attempt in a run as its record has it, or refuse it."""
-    status = Run(path, row=False).status
-    if status.get("status") == "running":
+def _ended_attempt(path: Path, is_there: bool = False) -> str:
+    """Return the number of the attempt in a run as its record has it, or refuse it.
+
+    `is_there` says that it has a record, unless that was moved away this very moment.
+    """
+    run = Run(path, row=False)
+    status = run.status.get("status")
+    if status == "running" or (is_there and status == "?" and not run.unread):
         raise _still_running(path)
-    return _text(status.get("attempt"))
+    return _text(run.status.get("attempt"))
 
 
 def _still_running(path: Path) -> ValueError:

@@ -1072,6 +1072,7 @@ class WhatARunSays(ReadingCase):
         os.chmod(noted / "notes.jsonl", 0)
         closed = self.tmp / "results" / "closed"
         closed.mkdir(mode=0)
+        self.addCleanup(os.chmod, closed, 0o755)
         for folder in (self.tmp, self.tmp / "results"):
             os.chmod(folder, 0o755)
         me = os.geteuid()
