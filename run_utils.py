@@ -1794,8 +1794,7 @@ class _Record:
 
     def link(self, name: str, source: Path) -> None:
         with self.run_folder.opened(self.inside) as place:
-            target = join(place.path, name)
-            os.link(source, target, dst_dir_fd=place.dir_fd, follow_symlinks=False)
+            place.link(source, name)
 
     def read_json(self, name: str) -> Facts:
         return _read_json(self.folder / name)
@@ -2278,7 +2277,8 @@ class _Launch:
         self.base_dir = base_dir
         self.facts: Facts = {}  # for metadata.json
         self.entered: tuple[Path, int] | None = None  # by our parent: run and attempt
-        if self.rank and ranks == "together":
+        is_lightning = "first" in self.shared
+        if is_lightning and self.rank and ranks == "together":
             self.entered = _run_of_parent()
         slurm = {name: env[name] for name in _SLURM_JOB if name in env}
         if self.entered is not None or not (slurm or self.shared):
@@ -2294,7 +2294,7 @@ class _Launch:
         if slurm:
             job = [slurm, env.get("SLURM_STEP_ID")]
         self.facts = {"job": _short_hash([job, which]), "restarts": restarts}
-        if self.world > 1 and "first" not in self.shared:  # else Lightning's
+        if self.world > 1 and not is_lightning:
             self.facts.update(rank=self.rank, world_size=self.world)
         self.key = _short_hash([self.shared, restarts, which])
         if ranks == "separate":
@@ -2489,10 +2489,12 @@ _RANK_VARIABLES = (
 )
 
 
-def _rank(
-    env: Mapping[str, str],
-) -> tuple[int, int, Facts, list[JSON] | None] | None:
-    """Return rank, world size, what only this launch's ranks share, its launcher."""
+if TYPE_CHECKING:
+    # Rank, world size, what only the ranks of this launch share, its launcher.
+    _Rank = tuple[int, int, Facts, Union[list[JSON], None]]
+
+
+def _rank(env: Mapping[str, str]) -> _Rank | None:
     known = [row for row in _RANK_VARIABLES if row[0] in env and row[1] in env]
     if not known:
         return None
@@ -2525,9 +2527,7 @@ def _host_of_master(env: Mapping[str, str]) -> Facts:
     return {}
 
 
-def _rank_of_lightning(
-    env: Mapping[str, str],
-) -> tuple[int, int, Facts, list[JSON] | None] | None:
+def _rank_of_lightning(env: Mapping[str, str]) -> _Rank | None:
     """Return the same of Lightning, whose rank 0 starts the others in mid-script.
 
     They begin the script anew. How many there are is only told while they train.
@@ -2548,9 +2548,7 @@ def _rank_of_lightning(
 _MANY = 1_000_000  # ranks, where nobody tells their number
 
 
-def _rank_of_torch(
-    env: Mapping[str, str],
-) -> tuple[int, int, Facts, list[JSON] | None] | None:
+def _rank_of_torch(env: Mapping[str, str]) -> _Rank | None:
     """Return the same where no variable tells the rank, as below torch's mp.spawn."""
     rank = _loaded("torch.distributed.get_rank")
     world = _loaded("torch.distributed.get_world_size")
@@ -2580,10 +2578,9 @@ def _is_child(ids: Facts) -> bool:
 
 
 def _run_of_parent() -> tuple[Path, int] | None:
-    """Return the run in which our parent has started us as a rank, and its attempt.
+    """Return the run in which our parent, rank 0, has started us, and its attempt.
 
-    So does Lightning, whose ranks begin the script anew. Having left that run we meet
-    our parent as other ranks do.
+    Having left that run we meet our parent as other ranks do.
     """
     run_dir = os.environ.get("RUN_DIR", "")
     status = _read_json(join(run_dir, "status.json"))
@@ -2596,7 +2593,7 @@ def _run_of_parent() -> tuple[Path, int] | None:
     if run_dir in _joined and _active_for(path) is None:
         return None
     _joined.add(run_dir)
-    return path, status["attempt"]
+    return path, status.get("attempt") or _attempt(path)
 
 
 _joined: set[str] = set()  # the runs of our parent that we have been in
@@ -9579,9 +9576,11 @@ class _Place:
     def open(self, name: str, flags: int) -> int:
         return _open(join(self.path, name), flags, self.dir_fd)
 
-    def link(self, name: str, new_name: str) -> None:
-        old, new = join(self.path, name), join(self.path, new_name)
-        os.link(old, new, src_dir_fd=self.dir_fd, dst_dir_fd=self.dir_fd)
+    def link(self, source: StrPath, name: str) -> None:
+        """Give a file, of this place or by its absolute path, a name here as well."""
+        old, new = join(self.path, source), join(self.path, name)
+        here: Any = {"src_dir_fd": self.dir_fd, "dst_dir_fd": self.dir_fd}
+        os.link(old, new, follow_symlinks=False, **here)
 
     def unlink(self, name: str) -> None:
         os.unlink(join(self.path, name), dir_fd=self.dir_fd)
@@ -10372,8 +10371,12 @@ class _Key:
             return _as_float(facts.get(self.function))
         if self.name in _KEYS:
             return _KEYS[self.name](run)
-        found = {**run.flat_config, **run.flat_metrics}
         for name in (self.name, f"config.{self.name}", f"metrics.{self.name}"):
+            found: Facts = {}
+            if name.startswith("config."):
+                found = run.flat_config
+            elif name.startswith("metrics."):
+                found = run.flat_metrics
             if name in found:
                 return found[name]
         return None

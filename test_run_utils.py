@@ -2314,6 +2314,42 @@ class SeveralProcesses(RankCase):
         self.assertNotEqual(paths[0][0], paths[1][0])
 
 
+class RanksInsideARun(RankCase):
+    """Ranks that are started inside a run share one of their own."""
+
+    BODY = """
+    import subprocess
+
+    code = "from run_utils import run_context\\n"
+    code += "with run_context('results/exp', 'inner'): print('here')"
+    with run_context("results/exp", "outer"):
+        facts = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-c", code], env={**os.environ, **facts, "RANK": rank}
+            )
+            for rank in "10"
+        ]
+        assert [rank.wait() for rank in ranks] == [0, 0]
+    """
+
+    def test_none_of_them_is_in_that_of_their_parent(self) -> None:
+        done = self.script(self.BODY)
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        outer, inner = sorted(self.run_dirs(), key=lambda path: "inner" in path.name)
+        for prefix in ("", "rank1."):
+            log = inner / f"logs/{prefix}stdout.log"
+            self.assertEqual(log.read_text("utf-8"), "here\n")
+        self.assertEqual(list(outer.glob("logs/rank*")), [])
+
+    def test_a_run_of_lightning_whose_record_tells_no_attempt(self) -> None:
+        facts = {"status": "running", "pid": os.getppid()}
+        facts["hostname"] = run_utils._hostname()
+        Path("status.json").write_text(json.dumps(facts), "utf-8")
+        with mock.patch.dict(os.environ, {"RUN_DIR": str(self.tmp)}):
+            self.assertEqual(run_utils._run_of_parent(), (self.tmp, 1))
+
+
 class RanksOfLightning(RankCase):
     """Rank 0 starts the others in mid-script, and each begins the script anew."""
 
