@@ -72,7 +72,7 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from os.path import (
     abspath,
@@ -181,7 +181,6 @@ MAX_RECORD = 16_000_000  # a larger metadata.json or status.json is not read
 MAX_CONFIG = 1_000_000  # a larger YAML file is not read
 MAX_METRICS = 4_000_000_000  # a larger metrics.jsonl is not read
 METRICS_BYTES = 262_144  # how much of it is read at a time
-MIXED_ROWS = 20  # if they have more sets of keys, rows are read one by one
 MAX_INDEX = 400_000_000  # a larger index is not read
 MAX_EARLIER = 100  # runs beside a new one that are asked for their packages
 MAX_WALK = 6  # folders between a results root and a run
@@ -545,13 +544,13 @@ def _open_metrics(run_dir: StrPath) -> _Kept:
     with _signals_held():
         kept = _metrics_files.get(path)
         if kept is None or not kept.is_ours():
-            while len(_metrics_files) >= 2 * OPEN_METRICS:
+            while len(_metrics_files) >= 2 * OPEN_METRICS:  # a file has two keys
                 _close_metrics(next(iter(_metrics_files)))
             os.makedirs(path, exist_ok=True)
             with _Folder(Path(path)).opened("metrics", create=True) as place:
                 kept = _Kept(place.open_for_lines("metrics.jsonl"))
         _metrics_files[path] = kept
-        if isabs(run_dir):  # else another one after a chdir
+        if isabs(run_dir):  # a relative one means another run after a chdir
             _metrics_files[run_dir] = kept
     return kept
 
@@ -1305,10 +1304,10 @@ def _signals_held() -> Iterator[None]:
         return
     thread = threading.get_native_id()
     masks = _held.setdefault(thread, [])
-    noted: list[None] = []  # as in a _Tap: a signal handler may still raise
+    noted: list[None] = []
     try:
         mask = _signals.pthread_sigmask(_signals.SIG_BLOCK, [])
-        noted.extend(map(masks.append, (mask,)))
+        _call_noted(noted, masks.append, mask)
         _signals.pthread_sigmask(_signals.SIG_BLOCK, _IGNORED_SIGNALS)
         yield
     finally:
@@ -1320,6 +1319,11 @@ def _signals_held() -> Iterator[None]:
 
 
 _held: dict[int, list[Any]] = {}  # the masks to go back to, by thread of the system
+
+
+def _call_noted(notes: list[Any], function: Callable[..., Any], *words: Any) -> None:
+    """Call a function of C and append its result, at once for every signal handler."""
+    notes.extend(map(function, *([word] for word in words)))
 
 
 def _decorated(function: Callable[..., Any], record: Callable[[], _Recording]) -> Any:
@@ -1731,14 +1735,14 @@ class _Record:
 
         Of several who want it at once one gets it, the others a ValueError.
         """
-        _ended_attempt(path)
+        _ended_attempt(path)  # or refuse it, before anything is made
         with _explaining(path):
             path.mkdir(parents=True, exist_ok=True)
             root = _results_root(base_dir)
             root.mkdir(parents=True, exist_ok=True)
             _archive_attempt(path)
             record = _Record(path, _attempt(path), root)
-            record.begin(subdirs, is_watched, is_first=False)
+            record.begin(subdirs, is_watched, is_new_folder=False)
             return record
 
     @staticmethod
@@ -1794,7 +1798,8 @@ class _Record:
 
     def link(self, name: str, source: Path) -> None:
         with self.run_folder.opened(self.inside) as place:
-            place.link(source, name)
+            target = join(place.path, name)
+            os.link(source, target, dst_dir_fd=place.dir_fd, follow_symlinks=False)
 
     def read_json(self, name: str) -> Facts:
         return _read_json(self.folder / name)
@@ -1819,7 +1824,7 @@ class _Record:
             return place.open(f"{name}.log", flags)
 
     def begin(
-        self, subdirs: Sequence[str], is_watched: bool, is_first: bool = True
+        self, subdirs: Sequence[str], is_watched: bool, is_new_folder: bool = True
     ) -> None:
         """Make the folders, and status.json, which a recorder may be going to touch."""
         for folder in subdirs:
@@ -1845,21 +1850,19 @@ class _Record:
             "attempt": self.attempt,
             "run": self.path.name,
         }
-        if is_first or not self._create_status(_redacted_json(status)):
-            _retried(lambda: self.write_json("status.json", status))
+        data = _redacted_json(status)
+        is_made = not is_new_folder and self._create_status(data)
+        if not is_made:  # nobody else knows a new folder, or the disk has no links
+            _retried(lambda: self.write_bytes("status.json", data))
 
     def _create_status(self, data: bytes) -> bool:
         """Make status.json unless somebody else just did; False if the disk cannot."""
-        name = f".status.json.{os.urandom(4).hex()}.tmp"
         with self.run_folder.opened() as place, _ignoring(OSError):
-            place.write(name, data)
             try:
-                place.link(name, "status.json")
+                place.write("status.json", data, is_new=True)
                 return True
             except FileExistsError:
                 raise _still_running(self.path) from None
-            finally:
-                place.unlink(name)
         return False
 
     def is_unwatched(self) -> None:
@@ -2007,7 +2010,7 @@ def _archive_attempt(path: Path) -> None:
     if (path / "attempts").is_symlink():
         raise OSError(errno.ELOOP, "attempts is a link", str(path / "attempts"))
     archive = _made_archive(path, "status.json" in names)
-    for name in sorted(names, key="status.json".__ne__):  # that first
+    for name in names:
         try:
             os.replace(path / name, archive / name)
         except FileNotFoundError:
@@ -2020,20 +2023,24 @@ def _archive_attempt(path: Path) -> None:
 
 
 def _archived_names(path: Path) -> list[str]:
-    """Return the files of a record, of which somebody may be moving the others now."""
+    """Return the files of a record, status.json first.
+
+    Who finds others without it waits a moment, since they may be moved just now.
+    """
     names: list[str] = []
     for _ in range(50):
-        names = sorted(found.name for name in _ARCHIVED for found in path.glob(name))
+        names = [found.name for name in _ARCHIVED for found in path.glob(name)]
         if not names or "status.json" in names:
             break
         time.sleep(0.01)
-    return names
+    return sorted(names, key=lambda name: (name != "status.json", name))
 
 
 def _made_archive(path: Path, is_there: bool) -> Path:
-    """Make the folder for the record that is in a run: one of several can.
+    """Make the folder for the record that is in a run; who makes it moves the record.
 
-    Who finds the folder there waits until the other has gone on, or must have died.
+    If it is there, somebody else is moving the record now, or died doing so: wait for
+    a change, then take over.
     """
     number = _ended_attempt(path, is_there)
     archive = path / "attempts" / str(_whole(number) or _attempt(path))
@@ -2495,6 +2502,7 @@ if TYPE_CHECKING:
 
 
 def _rank(env: Mapping[str, str]) -> _Rank | None:
+    """Return what the variables of a launcher tell of this process."""
     known = [row for row in _RANK_VARIABLES if row[0] in env and row[1] in env]
     if not known:
         return None
@@ -2584,9 +2592,8 @@ def _run_of_parent() -> tuple[Path, int] | None:
     """
     run_dir = os.environ.get("RUN_DIR", "")
     status = _read_json(join(run_dir, "status.json"))
-    is_parent = (status.get("pid"), status.get("hostname")) == (
-        os.getppid(), _hostname()
-    )
+    entered_by = [status.get("pid"), status.get("hostname")]
+    is_parent = entered_by == [os.getppid(), _hostname()]
     if not is_parent or status.get("status") != "running":
         return None
     path = Path(run_dir)
@@ -2806,9 +2813,9 @@ class _Recorder:
         deadline = monotonic() + seconds
         if os.getpid() != self.owner:
             return False  # a forked child does not talk to the recorder of its parent
-        locked: list[bool] = []  # as in a _Tap: a signal handler may raise anywhere
+        locked: list[bool] = []
         try:
-            locked.extend(map(self.lock.acquire, (True,), (seconds,)))
+            _call_noted(locked, self.lock.acquire, True, seconds)
             if True not in locked:
                 return False
             self.number += 1
@@ -3253,7 +3260,7 @@ class _RecorderProcess:
         if self.request["until_exit"] and self.pidfd is not None:
             self._wait_for_exit(self.pidfd, ended)
         if self.meeting is not None and self.due[self._answer_ranks] < _NEVER:
-            if self._has_failed():  # a rank that has not come yet is to come into none
+            if self._has_failed():  # ranks that come later get no answer
                 self.meeting.until = 0.0
             self.meeting.serve()
 
@@ -9379,11 +9386,15 @@ def _redacted_json(value: JSON, indent: int | None = 2) -> bytes:
     return _format_json(_redactor.data(value), indent).encode("ascii")
 
 
-@_signals_held()
+@_signals_held()  # else a signal handler that raises may leave a descriptor open
 def _write_file(
-    path: StrPath, data: bytes, durable: bool = False, dir_fd: int | None = None
+    path: StrPath, data: bytes, durable: bool = False, dir_fd: int | None = None,
+    is_new: bool = False,
 ) -> None:
-    """Replace a file by `data`, or raise OSError and leave what was there."""
+    """Replace a file by `data`, or raise OSError and leave what was there.
+
+    With `is_new` that there is a file raises FileExistsError.
+    """
     folder, name = os.path.split(os.fspath(path))
     unique = f"{os.getpid()}-{os.urandom(4).hex()}"
     temporary = join(folder, f".{name[:100]}.{unique}.tmp")
@@ -9396,10 +9407,15 @@ def _write_file(
                 os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        if dir_fd is None:
-            os.replace(temporary, path)
+        here: Any = {}
+        if dir_fd is not None:
+            here = {"src_dir_fd": dir_fd, "dst_dir_fd": dir_fd}
+        if is_new:
+            os.link(temporary, path, **here)
+            with _ignoring(OSError):
+                os.unlink(temporary, dir_fd=dir_fd)
         else:
-            os.replace(temporary, path, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+            os.replace(temporary, path, **here)
     except BaseException:
         with _ignoring(OSError):
             os.unlink(temporary, dir_fd=dir_fd)
@@ -9560,8 +9576,10 @@ class _Place:
         self.path = path
         self.dir_fd = dir_fd
 
-    def write(self, name: str, data: bytes, durable: bool = False) -> None:
-        _write_file(join(self.path, name), data, durable, self.dir_fd)
+    def write(
+        self, name: str, data: bytes, durable: bool = False, is_new: bool = False
+    ) -> None:
+        _write_file(join(self.path, name), data, durable, self.dir_fd, is_new)
 
     def append(self, name: str, row: Facts) -> None:
         line = _redacted_json(row, indent=None)
@@ -9575,15 +9593,6 @@ class _Place:
 
     def open(self, name: str, flags: int) -> int:
         return _open(join(self.path, name), flags, self.dir_fd)
-
-    def link(self, source: StrPath, name: str) -> None:
-        """Give a file, of this place or by its absolute path, a name here as well."""
-        old, new = join(self.path, source), join(self.path, name)
-        here: Any = {"src_dir_fd": self.dir_fd, "dst_dir_fd": self.dir_fd}
-        os.link(old, new, follow_symlinks=False, **here)
-
-    def unlink(self, name: str) -> None:
-        os.unlink(join(self.path, name), dir_fd=self.dir_fd)
 
     def open_for_lines(self, name: str) -> int:
         """Open a JSONL file for appending; end the torn line of an earlier writer."""
@@ -9929,7 +9938,7 @@ def _folders_above(path: str) -> list[str]:
 
 
 _STAMP = r"\d{8}-\d{6}(?![^-])"  # in the name of a run: local time
-_COMMIT = r"(?<=\d{8}-\d{6})-[0-9a-f]{7,40}"  # behind it
+_COMMIT = r"(?<=\d{8}-\d{6})-[0-9a-f]{7,40}"  # after the stamp
 
 
 def _stamp_of(name: str) -> str:
@@ -10220,14 +10229,16 @@ class _Selection:
     ) -> None:
         self.root = os.fspath(root)
         self.shown = filters.shown
-        self.asked = [key.text for key in filters.asked()]
+        asked = filters.asked()
+        self.asked = [key.text for key in asked]
         self.groups: list[_Group] = []
         walk = _Walk(self.root)
         self.warnings = _first(walk.problems, PLAN_DETAILS)
         everything = [Run(path, row=False) for path in walk.runs]
         lineage = _Lineage(walk.results_root)
-        if not {"reason", "why"}.isdisjoint(key.name for key in filters.asked()):
-            _ask_sacct(everything)
+        names = [key.name for key in asked]
+        if "reason" in names or "why" in names:
+            _ask_sacct(everything)  # in one question; else each run asks for itself
         found = []  # those that are asked for, in no order
         for run in _with_progress(everything, "looking at runs"):
             run.lineage = lineage
@@ -10475,11 +10486,13 @@ class _Term:
     def holds(self, run: Run) -> bool:
         """Tell whether it holds: of numbers if both are, else of texts.
 
-        A number is neither less, more nor equal to a text, and NaN to nothing.
+        A number is neither less, more nor equal to a text, and NaN to nothing. That
+        `tags=x` asks whether x is one of them.
         """
         found = self.key.value(run)
-        if self.key.name == "tags" and self.sign in ("=", "==", "!="):
-            return (self.wanted in _tags(run.notes)) == (self.sign != "!=")
+        if isinstance(found, list) and self.sign in ("=", "==", "!="):
+            if self.key.name == "tags":
+                return (self.wanted in found) == (self.sign != "!=")
         if self.sign == "~":
             return found is not None and bool(re.search(self.wanted, _text(found)))
         if found is None and self.wants_null:
@@ -10591,17 +10604,13 @@ def _all_series(run: Run) -> dict[str, tuple[list[JSON], list[JSON]]]:
 def _metric_columns(path: str) -> Iterator[tuple[str, list[JSON], list[JSON]]]:
     """Yield metrics, some of their values, and the steps that belong to them."""
     for rows in map(_rows_of, _line_blocks(path, MAX_METRICS)):
-        different = dict.fromkeys(map(tuple, rows))  # nearly all have the same keys
-        if len(different) > MIXED_ROWS:  # to look for each key in each row takes long
+        different = set(map(tuple, rows))
+        if len(different) > 1:  # nearly all have the same keys
             yield from _columns_by_row(rows)
             continue
         steps = [row.get("step") for row in rows]
-        for key in dict.fromkeys(itertools.chain(*different)):
-            try:
-                yield key, [row[key] for row in rows], steps
-            except KeyError:
-                some = [row for row in rows if key in row]
-                yield key, [row[key] for row in some], [row.get("step") for row in some]
+        for key in itertools.chain(*different):
+            yield key, [row[key] for row in rows], steps
 
 
 def _columns_by_row(
@@ -10777,7 +10786,7 @@ def _unexplained_job(run: Run) -> str:
 
 
 def _ask_sacct(runs: Iterable[Run]) -> None:
-    """Ask SLURM together how the jobs ended of runs that cannot tell it."""
+    """Ask SLURM how jobs ended whose runs cannot tell it, many in one question."""
     found = dict.fromkeys(map(_unexplained_job, runs))
     jobs = [job for job in found if job and job not in _job_ends]
     _job_ends.update(dict.fromkeys(jobs, ""))
@@ -11026,7 +11035,7 @@ def _why_it_stays(run: Run) -> str | None:
     if run.state in ("running", "unknown"):
         return "it may be running"
     for problem in run.problems:
-        if problem.endswith("permission denied"):
+        if problem.endswith(_DENIED):
             return problem
     if run.used_by:
         return f"{run.used_by[0]} used it"
@@ -11160,13 +11169,16 @@ def _tags(notes: Iterable[Facts]) -> list[str]:
     return list(tags)
 
 
+_DENIED = "permission denied"
+
+
 def _unreadable(error: Exception, path: str) -> str:
     """Return the sentence for what cannot be read; raise what is the program's own."""
     if _is_foreign(error):
         raise error
     why = getattr(error, "strerror", None) or error
     if isinstance(error, PermissionError):
-        why = "permission denied"
+        why = _DENIED
     elif getattr(error, "errno", None) == errno.ELOOP:
         why = "it is a link"
     return f"{path!r} cannot be read: {why}"
@@ -11250,7 +11262,9 @@ def _run_columns(
     ages = [_age(run) for run in runs]
     times = [_duration(run) for run in runs]
     metrics = [key for run in runs for key in run if key.startswith("metrics.")]
-    config = [key for run in runs for key in differing.get(run["script_name"], ())]
+    config: dict[str, None] = {}
+    for run in runs:
+        config.update(dict.fromkeys(differing.get(run["script_name"], ())))
     columns = [
         _Column("run", [relpath(run.path, root) for run in runs]),
         _Column("status", [_status_text(run) for run in runs]),
@@ -11258,7 +11272,7 @@ def _run_columns(
         _Column("time", times, map(_format_seconds, times), 5),
         *(_Column(text, [_Key(text).value(run) for run in runs])
           for text in dict.fromkeys(asked) if text not in _COLUMN_OF),
-        *_key_columns(runs, metrics, asked, 1, 4, config),
+        *_key_columns(runs, metrics, asked, 1, 4, taken=config),
         *_key_columns(runs, config, asked, 2, 6),
         _Column("outputs", [len(r.outputs) for r in runs], map(_outputs_text, runs), 7),
         _Column("why", [run["reason"] for run in runs], beneath=True),
@@ -11278,22 +11292,25 @@ _NO_METRICS = ("step", "time")
 _COLUMN_OF = {  # some keys: the heading of the column that shows them
     "name": "run", "status": "status", "started_utc": "age", "duration_seconds": "time",
     "outputs": "outputs", "size": "outputs", "reason": "why", "tags": "notes",
-    **{heading: heading for heading in ("run", "age", "time", "why", "notes")},
+    "run": "run", "age": "age", "time": "time", "why": "why", "notes": "notes",
 }
 
 
 def _key_columns(
     rows: Sequence[Mapping[str, object]], keys: Iterable[str], asked: Sequence[str],
-    rank: int, others: int, config: Sequence[str] = (),
+    rank: int, others: int, taken: Collection[str] = (),
 ) -> Iterator[_Column]:
-    """Yield columns for keys; the most frequent has a `rank` of its own."""
+    """Yield columns for keys; the most frequent has a `rank` of its own.
+
+    A metric keeps its whole name if a key of the config in `taken` has its heading.
+    """
     counts = {key: sum(key in row for row in rows) for key in dict.fromkeys(keys)}
     ours = [f"metrics.{name}" for name in _NO_METRICS]
     for key in sorted(counts, key=lambda key: -counts[key]):
         if not counts[key] or key in ours:
             continue
         heading = _short(key)
-        if f"config.{heading}" in config:  # which has a column of this name
+        if f"config.{heading}" in taken:
             heading = key
         if not {key, heading}.intersection(asked):
             texts = [_spread_text(row, key) for row in rows]
@@ -11377,13 +11394,13 @@ def _group_row(group: _Group, asked: Iterable[str]) -> Facts:
 def _group_columns(
     rows: Sequence[Facts], differing: Mapping[str, Sequence[str]], asked: Sequence[str]
 ) -> list[_Column]:
-    config = [key for keys in differing.values() for key in keys]
+    config = dict.fromkeys(itertools.chain(*differing.values()))
     means = [key for row in rows for key in row if f"{key} count" in row]
     columns = []
     for key in dict.fromkeys(["run", "runs", "status", *asked]):
         values = [row.get(key, row.get(f"config.{key}")) for row in rows]
         columns.append(_Column(key, values, [_spread_text(row, key) for row in rows]))
-    columns += _key_columns(rows, means, [*asked, *config], 1, 4, config)
+    columns += _key_columns(rows, means, [*asked, *config], 1, 4, taken=config)
     columns += _key_columns(rows, config, asked, 2, 6)
     return columns
 
@@ -11614,7 +11631,7 @@ def _paragraph_lines(paragraphs: Iterable[Paragraph]) -> Iterator[str]:
 
 def _inspected(run: Run) -> Facts:
     names = "status attempts config metadata summary outputs used_by notes problems"
-    series = _number_series(run)
+    series = _number_series(run)  # first: that it cannot be read is a problem as well
     facts: Facts = {name: getattr(run, name) for name in names.split()}
     facts.update(run_dir=str(run.path), tags=run["tags"], metrics=series)
     facts["now"] = _differences_from_now(run)
@@ -13267,7 +13284,7 @@ function describe(plot, [line, steps, values, spreads], at) {
 def _cmd_run(args: Namespace) -> int:
     """Record a command; return its exit status, 128+n when signal n ended it.
 
-    By SIGINT it ends as the command did.
+    If SIGINT has ended the command, it ends us too.
     """
     words: list[str] = args.words
     if words[:1] == ["--"]:
@@ -13433,6 +13450,7 @@ class _Command:
         finally:
             if self.terminal is not None:
                 self.terminal.restore()
+                self.terminal.kept_inner.close()
             for channel in self.channels:
                 channel.close()
             os.close(wake)
@@ -13539,8 +13557,6 @@ class _Command:
             for channel in list(self.channels):
                 if channel.reader in ready and not channel.show():
                     self.channels.remove(channel)
-                    if terminal is not None:
-                        terminal.is_gone = True  # the command has closed it
             if is_over and set(ready) <= {wake}:
                 return
             if monotonic() >= deadline:
@@ -13568,8 +13584,8 @@ class _Command:
                 self._signal(_signals.SIGCONT)
             elif pid:
                 self.code = _exit_code(status)
-                if self.terminal is not None:
-                    os.close(self.terminal.inner)
+                if self.terminal is not None:  # else its output would have no end
+                    self.terminal.kept_inner.close()
         return self.code is not None
 
     def _end(self) -> None:
@@ -13666,9 +13682,10 @@ class _Terminal:
     def __init__(self) -> None:
         self.tty = __import__("tty")  # which has all of termios
         self.saved = self.tty.tcgetattr(0)
-        # The inner one stays open here: were it closed by the command, which then runs
-        # on without a terminal, we would hang up.
         self.master, self.inner = _posix.openpty()
+        # It stays open here: were it closed by the command, which then runs on without
+        # a terminal, we would hang up.
+        self.kept_inner = _Kept(self.inner)
         _posix.set_blocking(self.master, False)
         self.tty.tcsetattr(self.inner, self.tty.TCSANOW, self.saved)
         _copy_size(0, self.master)
@@ -14084,7 +14101,7 @@ def _cmd_prune(args: Namespace) -> int:
                 try:
                     place = _prune(selection.root, run, args.purge)
                 except OSError as error:
-                    _say(f"{run.name} stays: {error.strerror}")
+                    _say(f"{run.name} stays: {error.strerror or error}")
                     code = 2
                     continue
                 what = f"is now {place or 'deleted'}"
