@@ -2282,31 +2282,47 @@ class _Launch:
             found = 0, 1, {}, None
         self.rank, self.world, self.shared, self.launcher = found
         self.base_dir = base_dir
-        self.facts: Facts = {}  # for metadata.json
-        self.entered: tuple[Path, int] | None = None  # by our parent: run and attempt
-        is_lightning = "first" in self.shared
-        if is_lightning and self.rank and ranks == "together":
-            self.entered = _run_of_parent()
-        slurm = {name: env[name] for name in _SLURM_JOB if name in env}
-        if self.entered is not None or not (slurm or self.shared):
-            return
         # The first run_context of one rank meets the first of the others, and so on.
         own = (os.getpid(), base_dir, run_prefix)
         _entered[own] = _entered.get(own, 0) + 1
         which: list[JSON] = [str(run_prefix or _script_name()), _entered[own]]
+        self.facts: Facts = {"block": _short_hash([str(base_dir), *which])}
+        self.entered: tuple[Path, int] | None = None  # the parent's run, and attempt
+        is_lightning = "first" in self.shared
+        if is_lightning and self.rank and ranks == "together":
+            self._look_for_parent()
+        slurm = {name: env[name] for name in _SLURM_JOB if name in env}
+        if self.entered is not None or not (slurm or self.shared):
+            return
         if ranks == "separate":
             which.append(self.rank)
         restarts = [_whole(env.get(name)) or 0 for name in _RESTARTS]
         job: JSON = self.shared
         if slurm:
             job = [slurm, env.get("SLURM_STEP_ID")]
-        self.facts = {"job": _short_hash([job, which]), "restarts": restarts}
+        self.facts.update(job=_short_hash([job, which]), restarts=restarts)
         if self.world > 1 and not is_lightning:
             self.facts.update(rank=self.rank, world_size=self.world)
         self.key = _short_hash([self.shared, restarts, which])
         if ranks == "separate":
             self.rank = 0
             self.world = 1
+
+    def _look_for_parent(self) -> None:
+        """Find the run of our parent that we are in, as a rank that begins anew.
+
+        What comes before the block in which it has started us is ours alone; in what
+        comes after it we meet our parent as other ranks do.
+        """
+        runs = _runs_of_parent()
+        for path, metadata in runs:
+            if _at(metadata, "launcher", "block") == self.facts["block"]:
+                self.entered = path, _attempt(path)
+                _joined.add(runs[0][0])
+        if runs and runs[0][0] not in _joined:
+            self.rank = 0
+            self.world = 1
+            self.shared = {}
 
     def publish(self, record: _Record) -> _Meeting | None:
         """Begin to tell the other ranks where the run is; None if there are none."""
@@ -2585,25 +2601,25 @@ def _is_child(ids: Facts) -> bool:
     return "world_size" in then and all(then.get(key) == ids[key] for key in own)
 
 
-def _run_of_parent() -> tuple[Path, int] | None:
-    """Return the run in which our parent, rank 0, has started us, and its attempt.
+def _runs_of_parent() -> list[tuple[Path, Facts]]:
+    """Return the runs that our parent is in and their metadata, the innermost first."""
+    runs: list[tuple[Path, Facts]] = []
+    run_dir = os.environ.get("RUN_DIR")
+    if _active:
+        run_dir = _active[0].outside
+    while run_dir and len(runs) < MAX_DEPTH:
+        status = _read_json(join(run_dir, "status.json"))
+        entered_by = [status.get("pid"), status.get("hostname")]
+        is_parent = entered_by == [os.getppid(), _hostname()]
+        if not is_parent or status.get("status") != "running":
+            break
+        metadata = _read_json(join(run_dir, "metadata.json"))
+        runs.append((Path(run_dir), metadata))
+        run_dir = _word(metadata, "parent", "run_dir")
+    return runs
 
-    Having left that run we meet our parent as other ranks do.
-    """
-    run_dir = os.environ.get("RUN_DIR", "")
-    status = _read_json(join(run_dir, "status.json"))
-    entered_by = [status.get("pid"), status.get("hostname")]
-    is_parent = entered_by == [os.getppid(), _hostname()]
-    if not is_parent or status.get("status") != "running":
-        return None
-    path = Path(run_dir)
-    if run_dir in _joined and _active_for(path) is None:
-        return None
-    _joined.add(run_dir)
-    return path, status.get("attempt") or _attempt(path)
 
-
-_joined: set[str] = set()  # the runs of our parent that we have been in
+_joined: set[Path] = set()  # the runs in which our parent has started us, once joined
 
 
 def _launcher_process(mark: Sequence[str]) -> list[JSON] | None:

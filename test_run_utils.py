@@ -2342,13 +2342,6 @@ class RanksInsideARun(RankCase):
             self.assertEqual(log.read_text("utf-8"), "here\n")
         self.assertEqual(list(outer.glob("logs/rank*")), [])
 
-    def test_a_run_of_lightning_whose_record_tells_no_attempt(self) -> None:
-        facts = {"status": "running", "pid": os.getppid()}
-        facts["hostname"] = run_utils._hostname()
-        Path("status.json").write_text(json.dumps(facts), "utf-8")
-        with mock.patch.dict(os.environ, {"RUN_DIR": str(self.tmp)}):
-            self.assertEqual(run_utils._run_of_parent(), (self.tmp, 1))
-
 
 class RanksOfLightning(RankCase):
     """Rank 0 starts the others in mid-script, and each begins the script anew."""
@@ -2366,7 +2359,9 @@ class RanksOfLightning(RankCase):
             for rank in "12"
         ]
 
-    with run_context("results/exp", "first") as run_dir:
+    with run_context("results/exp", "inner-before"):
+        pass
+    with run_context("results/exp", "outer"), run_context("results/exp", "first"):
         ranks = fit()
         print("rank", os.environ["LOCAL_RANK"])
         open("in" + os.environ["LOCAL_RANK"], "w").close()
@@ -2388,13 +2383,16 @@ class RanksOfLightning(RankCase):
         done = self.script(self.BODY)
         self.assertEqual(done.returncode, 0, done.stderr)
         self.wait_for_tidiness()
-        runs = [path for path in self.run_dirs() if "inner" not in path.name]
+        names = ("again", "first")
+        runs = [path for path in self.run_dirs() if path.name.startswith(names)]
         self.assertEqual(len(runs), 3, runs)
         for run_dir, word in zip(sorted(runs), ("again", "again", "rank")):
             for rank, prefix in enumerate(("", "rank1.", "rank2.")):
                 log = (run_dir / f"logs/{prefix}stdout.log").read_text("utf-8")
                 self.assertIn(f"{word} {rank}\n", log)
-        self.assertEqual(len(self.run_dirs()), 6)
+        (outer,) = [path for path in self.run_dirs() if "outer" in path.name]
+        self.assertEqual(len(list(outer.glob("logs/rank*"))), 4)
+        self.assertEqual(len(self.run_dirs()), 10)
         states = [
             run["reason"]
             for run in run_utils.find_runs("results", contains="exp/again")
